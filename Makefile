@@ -1,0 +1,40 @@
+# Every target does all of its own set-up in .venv; a fresh machine needs Python and make, nothing else.
+# Other Python: `make test PYTHON=python3.12`. More options for a target's program: `make demo ARGS="--epochs 1"`.
+bin = .venv/bin
+export OMP_NUM_THREADS ?= 1
+
+help: ## Say what can be made
+	@sed -n 's/^\([a-z]*\): .*## /  make \1	/p' Makefile
+
+demo: install ## Train a small network on real digits with Adam and AdaHessian, compare them
+	$(bin)/python -m adahessian_fastai $(ARGS)
+
+test: install ## Run everything that CI checks
+	$(bin)/python tools/in_step.py
+	$(bin)/chkstyle nbs adahessian_fastai tests tools docs benchmarks setup.py
+	$(bin)/nbdev-test --timing
+	$(bin)/python -m pytest $(ARGS)
+
+sync: install ## Clean the notebooks, write the package and the README from them
+	$(bin)/nbdev-clean
+	$(bin)/nbdev-export
+	$(bin)/python tools/readme.py
+
+docs: install-docs ## Build the documentation site in _docs
+	$(bin)/python tools/site_pages.py
+	$(bin)/sphinx-build -q -W --keep-going -n -c docs _proc _docs
+	@echo "Open _docs/index.html"
+
+bench: install ## Run the benchmarks, which write their results to benchmarks/results
+	@for f in benchmarks/[0-9a-z]*.py; do echo "$$f"; $(bin)/python $$f $(ARGS) || exit 1; done
+
+clean: ## Remove what was built; .venv and results stay
+	rm -rf _docs _proc build dist *.egg-info .pytest_cache */__pycache__ */.ipynb_checkpoints
+
+install:
+	@sh tools/install.sh dev $(PYTHON)
+
+install-docs:
+	@sh tools/install.sh dev,docs $(PYTHON)
+
+.PHONY: help demo test sync docs bench clean install install-docs
