@@ -125,7 +125,7 @@ def _cg_look(rows, new, bound, max_iter, eps, neg_curv):
     if eps and martens_stop([o[0] for o in rows], eps): return 'martens'
     if len(rows)>max_iter:          return 'max_iter'
 
-# %% ../nbs/04_cg.ipynb #b679249b
+# %% ../nbs/04_cg.ipynb #3059e8d1
 def cg(
     A, # `v -> Av` on flat vectors, linear and symmetric
     b:Tensor, # Right-hand side, flat
@@ -158,7 +158,8 @@ def cg(
         progress(i, *rows[-1][:2])
     rows = rows or [[0.,0.,0.]]
     n = len(rows)-1
-    return CGResult({**{i:o for i,o in kept.items() if i<n}, n:x}, [o[0] for o in rows], reason, any(o[2]<=0 for o in rows))
+    bent = reason=='negative curvature' or any(o[2]<=0 for o in rows)
+    return CGResult({**{i:o for i,o in kept.items() if i<n}, n:x}, [o[0] for o in rows], reason, bent)
 
 # %% ../nbs/04_cg.ipynb #879d96be
 def diag_preconditioner(

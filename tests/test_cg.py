@@ -1,0 +1,190 @@
+"Conjugate gradients and what surrounds it, against dense solutions in float64"
+import math, pytest, torch
+from adahessian_fastai.cg import *
+
+DRIFT = 5e-6    # the recursively updated residual may differ from `b - A@x` by this much
+EXACT = 1e-7    # one quadratic form computed in two orders, float64
+
+def problem(n, seed=0):
+    "A random positive definite matrix, its condition far from 1, and a right-hand side"
+    g = torch.Generator().manual_seed(seed)
+    R = torch.rand(n, n, generator=g, dtype=torch.float64)-.5
+    return R@R.T + 1e-3*torch.eye(n, dtype=torch.float64), torch.rand(n, generator=g, dtype=torch.float64)-.5
+
+def scaled_problem(n=60, seed=0):
+    "Columns and rows scaled over six decades: hard for CG, easy with a diagonal"
+    A,b = problem(n, seed)
+    s = torch.logspace(-3, 3, n, dtype=torch.float64)
+    return s[:,None]*(A/n + torch.eye(n, dtype=torch.float64))*s, s*b
+
+def jacobi(A): return lambda v: v/A.diagonal()
+
+@pytest.mark.parametrize('n', [3,10,50])
+@pytest.mark.parametrize('tol', [1e-3,1e-6])
+@pytest.mark.parametrize('absolute', [False,True])
+@pytest.mark.parametrize('precondition', [False,True])
+def test_residual_reaches_the_tolerance(n, tol, absolute, precondition):
+    A,b = problem(n)
+    res = cg(lambda v: A@v, b, M=jacobi(A) if precondition else (lambda v: v), max_iter=10*n,
+        tol=0. if absolute else tol, atol=tol if absolute else 0., eps=None)
+    assert res.reason == 'tolerance'
+    assert (A@res.x-b).norm() <= (tol if absolute else tol*b.norm()) + DRIFT
+
+@pytest.mark.parametrize('precondition', [False,True])
+@pytest.mark.parametrize('warm', [False,True])
+def test_values_are_the_quadratic_model_at_the_kept_iterates(precondition, warm):
+    A,b = problem(20)
+    x0 = torch.randn(20, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) if warm else None
+    res = cg(lambda v: A@v, b, x0=x0, M=jacobi(A) if precondition else (lambda v: v), max_iter=40)
+    assert len(res.iterates) > 5 and max(res.iterates) == res.n_iter
+    for i,x in res.iterates.items(): assert abs(res.values[i] - (x@A@x/2 - b@x)) < EXACT
+    assert all(a>=b for a,b in zip(res.values, res.values[1:]))
+
+def test_identity_preconditioner_is_no_preconditioner():
+    A,b = problem(10)
+    plain,ident = cg(lambda v: A@v, b), cg(lambda v: A@v, b, M=lambda r: r.clone())
+    assert torch.equal(plain.x, ident.x) and plain.values == ident.values
+
+def test_exact_inverse_needs_one_iteration():
+    A,b = problem(10)
+    inv = torch.linalg.inv(A)
+    res = cg(lambda v: A@v, b, M=lambda r: inv@r)
+    assert res.n_iter == 1
+    assert (res.x-inv@b).norm() < EXACT*b.norm()/1e-3   # condition number of the problem is about 1e3
+
+def test_preconditioner_lowers_the_iterations_on_a_badly_scaled_problem():
+    A,b = scaled_problem()
+    plain = cg(lambda v: A@v, b, max_iter=2000, eps=None)
+    precond = cg(lambda v: A@v, b, M=diag_preconditioner(A.diagonal(), exponent=1.), max_iter=2000, eps=None)
+    assert precond.reason == 'tolerance' and precond.n_iter*5 < plain.n_iter
+
+@pytest.mark.parametrize('every', [2,5])
+def test_looking_less_often_never_stops_earlier_or_worse(every):
+    A,b = problem(50)
+    often,seldom = [cg(lambda v: A@v, b, max_iter=500, check_every=o) for o in (1,every)]
+    assert often.reason == seldom.reason
+    assert 0 <= seldom.n_iter-often.n_iter < every
+    assert seldom.values[-1] <= often.values[-1]
+    assert seldom.values[:len(often.values)] == often.values
+
+@pytest.mark.parametrize('every', [1,4,7])
+def test_negative_curvature_met_later_freezes_the_last_good_iterate(every):
+    d = torch.linspace(-.05, 3, 30, dtype=torch.float64)
+    b = torch.linspace(.01, 1, 30, dtype=torch.float64)
+    res = cg(lambda v: d*v, b, check_every=every, eps=None)
+    assert res.reason == 'negative curvature' and res.neg_curv and res.n_iter > 2
+    assert abs(res.values[-1] - (res.x@(d*res.x)/2 - b@res.x)) < EXACT
+    assert res.n_iter == cg(lambda v: d*v, b, check_every=1, eps=None).n_iter
+
+def test_abs_goes_on_where_the_curvature_is_negative():
+    d = torch.tensor([2.,-3.,1.], dtype=torch.float64)
+    res = cg(lambda v: d*v, torch.ones(3, dtype=torch.float64), neg_curv='abs', max_iter=3)
+    assert res.neg_curv and res.n_iter == 3 and res.values[-1] < res.values[0]
+
+@pytest.mark.parametrize('every', [1,4])
+@pytest.mark.parametrize('bad', [1,3,6])
+def test_a_product_that_breaks_down_leaves_a_finite_iterate(bad, every):
+    A,b = problem(30)
+    calls = []
+    def broken(v):
+        calls.append(1)
+        return A@v*(math.nan if len(calls)>=bad else 1.)
+    res = cg(broken, b, check_every=every, eps=None)
+    assert res.reason == 'divergence' and res.n_iter == bad-1 and res.x.isfinite().all()
+    assert torch.equal(res.x, cg(lambda v: A@v, b, max_iter=bad-1, eps=None).x if bad>1 else torch.zeros_like(b))
+
+@pytest.mark.parametrize('every', [1,6])
+def test_exact_convergence_between_two_looks_is_no_negative_curvature(every):
+    d = torch.tensor([1.,1.,4.])
+    res = cg(lambda v: d*v, torch.tensor([1.,2.,8.]), check_every=every, max_iter=12, tol=1e-6)
+    assert res.reason == 'tolerance' and torch.allclose(res.x, torch.tensor([1.,2.,2.]))
+
+def test_zero_right_hand_side_and_a_solution_as_the_start_cost_no_iteration():
+    A,b = problem(10)
+    assert cg(lambda v: A@v, torch.zeros_like(b)).n_iter == 0
+    x = torch.linalg.solve(A, b)
+    res = cg(lambda v: A@v, b, x0=x)
+    assert res.n_iter == 0 and torch.equal(res.x, x)
+
+def test_martens_rule_has_the_factor_k():
+    eps,k = 5e-4,10
+    ms = lambda progress: [-(1+progress/k*i) for i in range(12)]
+    per_k = lambda m: (m[-1]-m[-1-k])/m[-1]
+    slow,fast = ms(.5*k*eps),ms(2*k*eps)
+    assert per_k(slow) > eps and martens_stop(slow, eps)      # a rule without the factor would go on
+    assert not martens_stop(fast, eps)
+    assert not martens_stop(slow[:11], eps)                   # i > k is required
+    assert not martens_stop([-m for m in slow], eps)          # and a model below zero
+
+def test_looking_back_grows_with_the_run():
+    m = [-1.-1e-3*min(i, 291) for i in range(300)]            # stood still for 8 iterations, looks back over 30
+    assert not martens_stop(m, eps=5e-4)
+    assert martens_stop(m, eps=5e-4, k_share=0., k_min=7)
+
+def test_grid_is_that_of_the_paper():
+    assert grid_iterations(250) == [0,1,2,3,4,6,8,10,13,17,23,30,39,51,66,86,112,146,190,247]
+    assert grid_iterations(7, base=2.) == [0,1,3,7]
+    with pytest.raises(ValueError, match='base'): grid_iterations(10, base=1.)
+
+def test_only_the_latest_iterates_are_kept_and_they_are_copies():
+    A,b = problem(50)
+    full,few = cg(lambda v: A@v, b, max_iter=60, eps=None), cg(lambda v: A@v, b, max_iter=60, eps=None, keep=4)
+    assert len(few.iterates) <= 5 and list(few.iterates) == list(full.iterates)[-len(few.iterates):]
+    for i,x in few.iterates.items(): assert torch.equal(x, full.iterates[i])
+    assert list(cg(lambda v: A@v, b, max_iter=9, grid=None).iterates) == [9]
+
+def test_the_host_looks_only_every_few_iterations():
+    A,b = problem(50)
+    seen = []
+    cg(lambda v: A@v, b, max_iter=40, tol=0., eps=None, check_every=5, progress=lambda i,m,r: seen.append(i))
+    assert seen == [0,5,10,15,20,25,30,35]
+
+def test_backtracking_walks_back_while_the_function_falls():
+    steps = [2,1,None,2.7,2.4,None,None,7.3]
+    f,kept = (lambda i: steps[i]+10), [i for i,o in enumerate(steps) if o is not None]
+    assert backtrack(f, kept) == (4, 12.4)
+    assert backtrack(f, kept, exhaustive=True) == (1, 11)
+    assert backtrack(lambda i: 5., kept, exhaustive=True)[0] == 0                  # first of equals
+    assert backtrack(lambda i: math.nan if i>3 else steps[i]+10, kept) == (1, 11)  # values that are not numbers are passed over
+    calls = []
+    backtrack(lambda i: calls.append(i) or steps[i], kept)
+    assert calls == [7,4,3]
+
+def test_line_search_accepts_the_first_sufficient_decrease():
+    tried = []
+    def f(a):
+        tried.append(a)
+        return (a-.1)**2
+    a,f_a = armijo(f, .01, -.2, alpha=1., beta=.5)
+    assert a == .125 and f_a == f(.125) and tried[:4] == [1., .5, .25, .125]
+    assert armijo(lambda a: math.nan, 1., -1.) == (0., 1.)
+    tried.clear()
+    armijo(lambda a: tried.append(a) or 2., 1., -1., max_iter=7)
+    assert len(tried) == 7
+    assert armijo(lambda a: -.5*a, 0., -1., c=.6)[0] == 0. and armijo(lambda a: -.5*a, 0., -1., c=.4)[0] == 1.
+
+def test_damping_rule():
+    assert lm_damping(1., .2) == 1.5 and lm_damping(1., .8) == 2/3 and lm_damping(1., .5) == 1.
+    assert lm_damping(1., math.nan) == 1.5 and lm_damping(1., -math.inf) == 1.5 and lm_damping(1., math.inf) == 1.5
+    assert lm_damping(1., .2, lower=.1) == 1. and lm_damping(1., .2, up=4.) == 4. and lm_damping(1., .8, down=.5) == .5
+    assert lm_damping(1., .8, upper=.9) == 1. and lm_damping(1., .8, bounds=(.9,2.)) == .9 and lm_damping(1.9, 0., bounds=(.9,2.)) == 2.
+    assert reduction_ratio(3., 2., -2.) == .5 and math.isnan(reduction_ratio(3., 2., 0.))
+
+def test_flat_product_equals_the_matrix_plus_the_damping_of_each_tensor():
+    A,b = problem(7)
+    like = [torch.zeros(2,2), torch.zeros(3)]
+    product = lambda vs: unflat(A@flat(vs), [o.double() for o in like])
+    lams = torch.tensor([.1]*4+[2.]*3, dtype=torch.float64)
+    got = flat_product(product, [o.double() for o in like], damping=[.1,2.])(b)
+    assert torch.allclose(got, A@b + lams*b, rtol=0, atol=EXACT)
+    v = torch.arange(7.)
+    assert all(torch.equal(a, c) for a,c in zip(unflat(v, like), (v[:4].view(2,2), v[4:])))
+
+def test_preconditioner_inverts_the_power_of_the_damped_diagonal():
+    d,v = torch.rand(9, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
+    assert torch.allclose((d+.3)**.75*diag_preconditioner(d, .3)(v), v)
+    assert not torch.allclose(diag_preconditioner(d, .3, exponent=1.)(v), diag_preconditioner(d, .3)(v))
+
+@pytest.mark.parametrize('kwargs', [dict(neg_curv='x'), dict(max_iter=0), dict(check_every=0), dict(grid=.5)])
+def test_wrong_settings_are_named(kwargs):
+    with pytest.raises(ValueError, match=list(kwargs)[0] if 'grid' not in kwargs else 'base'): cg(lambda v: v, torch.ones(2), **kwargs)
