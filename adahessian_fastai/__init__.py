@@ -1,1 +1,7 @@
+"""Second-order optimizers for fastai: AdaHessian, Sophia and Hessian-free behind one argument of the Learner
+
+Modules:
+
+- `adahessian_fastai.cg`: Solve with a curvature product: preconditioned CG, its stopping rules, backtracking, line search, damping"""
+
 __version__ = "0.0.1"
