@@ -1,0 +1,161 @@
+"The repository itself: one source for each fact, imports downwards only, generated files current, nothing of the machine it was made on"
+import json,os,re,shutil,subprocess,sys,tarfile,zipfile
+from configparser import ConfigParser
+from email import message_from_string
+from pathlib import Path
+import pytest,yaml
+
+root = Path(__file__).resolve().parents[1]
+lib = 'adahessian_fastai'
+
+# Metadata
+
+build_code = """
+import sys
+sys.modules['pkg_resources'] = None
+from setuptools import build_meta
+getattr(build_meta, sys.argv[1])(sys.argv[2])
+"""
+
+def build(hook, folder, dest):
+    "Run the build backend's `hook` in `folder`, with `pkg_resources` out of reach"
+    res = subprocess.run([sys.executable, '-c', build_code, hook, str(dest)], cwd=folder, capture_output=True, text=True)
+    assert not res.returncode, res.stderr
+    return res.stderr
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    "The wheel, built from the unpacked sdist, so that what the sdist lacks is missed"
+    tmp = tmp_path_factory.mktemp('dist')
+    skip = shutil.ignore_patterns('.*', '_docs', '_proc', 'build', 'dist', '*.egg-info', 'results', 'nbs', 'tests', '__pycache__')
+    shutil.copytree(root, tmp/'repo', ignore=skip)
+    build('build_sdist', tmp/'repo', tmp)
+    sdist, = tmp.glob('*.tar.gz')
+    with tarfile.open(sdist) as t: t.extractall(tmp/'sdist', **(dict(filter='data') if hasattr(tarfile, 'data_filter') else {}))
+    build('build_wheel', next((tmp/'sdist').iterdir()), tmp)
+    return zipfile.ZipFile(next(tmp.glob('*.whl')))
+
+@pytest.fixture(scope='module')
+def metadata(wheel): return message_from_string(wheel.read(next(n for n in wheel.namelist() if n.endswith('METADATA'))).decode())
+
+@pytest.fixture(scope='module')
+def settings():
+    parser = ConfigParser(delimiters=['='], interpolation=None)
+    parser.read(root/'settings.ini', encoding='utf-8')
+    return dict(parser['DEFAULT'])
+
+def norm(req): return re.sub(r'\s|\'|"|\(|\)', '', req).lower().replace('_', '-')
+
+def test_requirements_reach_the_wheel(metadata, settings):
+    want = settings['requirements'].split()
+    for k,v in settings.items():
+        if k.endswith('_requirements'): want += [f"{o};extra=={k.removesuffix('_requirements')}" for o in v.split()]
+    assert sorted(map(norm, metadata.get_all('Requires-Dist'))) == sorted(map(norm, want))
+    assert {'dev', 'docs'} <= set(metadata.get_all('Provides-Extra'))
+
+def test_facts_reach_the_wheel(metadata, settings):
+    version = re.search(r'__version__ = "(.+)"', (root/lib/'__init__.py').read_text())[1]
+    assert (metadata['Name'], metadata['Version'], metadata['Requires-Python']) == (lib, version, f">={settings['min_python']}")
+    assert metadata['Author'] == settings['author'] and metadata['License-Expression'] == 'Apache-2.0'
+    assert set(re.split('[ ,]', metadata['Keywords'])) == set(settings['keywords'].split())
+    assert any(o.startswith(f"Development Status :: {settings['status']}") for o in metadata.get_all('Classifier'))
+    assert metadata.get_payload().strip() == (root/'README.md').read_text(encoding='utf-8').strip()
+
+def test_wheel_holds_the_package_and_nothing_else(wheel):
+    names = {n for n in wheel.namelist() if '.dist-info/' not in n}
+    assert names == {f'{lib}/{p.name}' for p in (root/lib).glob('*.py')}
+    points = wheel.read(next(n for n in wheel.namelist() if n.endswith('entry_points.txt'))).decode()
+    assert 'adahessian-compare = ' in points and '[nbdev]' in points
+    assert any(n.endswith('LICENSE') for n in wheel.namelist())
+
+def test_each_fact_has_one_source(settings):
+    pyproject = (root/'pyproject.toml').read_text()
+    for field in ('requires-python', 'dependencies', 'authors', 'keywords', 'classifiers', 'version'):
+        assert not re.search(rf'^{field} *=(?! *\{{attr)', pyproject, re.M), f'{field} stands in settings.ini or the package'
+    assert 'version' not in settings and 'version:' not in (root/'CITATION.cff').read_text().replace('cff-version:', '')
+
+# Notebooks
+
+def exported(path): return '\n'.join(s for c in json.loads(path.read_text(encoding='utf-8'))['cells']
+    if (s := ''.join(c['source'])) and re.match(r'#\| *(export|default_exp)', s) and c['cell_type']=='code')
+
+def upward_imports(sources):
+    "Imports in `sources` (exported code by notebook name) that do not come from a lower notebook"
+    home = {m[1]: nm for nm,s in sources.items() if (m := re.search(r'^#\| *default_exp (\w+)', s, re.M))}
+    for nm,s in sources.items():
+        for mod in re.findall(rf'^\s*(?:from|import) {lib}\.(\w+)', s, re.M):
+            if home.get(mod, '~') >= nm: yield f'{nm} imports upwards from {mod}'
+
+@pytest.fixture(scope='module')
+def sources(): return {p.name: exported(p) for p in sorted((root/'nbs').glob('[0-9]*.ipynb'))}
+
+def test_imports_run_downwards(sources):
+    assert len(sources) > 3
+    assert not list(upward_imports(sources))
+
+def test_upward_imports_are_seen():
+    low,high = '#| default_exp low\n#| export\nfrom {0}.high import *','#| default_exp high\n#| export\nimport torch'
+    assert list(upward_imports({'00_low.ipynb': low.format(lib), '10_high.ipynb': high})) == ['00_low.ipynb imports upwards from high']
+    assert not list(upward_imports({'10_low.ipynb': low.format(lib), '00_high.ipynb': high}))
+
+def test_ground_floor_knows_nothing_of_fastai(sources):
+    allowed = {'torch', 'fastcore', 'numpy', 'scipy', 'matplotlib', lib, *sys.stdlib_module_names}
+    for nm,s in sources.items():
+        if nm >= '10': continue
+        lines = re.findall(r'^\s*(?:from ([\w.]+) import|import ([^\n#]+))', s, re.M)
+        mods = {o.strip().split(' ')[0].split('.')[0] for a,b in lines for o in (a or b).split(',')}
+        assert mods <= allowed, f'{nm} imports {mods-allowed}'
+
+def in_step(d): return subprocess.run([sys.executable, d/'tools/in_step.py'], capture_output=True, text=True)
+
+def test_out_of_step_is_named_and_mendable(tmp_path):
+    pytest.importorskip('nbdev')
+    for o in ('nbs', lib, 'tools'): shutil.copytree(root/o, tmp_path/o, ignore=shutil.ignore_patterns('.*', '__pycache__', 'models'))
+    for o in ('pyproject.toml', 'settings.ini'): shutil.copy(root/o, tmp_path)
+    (tmp_path/lib/'averaging.py').write_text((tmp_path/lib/'averaging.py').read_text()+'\nedited = 1\n')
+    (tmp_path/lib/'gone.py').write_text('# AUTOGENERATED! DO NOT EDIT! File to edit: ../nbs/gone.ipynb.\n')
+    nb = json.loads((tmp_path/'nbs/01_hutchinson.ipynb').read_text())
+    nb['cells'][1]['execution_count'] = 7
+    (tmp_path/'nbs/01_hutchinson.ipynb').write_text(json.dumps(nb))
+    before = {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
+    res = in_step(tmp_path)
+    assert res.returncode == 1 and 'make sync' in res.stderr
+    for o in (f'{lib}/averaging.py: not what', f'{lib}/gone.py: no notebook', 'nbs/01_hutchinson.ipynb: not clean', 'README.md: not what'): assert o in res.stderr
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
+
+def test_readme_is_current():
+    res = subprocess.run([sys.executable, '-c', 'from readme import *; import sys; sys.stdout.buffer.write(readme_md().encode())'],
+        capture_output=True, cwd=root/'tools')
+    assert not res.returncode, res.stderr.decode()
+    assert res.stdout == (root/'README.md').read_bytes(), 'README.md is not current: make sync'
+
+# Files
+
+def tracked():
+    "The repository's text files: what git knows, or in an unpacked archive what is there"
+    res = subprocess.run(['git', 'ls-files', '-z'], cwd=root, capture_output=True) if (root/'.git').exists() and shutil.which('git') else None
+    names = res.stdout.decode().split('\0') if res and not res.returncode else [p.relative_to(root).as_posix() for p in root.rglob('*')]
+    return [root/n for n in names if n and not n.startswith(('.venv', '_')) and (root/n).is_file() and (root/n).suffix not in ('.png', '.gif', '.pkl', '.pth')]
+
+def test_no_paths_of_a_machine():
+    machine = re.compile(r'(?<![\w.])/(?:work|root|home|Users|tmp)/\w[^\s"\']*')
+    found = [f'{p.relative_to(root)}: {m[0]}' for p in tracked() for m in machine.finditer(p.read_text(encoding='utf-8', errors='replace'))]
+    assert not found, found
+
+def test_ci_is_the_test_command():
+    script = (root/'.ci/run').read_text()
+    assert re.search(r'exec make test\b', script) and os.access(root/'.ci/run', os.X_OK)
+    assert 'make test' in (root/'README.md').read_text(encoding='utf-8')
+
+def test_workflows(settings):
+    flows = {p.stem: yaml.safe_load(p.read_text()) for p in (root/'.github/workflows').glob('*.yml')}
+    assert set(flows) == {'test', 'docs', 'release'}
+    newest,oldest = flows['test']['jobs']['newest'],flows['test']['jobs']['oldest']
+    pythons = newest['strategy']['matrix']['python']
+    assert pythons == ['3.10', '3.11', '3.12', '3.13'] and pythons[0] == settings['min_python']
+    assert newest['steps'][-1]['run'] == 'bash .ci/run' and 'settings.ini' in oldest['steps'][-2]['run']
+    assert flows['release']['jobs']['publish']['needs'] == 'build' and flows['release']['jobs']['build']['needs'] == 'test'
+
+def test_oldest_versions_are_exact(settings):
+    "CI's job with the oldest versions turns each `>=` into `==`, so each has to name a release"
+    assert all(re.fullmatch(r'[\w-]+>=\d+(\.\d+)+', o) for o in settings['requirements'].split())

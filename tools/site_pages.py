@@ -1,0 +1,204 @@
+"Writes the pages of the documentation site in _proc: the notebooks with their API made readable, `docs/*.md`, changelog and contributing guide"
+import ast,io,json,posixpath,re,tokenize
+from functools import lru_cache
+from pathlib import Path
+from shutil import copy,rmtree
+from fastcore.nbio import read_nb
+from nbdev.config import nbpath2html
+from nbdev.doclinks import NbdevLookup
+
+root = Path(__file__).resolve().parents[1]
+out,lib = root/'_proc','adahessian_fastai'
+defs = ast.FunctionDef,ast.ClassDef
+papers = {'CHANGELOG.md': 'changelog.md', 'CONTRIBUTING.md': 'contributing.md'}
+re_link = re.compile(r'(\]\(|<img[^>]* src=")(?![a-z]+:|#)([^)"\s#]+)')
+re_code = re.compile(r'(?<![`\[])`([A-Za-z_][\w.]*)(?:\(\))?`(?!`)')
+
+# Reading notebooks
+
+def notebooks(): return sorted(p for p in (root/'nbs').glob('*.ipynb') if p.name[0] not in '_.')
+def page_name(p): return nbpath2html(Path(p.name)).with_suffix('.ipynb').as_posix()
+def module_name(nb): return next((d for c in nb.cells if (d := c.directive('default_exp'))), None)
+def is_export(c): return c.cell_type=='code' and bool({'export', 'exports'} & set(c.directives))
+def source(c): return re.sub(r'^(#\|.*\n?)+', '', c.source).strip()
+def is_patch(node): return any(ast.unparse(d).startswith('patch') for d in getattr(node, 'decorator_list', []))
+
+def shown_name(node):
+    "The public name that a top-level `node` of an exported cell defines, `None` for anything else"
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name): name = node.targets[0].id
+    elif isinstance(node, defs): name = node.name
+    else: return None
+    if name.startswith('_'): return None
+    return f'{ast.unparse(node.args.args[0].annotation)}.{name}' if is_patch(node) else name
+
+@lru_cache
+def public_names():
+    "Full name by public name, for every exported name of every notebook"
+    res = {}
+    for nb in map(read_nb, notebooks()):
+        for node in (n for c in nb.cells if is_export(c) for n in ast.parse(source(c)).body):
+            if name := shown_name(node): res.setdefault(name, f'{lib}.{module_name(nb)}.{name}')
+    return res
+
+# Descriptions of functions and classes
+
+def comments(src):
+    "The comment of each line of `src`"
+    toks = tokenize.generate_tokens(io.StringIO(src).readline)
+    return {t.start[0]: t.string.lstrip('# ').strip() for t in toks if t.type==tokenize.COMMENT}
+
+def parameters(node):
+    "The arguments of function `node`, in order, with `*` and `**` in front of the collecting ones"
+    a = node.args
+    star = [(f'*{a.vararg.arg}', a.vararg)] if a.vararg else []
+    kw = [(f'**{a.kwarg.arg}', a.kwarg)] if a.kwarg else []
+    return [*((o.arg, o) for o in a.posonlyargs+a.args), *star, *((o.arg, o) for o in a.kwonlyargs), *kw]
+
+def returned(node, notes):
+    "The docment behind the closing parenthesis of function `node`"
+    params = [o.end_lineno for _,o in parameters(node)]
+    first,last = max(params, default=node.lineno),node.body[0].lineno
+    return next((notes[i] for i in range(first+1, last) if i in notes), None)
+
+def docments_table(node, notes, skip_self=False):
+    "A table of the parameters of function `node` that have a docment"
+    rows = [(f"`{nm}{f': {ast.unparse(o.annotation)}' if o.annotation else ''}`", notes[o.lineno])
+        for nm,o in parameters(node)[skip_self:] if o.lineno in notes]
+    if ret := returned(node, notes): rows.append((f'returns{f" `{ast.unparse(node.returns)}`" if node.returns else ""}', ret))
+    if not rows: return ''
+    cells = '\n'.join(f"| {a.replace('|', chr(92)+'|')} | {linked(b).replace('|', chr(92)+'|')} |" for a,b in rows)
+    return f'{{.docments}}\n| Parameter | Meaning |\n|---|---|\n{cells}'
+
+def signature(node, skip_self=False):
+    "The arguments of function `node` with their defaults, without annotations"
+    bare = ast.parse(ast.unparse(node)).body[0]
+    for _,o in parameters(bare): o.annotation = None
+    if skip_self: bare.args.args = bare.args.args[1:]
+    return f'({ast.unparse(bare.args)})'
+
+def directive(kind, head, body, level=4):
+    fence = ':'*level
+    return f"{fence}{{py:{kind}}} {head}\n\n{body}\n{fence}"
+
+def described(node, notes, name, mod, kind='function', level=4):
+    "The description of function `node` as a directive"
+    is_method = kind=='method'
+    body = '\n\n'.join(filter(None, [linked(ast.get_docstring(node) or ''), docments_table(node, notes, is_method)]))
+    return directive(kind, f'{name}{signature(node, is_method)}\n:module: {mod}', body, level)
+
+def described_class(node, notes, name, mod):
+    "The description of class `node`, with its documented public methods"
+    methods = {o.name: o for o in node.body if isinstance(o, ast.FunctionDef)}
+    init = methods.get('__init__')
+    parts = [linked(ast.get_docstring(node) or ''), docments_table(init, notes, True) if init else '']
+    parts += [described(o, notes, f'{name}.{nm}', mod, 'method', 3) for nm,o in methods.items() if nm[0]!='_' and ast.get_docstring(o)]
+    return directive('class', f"{name}{signature(init, True) if init else ''}\n:module: {mod}", '\n\n'.join(filter(None, parts)), 5)
+
+def api_entry(node, src, mod):
+    "The description of one top-level `node` of an exported cell"
+    name,notes = shown_name(node),comments(src)
+    if name is None: return None
+    if isinstance(node, ast.ClassDef): return described_class(node, notes, name, mod)
+    if isinstance(node, ast.FunctionDef): return described(node, notes, name, mod, 'method' if is_patch(node) else 'function')
+    return directive('data', f'{name}\n:module: {mod}', '')
+
+# Markdown
+
+@lru_cache
+def fastai_lookup(): return NbdevLookup(strip_libs='fastai')
+
+def code_link(m):
+    "A name in backticks as a link to its description here or in fastai's documentation, where it has one"
+    name = m[1]
+    if full := public_names().get(name): return f'{{py:obj}}`{name} <{full}>`'
+    url = fastai_lookup().doc(name) if re.search('[A-Z_]', name) else None
+    return f'[{m[0]}]({url})' if url else m[0]
+
+def linked(md):
+    "`md` with links behind the names in backticks, outside code blocks and headings"
+    parts = re.split(r'(^(?:```|~~~).*?^(?:```|~~~)$|^#+ .*$)', md, flags=re.M|re.S)
+    return ''.join(p if i%2 else re_code.sub(code_link, p) for i,p in enumerate(parts))
+
+def pages():
+    "Page in `_proc` by path in the repository"
+    res = {f'nbs/{p.name}': page_name(p) for p in notebooks()}
+    return {**res, **{f'docs/{p.name}': p.name for p in (root/'docs').glob('*.md')}, **papers}
+
+def relinked(md, folder):
+    "`md` from `folder` of the repository with its relative links leading to pages, or to copies of the files they name"
+    def f(m):
+        path = posixpath.normpath(posixpath.join(folder, m[2]))
+        if path in pages(): return m[1]+pages()[path]
+        if (root/path).is_file():
+            (out/path).parent.mkdir(parents=True, exist_ok=True)
+            copy(root/path, out/path)
+            return m[1]+path
+        return m[0]
+    return re_link.sub(f, md)
+
+def prose(md, folder): return linked(relinked(md, folder))
+
+# Pages
+
+def md_cell(id, text): return dict(cell_type='markdown', id=id, metadata={}, source=text)
+
+def exported_cell(c, mod):
+    "The descriptions of what an exported cell defines, above its source; `None` for imports"
+    src = source(c)
+    nodes = ast.parse(src).body
+    if all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in nodes): return None
+    entries = list(filter(None, (api_entry(n, src, f'{lib}.{mod}') for n in nodes)))
+    code = f'```python\n{src}\n```'
+    return md_cell(c.id, '\n\n'.join([*entries, f':::{{dropdown}} Source\n{code}\n:::' if entries else code]))
+
+def page_cell(c, mod):
+    "Cell `c` as the site shows it, or `None`"
+    if 'hide' in c.directives or c.cell_type=='raw' or 'default_exp' in c.directives: return None
+    if c.cell_type=='markdown': return md_cell(c.id, prose(source(c), 'nbs'))
+    if is_export(c): return exported_cell(c, mod)
+    return dict(c, source=source(c), id=c.id, metadata={})
+
+def clean_dict(c): return {k: c[k] for k in ('cell_type', 'id', 'metadata', 'source', 'outputs', 'execution_count') if k in c}
+
+def notebook_page(path, extra=()):
+    "Write the page of the notebook at `path`"
+    nb = read_nb(path)
+    cells = [clean_dict(o) for c in nb.cells if (o := page_cell(c, module_name(nb)))]
+    page = dict(cells=[*cells, *extra], metadata=nb.metadata, nbformat=nb.nbformat, nbformat_minor=nb.nbformat_minor)
+    (out/page_name(path)).write_text(json.dumps(page), encoding='utf-8')
+
+def toctree(caption, names):
+    entries = '\n'.join(n.rsplit('.', 1)[0] for n in names)
+    return f'```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{entries}\n```' if names else ''
+
+def summary(nb): return next((m[1] for c in nb.cells if (m := re.search(r'^> (.+)$', c.source, re.M))), '')
+
+def module_table(path):
+    "The section of the API overview on the notebook at `path`"
+    nb = read_nb(path)
+    nodes = [n for c in nb.cells if is_export(c) for n in ast.parse(source(c)).body]
+    rows = [f"| `{shown_name(n)}` | {ast.get_docstring(n) or ''} |" for n in nodes if isinstance(n, defs) and shown_name(n)]
+    head = f"## [{module_name(nb)}]({page_name(path)})\n\n{summary(nb)}\n\n"
+    return head + (linked('| Name | What it does |\n|---|---|\n' + '\n'.join(rows)) if rows else '')
+
+def api_page(rooms):
+    intro = f'# API at a glance\n\n`from {lib}.all import *` brings all of it. Each heading leads to the notebook that defines, explains and tests its module.'
+    (out/'api.md').write_text('\n\n'.join([intro, *map(module_table, rooms)])+'\n', encoding='utf-8')
+
+def site_pages():
+    "Write all pages, afresh"
+    rmtree(out, ignore_errors=True)
+    out.mkdir()
+    rooms = [p for p in notebooks() if module_name(read_nb(p)) and p.name!='index.ipynb']
+    stories = [p for p in notebooks() if p not in rooms and p.name!='index.ipynb']
+    guides = sorted((root/'docs').glob('*.md'))
+    for p in [*rooms, *stories]: notebook_page(p)
+    for p in guides: (out/p.name).write_text(prose(p.read_text(encoding='utf-8'), 'docs'), encoding='utf-8')
+    for p,name in papers.items(): (out/name).write_text(prose((root/p).read_text(encoding='utf-8'), '.'), encoding='utf-8')
+    api_page(rooms)
+    trees = [('Tutorials', map(page_name, stories)), ('Guides', (p.name for p in guides)), ('API', ('api.md', *map(page_name, rooms))),
+        ('Project', papers.values())]
+    tocs = '\n\n'.join(toctree(k, list(v)) for k,v in trees)
+    notebook_page(root/'nbs/index.ipynb', [md_cell('toctrees', tocs)])
+
+if __name__=='__main__': site_pages()
