@@ -20,6 +20,10 @@ sync: install ## Clean the notebooks, write the package and the README from them
 	$(bin)/nbdev-export
 	$(bin)/python tools/readme.py
 
+outputs: install ## Run the notebooks and save in them what their cells show
+	PYTHONWARNINGS=ignore $(bin)/nbdev-test --save $(ARGS)
+	$(bin)/nbdev-clean
+
 docs: install-docs ## Build the documentation site in _docs
 	$(bin)/python tools/site_pages.py
 	$(bin)/sphinx-build -q -W --keep-going -n -c docs _proc _docs
@@ -37,4 +41,4 @@ install:
 install-docs:
 	@sh tools/install.sh dev,docs $(PYTHON)
 
-.PHONY: help demo test sync docs bench clean install install-docs
+.PHONY: help demo test sync outputs docs bench clean install install-docs
