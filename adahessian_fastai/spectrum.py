@@ -191,11 +191,11 @@ def _beyond(new, pairs, k, which, slack):
     few = len(vs) < k*(1+(which=='both'))
     return [o for o in new if few or o[0]>hi or o[0]<lo]
 
-# %% ../nbs/03_spectrum.ipynb #a4400032
+# %% ../nbs/03_spectrum.ipynb #28f48fcf
 ROUNDING = 32
 
 def _ritz_pairs(product, params, k, which, tol, steps, generator, against=(), scale=0.):
-    "Pairs `(value, bound, vector)` at the wanted ends of the complement of `against`, and the number of Lanczos steps"
+    "Pairs `(value, bound, vector)` at the wanted ends of the complement of `against`, the Lanczos steps and the largest size"
     need,(least,most) = k*(1+(which=='both')),steps
     for Q,alpha,beta in lanczos(product, params, generator=generator, against=against):
         theta,S = eigh_tridiagonal(alpha, beta[:-1])
@@ -209,9 +209,9 @@ def _ritz_pairs(product, params, k, which, tol, steps, generator, against=(), sc
         hv = flat(product(unflat(v, params)))
         value = (v@hv).item()
         pairs.append((value, (hv-value*v).norm().item() + ROUNDING*torch.finfo(v.dtype).eps*size, v))
-    return pairs,len(Q)
+    return pairs,len(Q),size
 
-# %% ../nbs/03_spectrum.ipynb #b3155193
+# %% ../nbs/03_spectrum.ipynb #9d7cbbae
 def extreme_eigenvalues(
     product, # `v -> Hv` on lists of tensors shaped like `params`
     params:list, # Tensors that give the shapes
@@ -227,10 +227,10 @@ def extreme_eigenvalues(
     params,n = list(params),sum(p.numel() for p in params)
     if k<1: raise ValueError(f"k must be >= 1, got {k=}")
     if which not in ('largest','smallest','both'): raise ValueError(f"which must be 'largest', 'smallest' or 'both', got {which=}")
-    pairs,m = _ritz_pairs(product, params, k, which, tol, (0, max_iter), generator)
-    scale,count = max(abs(o[0]) for o in pairs),m+len(pairs)
+    pairs,m,scale = _ritz_pairs(product, params, k, which, tol, (0, max_iter), generator)
+    count = m+len(pairs)
     while check and len(pairs)<n:
-        new,steps = _ritz_pairs(product, params, 1, which, tol, (m, max_iter), generator, [o[2] for o in pairs], scale)
+        new,steps,scale = _ritz_pairs(product, params, 1, which, tol, (m, max_iter), generator, [o[2] for o in pairs], scale)
         count += steps+len(new)
         new = _beyond(new, pairs, k, which, tol*scale)
         if not new: break
