@@ -2,6 +2,7 @@
 # Other Python: `make test PYTHON=python3.12`. More options for a target's program: `make demo ARGS="--epochs 1"`.
 bin = .venv/bin
 export OMP_NUM_THREADS ?= 1
+tree = git status --porcelain 2>/dev/null || true
 
 help: ## Say what can be made
 	@sed -n 's/^\([a-z]*\): .*## /  make \1	/p' Makefile
@@ -10,10 +11,12 @@ demo: install ## Train a small network on real digits with Adam and AdaHessian, 
 	$(bin)/python -m adahessian_fastai $(ARGS)
 
 test: install ## Run everything that CI checks
+	@($(tree)) > .venv/.tree
 	$(bin)/python tools/in_step.py
-	$(bin)/chkstyle nbs adahessian_fastai tests tools docs benchmarks setup.py
+	$(bin)/chkstyle nbs adahessian_fastai tests tools docs $(wildcard benchmarks) setup.py
 	$(bin)/nbdev-test --timing
 	$(bin)/python -m pytest $(ARGS)
+	@[ -z "$$CI" ] || ($(tree)) | diff .venv/.tree - || { echo "make test has changed the work tree, see above"; exit 1; }
 
 sync: install ## Clean the notebooks, write the package and the README from them
 	$(bin)/nbdev-clean

@@ -25,7 +25,7 @@ fi
 
 echo "Installing into .venv: some minutes the first time, PyTorch is large"
 export PYTHONWARNINGS=ignore PIP_DISABLE_PIP_VERSION_CHECK=1
-quiet=-q; if [ -t 1 ]; then quiet=; fi
+quiet=-qq; if [ -t 1 ]; then quiet=; fi
 .venv/bin/python -m pip install $quiet --upgrade pip
 .venv/bin/python -m pip install $quiet -e ".[$extras]"
 echo "$key" > "$stamp"
