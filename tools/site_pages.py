@@ -69,10 +69,12 @@ def docments_table(node, notes, skip_self=False):
     cells = '\n'.join(f"| {a.replace('|', chr(92)+'|')} | {linked(b).replace('|', chr(92)+'|')} |" for a,b in rows)
     return f'{{.docments}}\n| Parameter | Meaning |\n|---|---|\n{cells}'
 
-def signature(node, skip_self=False):
-    "The arguments of function `node` with their defaults, without annotations"
+def signature(node, src, skip_self=False):
+    "The arguments of function `node` in `src` with their defaults as written, without annotations"
     bare = ast.parse(ast.unparse(node)).body[0]
     for _,o in parameters(bare): o.annotation = None
+    as_written = lambda ds: [d and ast.Name(ast.get_source_segment(src, d)) for d in ds]
+    bare.args.defaults,bare.args.kw_defaults = as_written(node.args.defaults),as_written(node.args.kw_defaults)
     if skip_self: bare.args.args = bare.args.args[1:]
     return f'({ast.unparse(bare.args)})'
 
@@ -80,26 +82,26 @@ def directive(kind, head, body, level=4):
     fence = ':'*level
     return f"{fence}{{py:{kind}}} {head}\n\n{body}\n{fence}"
 
-def described(node, notes, name, mod, kind='function', level=4):
-    "The description of function `node` as a directive"
-    is_method = kind=='method'
+def described(node, src, name, mod, kind='function', level=4):
+    "The description of function `node` in `src` as a directive"
+    is_method,notes = kind=='method',comments(src)
     body = '\n\n'.join(filter(None, [linked(ast.get_docstring(node) or ''), docments_table(node, notes, is_method)]))
-    return directive(kind, f'{name}{signature(node, is_method)}\n:module: {mod}', body, level)
+    return directive(kind, f'{name}{signature(node, src, is_method)}\n:module: {mod}', body, level)
 
-def described_class(node, notes, name, mod):
-    "The description of class `node`, with its documented public methods"
+def described_class(node, src, name, mod):
+    "The description of class `node` in `src`, with its documented public methods"
     methods = {o.name: o for o in node.body if isinstance(o, ast.FunctionDef)}
     init = methods.get('__init__')
-    parts = [linked(ast.get_docstring(node) or ''), docments_table(init, notes, True) if init else '']
-    parts += [described(o, notes, f'{name}.{nm}', mod, 'method', 3) for nm,o in methods.items() if nm[0]!='_' and ast.get_docstring(o)]
-    return directive('class', f"{name}{signature(init, True) if init else ''}\n:module: {mod}", '\n\n'.join(filter(None, parts)), 5)
+    parts = [linked(ast.get_docstring(node) or ''), docments_table(init, comments(src), True) if init else '']
+    parts += [described(o, src, f'{name}.{nm}', mod, 'method', 3) for nm,o in methods.items() if nm[0]!='_' and ast.get_docstring(o)]
+    return directive('class', f"{name}{signature(init, src, True) if init else ''}\n:module: {mod}", '\n\n'.join(filter(None, parts)), 5)
 
 def api_entry(node, src, mod):
     "The description of one top-level `node` of an exported cell"
-    name,notes = shown_name(node),comments(src)
+    name = shown_name(node)
     if name is None: return None
-    if isinstance(node, ast.ClassDef): return described_class(node, notes, name, mod)
-    if isinstance(node, ast.FunctionDef): return described(node, notes, name, mod, 'method' if is_patch(node) else 'function')
+    if isinstance(node, ast.ClassDef): return described_class(node, src, name, mod)
+    if isinstance(node, ast.FunctionDef): return described(node, src, name, mod, 'method' if is_patch(node) else 'function')
     return directive('data', f'{name}\n:module: {mod}', '')
 
 # Markdown
@@ -179,7 +181,7 @@ def module_table(path):
     nodes = [n for c in nb.cells if is_export(c) for n in ast.parse(source(c)).body]
     rows = [f"| `{shown_name(n)}` | {ast.get_docstring(n) or ''} |" for n in nodes if isinstance(n, defs) and shown_name(n)]
     head = f"## [{module_name(nb)}]({page_name(path)})\n\n{summary(nb)}\n\n"
-    return head + (linked('| Name | What it does |\n|---|---|\n' + '\n'.join(rows)) if rows else '')
+    return head + (linked('{.docments}\n| Name | What it does |\n|---|---|\n' + '\n'.join(rows)) if rows else '')
 
 def api_page(rooms):
     intro = f'# API at a glance\n\n`from {lib}.all import *` brings all of it. Each heading leads to the notebook that defines, explains and tests its module.'
