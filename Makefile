@@ -27,10 +27,11 @@ outputs: install ## Run the notebooks and save in them what their cells show
 	PYTHONWARNINGS=ignore $(bin)/nbdev-test --save $(ARGS)
 	$(bin)/nbdev-clean
 
-docs: install-docs ## Build the documentation site in _docs
+docs: install-docs ## Build the documentation site in _docs/html
+	rm -rf _docs
 	$(bin)/python tools/site_pages.py
-	$(bin)/sphinx-build -q -W --keep-going -n -c docs _proc _docs
-	@echo "Open _docs/index.html"
+	$(bin)/sphinx-build -q -W --keep-going -n -c docs -d _proc/.doctrees _proc _docs/html
+	@echo "Open _docs/html/index.html"
 
 bench: install ## Run the benchmarks, which write their results to benchmarks/results
 	@for f in benchmarks/[0-9a-z]*.py; do echo "$$f"; $(bin)/python $$f $(ARGS) || exit 1; done
