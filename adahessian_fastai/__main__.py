@@ -1,0 +1,9 @@
+"`python -m adahessian_fastai`: the command line of `adahessian_fastai.compare`"
+import os,warnings
+# Both are read when torch is loaded: its memory profiler otherwise reports each start and stop on the terminal
+os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')
+os.environ.setdefault('KINETO_LOG_LEVEL', '99')
+warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated', category=FutureWarning)
+from .compare import main
+
+if __name__=='__main__': main()
