@@ -2,6 +2,8 @@
 # Other Python: `make test PYTHON=python3.12`. More options for a target's program: `make demo ARGS="--epochs 1"`.
 bin = .venv/bin
 export OMP_NUM_THREADS ?= 1
+export TORCH_CPP_LOG_LEVEL ?= ERROR
+export KINETO_LOG_LEVEL ?= 99
 tree = git status --porcelain 2>/dev/null || true
 
 help: ## Say what can be made
