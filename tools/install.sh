@@ -17,7 +17,8 @@ else
         if new_enough "$p"; then python=$p; break; fi
     done
     if [ -z "$python" ]; then
-        echo "Python >= $min with its venv module is needed, and ${wanted:-python3} is $("${wanted:-python3}" -V 2>&1 | tail -1): install one, or name it, as in 'make test PYTHON=python3.12'" >&2
+        found=$("${wanted:-python3}" -V 2>/dev/null) || found="not there"
+        echo "Python >= $min with its venv module is needed, and ${wanted:-python3} is $found: install one, or name it, as in 'make test PYTHON=python3.12'" >&2
         exit 1
     fi
     "$python" -m venv --clear .venv
