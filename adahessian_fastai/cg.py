@@ -161,14 +161,14 @@ def cg(
     bent = reason=='negative curvature' or any(o[2]<=0 for o in rows)
     return CGResult({**{i:o for i,o in kept.items() if i<n}, n:x}, [o[0] for o in rows], reason, bent)
 
-# %% ../nbs/04_cg.ipynb #879d96be
+# %% ../nbs/04_cg.ipynb #01ee949c
 def diag_preconditioner(
     d:Tensor, # A diagonal that is not negative, flat
     damping:float=0., # λ, above 0 where `d` has zeros
     exponent:float=0.75 # ξ; 1 is Jacobi's preconditioner
 ): # `v -> (d+λ)^-ξ v`
     "Approximate inverse of a matrix from its diagonal `d`"
-    inv = (d+damping).pow(-exponent)
+    inv = (d+damping).clamp_min(torch.finfo(d.dtype).tiny).pow(-exponent)
     return lambda v: inv*v
 
 # %% ../nbs/04_cg.ipynb #0a45305a

@@ -60,15 +60,15 @@ def model_forward(
     names = {p:n for n,p in model.named_parameters()}
     return lambda values: output_tensors(functional_call(model, {names[p]:v for p,v in zip(params, values)}, args), graph=False)
 
-# %% ../nbs/06_ggn.ipynb #d65b6b0c
+# %% ../nbs/06_ggn.ipynb #51e78c27
 def dual_jvp(
     forward, # `values -> [outputs]`, a function of the parameters' values
     params:list # The point: values are taken from here at each product
 ): # `v -> Jv`
     "Jacobian of `forward` by dual numbers, one forward pass for each product"
     def _jvp(v):
-        with fwAD.dual_level():
-            outs = forward([fwAD.make_dual(p.detach().requires_grad_(), o) for p,o in zip(params, v)])
+        with fwAD.dual_level(), torch.no_grad():
+            outs = forward([fwAD.make_dual(p.detach(), o) for p,o in zip(params, v)])
             return [_tangent(fwAD.unpack_dual(o)) for o in outs]
     return _jvp
 
@@ -179,7 +179,7 @@ def fresh_ggn_product(
     run = torch.compile(_product) if compiled else _product
     return lambda v: [o.detach() for o in run([p.detach() for p in params], list(v))]
 
-# %% ../nbs/06_ggn.ipynb #4b34d957
+# %% ../nbs/06_ggn.ipynb #6f37f364
 def fisher_diagonal(
     outputs, # What the model returned, with its graph; samples along dimension 0
     loss:Tensor, # Scalar loss of these outputs, with its graph
@@ -194,7 +194,7 @@ def fisher_diagonal(
     gs,JT = _dense(torch.autograd.grad(loss, zs, retain_graph=True, allow_unused=True), zs), graph_vjp(zs, params)
     device = gs[0].device
     if n_probes is None: signs = torch.eye(N, device=device)
-    else: signs = torch.randint(0, 2, (n_probes,N), generator=generator, device=device).float()*2-1
+    else: signs = torch.randint(0, 2, (n_probes,N), generator=generator, device=generator.device if generator else device).to(device)*2.-1
     ds = [torch.zeros_like(p) for p in params]
     for s in signs:
         rows = JT([g*s.to(g.dtype).view(-1, *[1]*(g.ndim-1)) for g in gs])
