@@ -118,7 +118,7 @@ def code_link(m):
 
 def linked(md):
     "`md` with links behind the names in backticks, outside code blocks and headings"
-    parts = re.split(r'(^(?:```|~~~).*?^(?:```|~~~)$|^#+ .*$)', md, flags=re.M|re.S)
+    parts = re.split(r'(^(?:```|~~~).*?^(?:```|~~~)$|^#+ [^\n]*$)', md, flags=re.M|re.S)
     return ''.join(p if i%2 else re_code.sub(code_link, p) for i,p in enumerate(parts))
 
 def pages():
