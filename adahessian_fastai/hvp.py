@@ -11,7 +11,7 @@ __all__ = ['hvp_methods', 'gradient', 'graph_product', 'hessian_product']
 import torch
 from torch import Tensor
 
-# %% ../nbs/00_hvp.ipynb #384e8981
+# %% ../nbs/00_hvp.ipynb #b1a28e31
 def gradient(
     loss:Tensor, # Scalar loss with its graph
     params:list, # Tensors to differentiate for
@@ -20,7 +20,7 @@ def gradient(
 )->list: # A plain tensor or `None` for each of `params`
     "Gradient of `loss` for each of `params`, `None` where `loss` does not depend on one"
     gs = torch.autograd.grad(loss, params, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True)
-    return [None if g is None else g.as_subclass(Tensor) for g in gs]
+    return [g if g is None or type(g) is Tensor else g.as_subclass(Tensor) for g in gs]
 
 # %% ../nbs/00_hvp.ipynb #41a7ed3c
 def graph_product(

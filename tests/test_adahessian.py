@@ -1,0 +1,248 @@
+"The optimizer against its literal twin, in float64: every option, every argument, and the route through a Learner"
+import copy,gc,math,weakref
+
+import pytest,torch
+import torch.nn.functional as F
+from fastai.basics import Callback,DataLoaders,Learner,nn,partial,set_seed
+import fastai.callback.all
+from adahessian_fastai.all import adahessian
+from twin import Twin
+
+# 50 steps of a contracting map amplify the last bit of float64 (1e-16) by less than 1e4
+ROUNDING = 1e-12
+HYPERS = dict(lr=0.1, mom=0.9, sqr_mom=0.99, eps=1e-3, wd=0.02, hessian_power=1.)
+
+
+def net(seed=0):
+    "Conv and linear layers; 48×5 weights do not divide into blocks of 32"
+    torch.manual_seed(seed)
+    layers = nn.Conv2d(1,3,3),nn.Tanh(),nn.Flatten(),nn.Linear(48,5),nn.Tanh(),nn.Linear(5,2)
+    return nn.Sequential(*layers).double()
+
+
+def batches(n, bs=6, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return [(torch.randn(bs,1,6,6, generator=g).double(), torch.randint(2, (bs,), generator=g)) for _ in range(n)]
+
+
+def prober(seed=2):
+    "Rademacher probes from a generator of the test's own, in the order in which they are asked for"
+    g = torch.Generator().manual_seed(seed)
+    return lambda p,_: torch.randint(2, p.shape, generator=g).to(p)*2-1
+
+
+def distance(model, other):
+    return max((a-b).abs().max().item() for a,b in zip(model.parameters(), other.parameters()))
+
+
+CASES = [dict(), dict(update_each=3), dict(n_samples=4), dict(hessian_power=0.5), dict(decouple_wd=False), dict(n_acc=3),
+    dict(block_length=1), dict(update_each=3, n_samples=4, n_acc=3, hessian_power=0.5, decouple_wd=False)]
+
+@pytest.mark.parametrize('case', CASES, ids=lambda c: ','.join(f'{k}={v}' for k,v in c.items()) or 'defaults')
+def test_fifty_steps_equal_the_twin(case):
+    ours,theirs = net(),net()
+    hypers = {**HYPERS, **{k: v for k,v in case.items() if k in HYPERS}}
+    opts = {k: v for k,v in case.items() if k not in HYPERS}
+    n_acc = opts.get('n_acc', 1)
+    opt = adahessian(list(ours.parameters()), **hypers, **opts, probe=prober())
+    opts.pop('n_acc', None)
+    twin = Twin([dict(params=list(theirs.parameters()), **hypers)], prober(), **{'block_length': 32, **opts})
+    data = batches(n_acc)
+    for _ in range(50):
+        for x,y in data: opt.differentiate(F.cross_entropy(ours(x),y), n_items=len(x))
+        opt.step()
+        opt.zero_grad()
+        twin.step([lambda x=x,y=y: F.cross_entropy(theirs(x),y) for x,y in data])
+    assert distance(ours, net())>0.1
+    assert distance(ours, theirs)<ROUNDING
+
+
+def test_two_groups_with_different_hypers_equal_the_twin():
+    ours,theirs = net(),net()
+    split = lambda m: [list(m[0].parameters()), list(m[3:].parameters())]
+    other = dict(lr=0.02, mom=0.7, sqr_mom=0.9, eps=1e-2, wd=0.1, hessian_power=0.7)
+    opt = adahessian(split(ours), **HYPERS, probe=prober())
+    for k,v in other.items(): opt.set_hyper(k, [HYPERS[k],v])
+    groups = [dict(params=ps, **hp) for ps,hp in zip(split(theirs), [HYPERS,other])]
+    twin = Twin(groups, prober())
+    (x,y), = batches(1)
+    for _ in range(50):
+        opt.differentiate(F.cross_entropy(ours(x),y))
+        opt.step()
+        opt.zero_grad()
+        twin.step([lambda: F.cross_entropy(theirs(x),y)])
+    assert distance(ours, theirs)<ROUNDING
+
+
+class Diary(Callback):
+    "The batches and hyperparameters that a Learner used"
+    run_valid = False
+    def before_fit(self): self.entries = []
+    def before_step(self): self.entries.append((self.x, self.y, dict(self.opt.hypers[-1])))
+
+
+def test_fit_one_cycle_equals_the_twin():
+    ours,theirs = net(),net()
+    data = batches(25)
+    dls = DataLoaders(data, data[:2])
+    diary = Diary()
+    loss_func = lambda pred,y: F.cross_entropy(pred,y).float()   # fastai's Recorder averages float32
+    learn = Learner(dls, ours, loss_func, opt_func=partial(adahessian, **HYPERS, probe=prober()), wd_bn_bias=True, cbs=diary)
+    with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(2, 0.2)
+    twin = Twin([dict(params=list(theirs.parameters()), **HYPERS)], prober())
+    for x,y,hp in diary.entries: twin.step([lambda: F.cross_entropy(theirs(x),y)], **hp)
+    assert len(diary.entries)==50
+    assert len({hp['lr'] for *_,hp in diary.entries})==50 and len({hp['mom'] for *_,hp in diary.entries})>40
+    assert distance(ours, theirs)<ROUNDING
+
+
+def test_first_step_by_hand():
+    "L = x³ summed at (3,1): g = (27,3), H = diag(18,6), and bias corrections cancel the dampening"
+    p = nn.Parameter(torch.tensor([3.,1.]).double())
+    opt = adahessian([p], lr=0.1, eps=0.5, wd=0.01)
+    opt.differentiate((p**3).sum())
+    opt.step()
+    start,newton = (torch.tensor(o, dtype=torch.double) for o in ([3.,1.],[27/(18+0.5),3/(6+0.5)]))
+    want = start*(1-0.1*0.01) - 0.1*newton
+    assert (p-want).abs().max()<ROUNDING
+
+
+def run(n_steps=12, **kwargs):
+    "The weights after a few steps from the same start, with the same batches"
+    model = net()
+    torch.manual_seed(5)
+    opt = adahessian(list(model.parameters()), **{**HYPERS, **kwargs})
+    for x,y in batches(n_steps):
+        opt.differentiate(F.cross_entropy(model(x),y), n_items=len(x))
+        if opt.n_batches<opt.n_acc: continue
+        opt.step()
+        opt.zero_grad()
+    return model
+
+ARGS = dict(lr=0.05, mom=0.5, sqr_mom=0.9, eps=1e-2, wd=0.5, hessian_power=0.5, decouple_wd=False, n_acc=2, block_length=8,
+    update_each=2, n_samples=2, probe='gaussian', average_kernels=False)
+
+@pytest.mark.parametrize('name', ARGS)
+def test_every_argument_changes_the_trajectory(name):
+    assert distance(run(), run())==0
+    assert distance(run(), run(**{name: ARGS[name]}))>1e-6
+
+
+BAD = dict(lr=-1., mom=1., sqr_mom=1.5, eps=0., wd=-0.1, hessian_power=2., block_length=0, update_each=0, n_samples=0, n_acc=0,
+    probe='sobol', curvature='magic', estimator='magic', hvp='magic')
+
+@pytest.mark.parametrize('name', BAD)
+def test_invalid_arguments_are_named(name):
+    with pytest.raises(ValueError, match=f'{name}.*{name}={BAD[name]!r}'): adahessian([nn.Parameter(torch.ones(1))], **{name: BAD[name]})
+
+@pytest.mark.parametrize('value', [math.nan,'0.1'], ids=str)
+def test_lr_that_is_no_number(value):
+    with pytest.raises((ValueError,TypeError)): adahessian([nn.Parameter(torch.ones(1))], lr=value)
+
+
+def test_thirds_of_a_batch_equal_the_whole():
+    "The mean of z⊙Hz over thirds is that of the whole batch when all see the same probe"
+    fixed = lambda p,_: torch.randint(2, p.shape, generator=torch.Generator().manual_seed(p.numel())).to(p)*2-1
+    whole,thirds = net(),net()
+    opts = [adahessian(list(m.parameters()), **HYPERS, n_acc=n, probe=fixed) for m,n in ((whole,1),(thirds,3))]
+    for x,y in batches(20, bs=12):
+        opts[0].differentiate(F.cross_entropy(whole(x),y))
+        for xb,yb in zip(x.split([3,4,5]), y.split([3,4,5])): opts[1].differentiate(F.cross_entropy(thirds(xb),yb), n_items=len(xb))
+        for o in opts:
+            o.step()
+            o.zero_grad()
+    assert distance(whole, net())>0.1
+    assert distance(whole, thirds)<ROUNDING
+
+
+def test_update_each_pays_for_a_graph_only_when_due():
+    model,dues = net(),[]
+    opt = adahessian(list(model.parameters()), lr=0.1, update_each=3)
+    for x,y in batches(7):
+        dues.append(opt.due)
+        opt.differentiate(F.cross_entropy(model(x),y))
+        assert bool(opt.diags)==dues[-1]
+        assert all(p.grad.grad_fn is None and not p.grad.requires_grad for p in model.parameters())
+        opt.step()
+        opt.zero_grad()
+    assert dues==[True,False,False,True,False,False,True]
+    assert opt.n_estimates==3
+    assert {s['hess_step'] for s in opt.state.values()}=={3}
+
+
+def test_no_graph_survives_a_step():
+    "A tensor that the graph has saved dies with the backward pass, though the loss is still held"
+    model,(x,y) = net(),batches(1)[0]
+    opt = adahessian(list(model.parameters()), lr=0.1)
+    for _ in range(3):
+        inner = []
+        h = model[4].register_forward_hook(lambda m,i,o: inner.append(weakref.ref(o)))
+        loss = F.cross_entropy(model(x),y)
+        h.remove()
+        gc.disable()
+        opt.differentiate(loss)
+        del loss
+        assert inner[0]() is None
+        gc.enable()
+        opt.step()
+        opt.zero_grad()
+
+
+def test_sparse_gradients_are_refused_before_anything_changed():
+    emb = nn.Embedding(4,2, sparse=True)
+    before = emb.weight.detach().clone()
+    opt = adahessian(list(emb.parameters()))
+    with pytest.raises(ValueError, match='sparse=False'): opt.differentiate(emb(torch.tensor([1,2])).pow(2).sum())
+    assert emb.weight.grad is None and torch.equal(emb.weight,before) and opt.n_estimates==0
+
+
+@pytest.mark.parametrize('value', [math.nan,math.inf], ids=str)
+def test_a_loss_that_is_not_finite_changes_nothing(value, recwarn):
+    model = net()
+    opt = adahessian(list(model.parameters()), lr=0.1)
+    for i,(x,y) in enumerate(batches(8)):
+        before,state = copy.deepcopy(model.state_dict()),copy.deepcopy(opt.state_dict()['state'])
+        bad = i in (0,3,4,5)
+        opt.differentiate(F.cross_entropy(model(x),y)*(value if bad else 1))
+        opt.step()
+        opt.zero_grad()
+        same = all(torch.equal(before[k],v) for k,v in model.state_dict().items())
+        assert same==bad
+        if bad and i: assert all(torch.equal(a[k],b[k]) for a,b in zip(state,opt.state_dict()['state']) for k in a if torch.is_tensor(a[k]))
+    assert opt.n_skipped==4 and opt.n_steps==4
+    assert len([w for w in recwarn if 'not finite' in str(w.message)])==1
+
+
+def test_an_estimate_that_is_not_finite_is_dropped_alone(recwarn):
+    "x^1.5 at 0 has the gradient 0 and an infinite second derivative"
+    p,q = nn.Parameter(torch.tensor([1.])),nn.Parameter(torch.tensor([1.]))
+    opt = adahessian([p,q], lr=0.1, wd=0.)
+    for at in (1.,0.):
+        q.data.fill_(at)
+        opt.differentiate((p**2 + q.abs()**1.5).sum())
+        opt.step()
+        opt.zero_grad()
+    assert opt.n_dropped==1 and opt.n_steps==2 and opt.state[p]['hess_step']==1
+    assert p<0.9 and opt.state[p]['step']==2
+
+
+def test_the_global_random_state_is_only_looked_at():
+    set_seed(3)
+    before = torch.get_rng_state()
+    opt = adahessian([p := nn.Parameter(torch.ones(5))], lr=0.1)
+    opt.differentiate((p**4).sum())
+    opt.step()
+    assert torch.equal(before, torch.get_rng_state())
+    seeds = [(set_seed(s), adahessian([p]).seed)[1] for s in (1,1,2)]
+    assert seeds[0]==seeds[1]!=seeds[2]
+
+
+def test_probes_differ_between_parameters_and_estimates():
+    ps = [torch.zeros(64),torch.zeros(64)]
+    opt = adahessian([nn.Parameter(p) for p in ps])
+    seen = []
+    for n in range(2):
+        opt.n_estimates,draw = n,opt.drawer()
+        seen += [draw(p, None) for p in ps]
+    assert all((a*b).sum().abs()<5*8 for i,a in enumerate(seen) for b in seen[:i])   # 5 standard deviations of a sum of 64 signs
+    assert all(set(s.tolist())=={-1.,1.} for s in seen)
