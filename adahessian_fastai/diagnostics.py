@@ -261,7 +261,7 @@ def overestimate(
     signal = st.power(idxs)[0]
     return (flat([own[params[i]] for i in idxs]).double().pow(2).mean().item()/signal)**0.5 if signal else math.inf
 
-# %% ../nbs/20_diagnostics.ipynb #f474ec79
+# %% ../nbs/20_diagnostics.ipynb #6b52601b
 class CurvatureRecorder(Callback):
     "Record eigenvalues, trace and noise of the curvature while training, without disturbing it"
     order,remove_on_fetch = Recorder.order+5,True
@@ -284,11 +284,14 @@ class CurvatureRecorder(Callback):
 
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds') and rank_distrib()==0
+        self.fitting,self.rng = False,None
         if not self.run: return
-        self.records,self.n_seen,self.spent,self.fitting = [],0,0.,True
-        self.began,self.rng = time.perf_counter(),None
         at = len(self.recorder.metric_names) - self.recorder.add_time
         self.recorder.metric_names = self.recorder.metric_names[:at] + L(self.columns) + self.recorder.metric_names[at:]
+
+    def before_train(self):
+        if self.fitting: return
+        self.records,self.n_seen,self.spent,self.fitting,self.began = [],0,0.,True,time.perf_counter()
 
     def due(self):
         "Is this batch to be measured?"

@@ -1,0 +1,463 @@
+"Diagnostics: nothing is disturbed, the numbers are those of the dense Hessian, every optimizer and callback goes along"
+import math,pickle,sys,time,types
+from functools import partial
+
+import matplotlib,numpy as np,pytest,torch,torch.nn.functional as F
+matplotlib.use('Agg')
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.mixup import MixUp
+from fastai.callback.progress import CSVLogger
+from fastai.callback.rnn import rnn_cbs
+from fastai.callback.schedule import Learner
+from fastai.callback.tracker import EarlyStoppingCallback
+from fastai.callback.training import GradientAccumulation,GradientClip
+from fastai.data.core import DataLoaders,TfmdDL
+from fastai.learner import Callback
+from fastai.losses import CrossEntropyLossFlat,MSELossFlat
+from fastai.metrics import accuracy
+from fastai.optimizer import Adam,SGD,ranger
+from fastai.text.models.awdlstm import AWD_LSTM
+from fastai.text.models.core import get_language_model
+from fastai.torch_core import get_random_states,set_seed
+from fastcore.foundation import L
+from scipy.linalg import eigvalsh
+from torch import Tensor,nn
+from torch.utils.data import TensorDataset
+
+from adahessian_fastai.adahessian import adahessian
+from adahessian_fastai.diagnostics import *
+from adahessian_fastai.hvp import gradient,graph_product
+from adahessian_fastai.spectrum import dense_hessian,dense_matrix,flat
+
+SAME = 1e-5   # float32 curvature of small networks, relative to its largest entry
+
+def gen(seed=0): return torch.Generator().manual_seed(seed)
+
+def dls(n=64, bs=16, seq=False):
+    g = gen(3)
+    x = torch.randint(0, 7, (n+16,6), generator=g) if seq else torch.randn(n+16, 1, 6, 6, generator=g)
+    y = torch.randint(0, 3, (n+16,), generator=g)
+    d = TensorDataset(x[:n], y[:n]),TensorDataset(x[n:], y[n:])
+    return DataLoaders(*(TfmdDL(o, bs=bs, shuffle=i==0, num_workers=0) for i,o in enumerate(d)))
+
+class Transformer(nn.Module):
+    def __init__(self, dropout=.1):
+        super().__init__()
+        self.emb,self.enc,self.out = nn.Embedding(7,8),nn.TransformerEncoderLayer(8, 2, 8, dropout=dropout, batch_first=True),nn.Linear(8,3)
+    def forward(self, x): return self.out(self.enc(self.emb(x)).mean(1))
+
+class Remembers(nn.Module):
+    "A recurrent model with a hidden state in an attribute"
+    def __init__(self):
+        super().__init__()
+        self.emb,self.rnn,self.out,self.h = nn.Embedding(7,4),nn.GRU(4, 5, batch_first=True),nn.Linear(5,3),None
+    def forward(self, x):
+        o,h = self.rnn(self.emb(x), self.h)
+        self.h = h.detach()
+        return self.out(o[:,-1])
+
+def conv(): return nn.Sequential(nn.Conv2d(1,4,3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(.3), nn.Flatten(), nn.Linear(64,3))
+
+models = dict(conv=conv, transformer=Transformer, no_dropout=partial(Transformer, 0.), remembers=Remembers)
+
+def learner(name='conv', opt_func=Adam, cbs=None, **kwargs):
+    set_seed(5)
+    return Learner(dls(seq=name!='conv'), models[name](), loss_func=CrossEntropyLossFlat(), opt_func=opt_func, cbs=cbs, **kwargs)
+
+def run(learn, epochs=2, lr=1e-2):
+    with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(epochs, lr)
+    return learn
+
+def everything(learn):
+    "Weights, buffers, optimizer state and random numbers after training, as a flat list"
+    def leaves(o):
+        if isinstance(o, dict): return [x for k in sorted(o, key=str) for x in leaves(o[k])]
+        return [x for e in o for x in leaves(e)] if isinstance(o, (list,tuple,L)) else [o]
+    rng = get_random_states()
+    return leaves([learn.model.state_dict(), learn.opt.state_dict(), rng['torch_state'], rng['numpy_state'][1].tolist(), list(rng['random_state'][1]),
+        [p.grad for p in learn.model.parameters()], torch.rand(3), learn.recorder.losses, getattr(learn.model, 'h', 0)])
+
+def identical(a, b):
+    return len(a)==len(b) and all(torch.equal(x, y) if isinstance(x, Tensor) else x==y for x,y in zip(a, b))
+
+# ---- nothing is disturbed -------------------------------------------------------------------------------------------
+
+opts = dict(adam=Adam, sgd=partial(SGD, mom=.9), adahessian=partial(adahessian, update_each=2), ranger=ranger)
+
+@pytest.mark.parametrize('opt', opts)
+@pytest.mark.parametrize('name', models)
+def test_training_is_bit_identical(name, opt):
+    plain = everything(run(learner(name, opts[opt])))
+    seen = learner(name, opts[opt], cbs=CurvatureRecorder(every=3, per_layer=True))
+    assert identical(plain, everything(run(seen)))
+    assert len(seen.curvature_recorder.records)==3
+
+def test_the_comparison_can_fail():
+    "Another seed of the dropout masks is seen by `identical`"
+    def shifted():
+        learn = learner()
+        torch.rand(1)
+        return everything(run(learn))
+    assert not identical(everything(run(learner())), shifted())
+
+others = dict(accumulation=lambda: [GradientAccumulation(32)], mixup=lambda: [MixUp(), GradientClip(1.)],
+    both=lambda: [GradientClip(.1), GradientAccumulation(24)])
+
+@pytest.mark.parametrize('cbs', others)
+def test_beside_other_callbacks(cbs):
+    plain = everything(run(learner(cbs=others[cbs]())))
+    seen = learner(cbs=[*others[cbs](), CurvatureRecorder(every=2)])
+    assert identical(plain, everything(run(seen)))
+    assert all(math.isfinite(r['lambda_max']) for r in seen.curvature_recorder.records)
+
+def test_functions_of_the_learner_do_not_disturb():
+    def go(look):
+        learn = learner(opt_func=adahessian)
+        if look:
+            learn.curvature_summary(n_samples=2, max_iter=4)
+            learn.suggest_lr_from_curvature(n_batches=2, max_iter=4)
+            assert learn.opt is None
+        return everything(run(learn))
+    assert identical(go(False), go(True))
+
+def test_frozen_layers_and_modes():
+    learn = learner(cbs=CurvatureRecorder(every=1))
+    learn.model[0].requires_grad_(False)
+    learn.model[1].eval()
+    run(learn, 1)
+    modes = [m.training for m in learn.model.modules()]
+    learn.curvature_summary(n_samples=2, max_iter=4)
+    assert [m.training for m in learn.model.modules()]==modes
+    assert '0 Conv2d' not in layers(learn.model) and len(learn.curvature_recorder.records)==4
+
+def test_lr_find_and_predictions_are_left_alone():
+    learn = learner(cbs=CurvatureRecorder(every=1))
+    with learn.no_bar(): learn.lr_find(num_it=8, show_plot=False)
+    assert learn.curvature_recorder.records==[]
+    run(learn, 1)
+    n = len(learn.curvature_recorder.records)
+    assert n==4 and len(learn.recorder.metric_names)==3+5+1
+    with learn.no_bar():
+        learn.get_preds()
+        assert len(learn.validate())==1
+    assert len(learn.curvature_recorder.records)==n
+
+def test_interrupted_training_can_go_on():
+    class Stop(Callback):
+        def after_backward(self):
+            if self.n: self.n -= 1
+            else: raise KeyboardInterrupt
+    stop = Stop()
+    stop.n = 2
+    learn = learner(cbs=[CurvatureRecorder(every=1), stop])
+    with pytest.raises(KeyboardInterrupt): run(learn)
+    learn.remove_cb(stop)
+    run(learn, 1)
+    assert len(learn.curvature_recorder.records)==4 and len(learn.recorder.metric_names)==9
+
+def test_recorder_can_be_pickled():
+    learn = run(learner(cbs=CurvatureRecorder(every=2)), 1)
+    rec = learn.curvature_recorder
+    learn.remove_cb(rec)
+    assert pickle.loads(pickle.dumps(rec)).frame.equals(rec.frame)
+
+# ---- the numbers ----------------------------------------------------------------------------------------------------
+
+def literal(learn, params):
+    "Dense Hessian of the batch in the Learner, by the room below"
+    model = learn.model
+    def loss():
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH): return learn.loss_func(model(*learn.xb), *learn.yb).as_subclass(Tensor)
+    return dense_hessian(loss, params)
+
+@pytest.mark.parametrize('name', ['conv', 'no_dropout'])
+def test_product_of_a_batch(name):
+    learn = learner(name)
+    for m in learn.model.modules():
+        if isinstance(m, nn.Dropout): m.p = 0.
+    b = first_batches(learn.dls.train)[0]
+    learn.model.double()
+    b = tuple(o.double() if o.is_floating_point() else o for o in b)
+    params = list(learn.model.parameters())
+    with on_batch(learn, b): H = literal(learn, params)
+    v = [torch.randn(p.shape, generator=gen(), dtype=p.dtype) for p in params]
+    assert torch.allclose(flat(learn.curvature_product(params, [b])(v)), H@flat(v), atol=1e-9)
+    group = params[-2:]
+    n = sum(p.numel() for p in group)
+    assert torch.allclose(dense_matrix(learn.curvature_product(group, [b]), group), H[-n:,-n:], atol=1e-9)
+
+def test_recorded_numbers_are_those_of_the_dense_hessian():
+    "Each record against the dense Hessian at the weights after that step, taken by another callback"
+    class Dense(Callback):
+        order = CurvatureRecorder.order+1
+        def before_fit(self): self.H = []
+        def after_batch(self):
+            if not self.training: return
+            with undisturbed(self.model),torch.enable_grad(): self.H.append(literal(self.learn, list(self.model.parameters())))
+    learn = learner(opt_func=SGD, cbs=[CurvatureRecorder(every=1, tol=1e-4, max_iter=200, n_samples=6), Dense()])
+    learn.model[3].p = 0.
+    run(learn, 1, .1)
+    covered = 0
+    for r,H in zip(learn.curvature_recorder.records, learn.dense.H):
+        lam = eigvalsh(H.double())
+        assert abs(r['lambda_max']-lam[-1]) <= r['lambda_max_bound']+SAME*lam[-1]
+        assert abs(r['lambda_min']-lam[0]) <= r['lambda_min_bound']+SAME*lam[-1]
+        assert r['edge']==pytest.approx(r['lambda_max']*r['lr']/2)
+        covered += r['trace_lo'] <= H.trace() <= r['trace_hi']
+    assert len(learn.dense.H)==4 and covered>=3
+
+def test_dropout_masks_are_those_of_the_batch():
+    "With a learning rate of zero the recorded loss surface is the one of the training step, mask and all"
+    class Grab(Callback):
+        def before_batch(self): self.rng = get_random_states()
+        def after_pred(self): self.seen = self.pred.detach().clone()
+    grab = Grab()
+    learn = learner(opt_func=SGD, cbs=[grab, CurvatureRecorder(every=1)])
+    rec,preds = learn.curvature_recorder,[]
+    original = rec.record
+    def record():
+        with curvature_graph(learn, trained(learn), rng=rec.rng): preds.append((learn.pred.detach().clone(), grab.seen))
+        return original()
+    rec.record = record
+    with learn.no_bar(),learn.no_logging(): learn.fit(1, 0.)
+    assert len(preds)==4 and all(torch.equal(a, b) for a,b in preds)
+
+def test_gauss_newton_is_positive_and_follows_the_loss():
+    learn = run(learner(cbs=CurvatureRecorder(every=2, curvature='ggn')), 1)
+    for r in learn.curvature_recorder.records: assert r['lambda_min'] > -1e-4*r['lambda_max'] and r['lambda_max']>0
+    with pytest.raises(ValueError, match="curvature='fisher'"): run(learner(cbs=CurvatureRecorder(every=1, curvature='fisher')), 1)
+
+def test_mean_over_batches_is_the_whole():
+    learn = learner('no_dropout')
+    params = list(learn.model.parameters())
+    v = [torch.randn(p.shape, generator=gen()) for p in params]
+    xb = tuple(torch.cat(o) for o in zip(*[b for b in learn.dls.train.new(shuffle=False)]))
+    whole,mean = learn.curvature_product(params, [xb]),learn.curvature_product(params, learn.dls.train)
+    assert torch.allclose(flat(whole(v)), flat(mean(v)), atol=SAME)
+
+def test_first_batches_leave_the_shuffling():
+    learn = learner()
+    set_seed(9)
+    first = first_batches(learn.dls.train, 2)
+    again = first_batches(learn.dls.train, 2)
+    assert all(torch.equal(a[0], b[0]) for a,b in zip(first, again)) and len(first_batches(learn.dls.train, 99))==4
+    with pytest.raises(ValueError, match='n_batches'): first_batches(learn.dls.train, 0)
+
+def test_rnn_callbacks_take_part():
+    "A language model returns three things; its callbacks pick the prediction and regularise the loss"
+    class LM(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lm = get_language_model(AWD_LSTM, 7, config=dict(emb_sz=6, n_hid=5, n_layers=1, pad_token=0, output_p=.1, hidden_p=.1, input_p=.1,
+                embed_p=.1, weight_p=.1, tie_weights=True, out_bias=True))
+        def forward(self, x): return self.lm(x)
+        def reset(self): self.lm.reset()
+    def go(rec):
+        set_seed(1)
+        x = torch.randint(0, 7, (32,5), generator=gen())
+        d = DataLoaders(*(TfmdDL(TensorDataset(x, x), bs=8, shuffle=s, num_workers=0) for s in (True,False)))
+        learn = Learner(d, LM(), loss_func=CrossEntropyLossFlat(), cbs=[*rnn_cbs(alpha=2., beta=1.), *rec])
+        return everything(run(learn, 1)),learn
+    (plain,_),(seen,learn) = go([]),go([CurvatureRecorder(every=1)])
+    assert identical(plain, seen)
+    recs = learn.curvature_recorder.records
+    assert len(recs)==4 and all(math.isfinite(r['trace']) and r['lambda_max']>0 for r in recs)
+
+def test_autocast_does_not_reach_the_curvature():
+    "Training in bfloat16, measured in single precision: the numbers are those of a run without autocast at the same weights"
+    class BF16(Callback):
+        order = MixedPrecision.order
+        def before_batch(self): self.cast = torch.autocast('cpu', dtype=torch.bfloat16); self.cast.__enter__()
+        def after_loss(self): self.cast.__exit__(None, None, None)
+    def lam(cbs):
+        learn = learner(opt_func=SGD, cbs=[*cbs, CurvatureRecorder(every=1)])
+        with learn.no_bar(),learn.no_logging(): learn.fit(1, 0.)
+        return [r['lambda_max'] for r in learn.curvature_recorder.records]
+    assert lam([BF16()])==lam([])
+
+def test_loss_that_is_not_finite_is_recorded_and_survived():
+    learn = learner(opt_func=SGD, cbs=CurvatureRecorder(every=1))
+    run(learn, 1, 1e20)
+    recs = learn.curvature_recorder.records
+    assert len(recs)==4 and math.isnan(recs[-1]['lambda_max'])
+    learn.curvature_recorder.plot_timeline()
+
+# ---- what the optimizer believes ------------------------------------------------------------------------------------
+
+def test_overestimate_on_a_known_diagonal():
+    "An optimizer whose average is three times the diagonal is said to overestimate by three"
+    p = nn.Parameter(torch.zeros(4))
+    d = torch.tensor([1.,2.,-3.,4.])
+    st = ProbeStats(lambda v: [d*v[0]], [p], 2)
+    opt = adahessian([p], lr=.1)
+    assert math.isnan(overestimate(opt, [p], st))
+    opt.opt.state[p].update(sqr_avg_diag_hessian=(3*d)**2*(1-.999**5), hess_step=5)
+    assert overestimate(opt, [p], st)==pytest.approx(3., rel=1e-4)
+    assert math.isnan(overestimate(Adam([p], lr=.1), [p], st))
+
+def test_probe_stats_against_their_definition():
+    A = torch.randn(6, 6, generator=gen())
+    A,ps = A+A.T,[torch.zeros(2,2), torch.zeros(2)]
+    product = lambda v: [o.view_as(p) for o,p in zip((A@flat(v)).split([4,2]), ps)]
+    st = ProbeStats(product, ps, 4000, gen())
+    var = (A**2).sum(1)-A.diag()**2
+    signal,noise = st.power()
+    assert signal==pytest.approx((A.diag()**2).mean().item(), rel=.1) and noise==pytest.approx(var.mean().item(), rel=.1)
+    tr,err = st.trace([1])
+    assert abs(tr-A.diag()[4:].sum()) < 4*err
+    with pytest.raises(ValueError, match='n_samples'): ProbeStats(product, ps, 1)
+
+def test_more_probes_of_the_optimizer_mean_less_noise():
+    snr = lambda n: run(learner(opt_func=partial(adahessian, n_samples=n), cbs=CurvatureRecorder(every=4)), 1).curvature_recorder.records[0]['snr']
+    one,four = snr(1),snr(4)
+    assert one>0 and four>one
+
+# ---- schedule, table, logs ------------------------------------------------------------------------------------------
+
+def test_budget_is_kept():
+    "The share of time stays below the budget, apart from the last measurement"
+    class Slow(Callback):
+        def before_batch(self): time.sleep(.02)
+    learn = learner(cbs=[CurvatureRecorder(budget=.2, max_iter=3, n_samples=2), Slow()])
+    began = time.perf_counter()
+    run(learn, 12)
+    rec,total = learn.curvature_recorder,time.perf_counter()-began
+    cost = [r['seconds'] for r in rec.records]
+    assert 2 <= len(rec.records) < 48
+    assert sum(cost)-max(cost) <= .2*total
+
+@pytest.mark.parametrize('kw', [dict(every=0), dict(budget=0.), dict(budget=1.5)])
+def test_bad_schedules_name_themselves(kw):
+    with pytest.raises(ValueError, match=next(iter(kw))): CurvatureRecorder(**kw)
+
+def test_every_argument_changes_something():
+    base = dict(every=2)
+    def rec(**kw): return run(learner(cbs=CurvatureRecorder(**{**base, **kw})), 1).curvature_recorder.records
+    numbers = lambda rs: [(r['lambda_max'], r['lambda_max_bound'], r['trace']) for r in rs]
+    one = rec()
+    assert numbers(one)==numbers(rec())
+    for kw in (dict(n_samples=8), dict(max_iter=3), dict(tol=1e-6), dict(curvature='ggn'), dict(seed=1)): assert numbers(rec(**kw))!=numbers(one), kw
+    assert len(rec(every=1))==4 and 'layers' in rec(per_layer=True)[0]
+
+def test_table_and_trackers(capsys):
+    learn = learner(cbs=[CurvatureRecorder(every=2), CSVLogger(), EarlyStoppingCallback(monitor='lambda_max', comp=np.less, patience=5)], metrics=accuracy)
+    with learn.no_bar(): learn.fit(2, 1e-2)
+    names = list(learn.recorder.metric_names)
+    assert names==['epoch','train_loss','valid_loss','accuracy',*CurvatureRecorder.columns,'time']
+    assert all(len(v)==len(names)-2 for v in learn.recorder.values)
+    assert learn.recorder.values[-1][3]==learn.curvature_recorder.records[-1]['lambda_max']
+    assert 'lambda_max' in (learn.path/'history.csv').read_text().splitlines()[0]
+    (learn.path/'history.csv').unlink()
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip('tensorboard')
+    from fastai.callback.tensorboard import TensorBoardCallback
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    learn = learner(cbs=[TensorBoardCallback(tmp_path, trace_model=False, log_preds=False), CurvatureRecorder(every=2)])
+    run(learn, 1)
+    acc = EventAccumulator(str(tmp_path)).Reload()
+    got = [e.value for e in acc.Scalars('curvature/lambda_max')]
+    assert got==pytest.approx([r['lambda_max'] for r in learn.curvature_recorder.records]) and 'trace' in acc.Tags()['scalars']
+
+def test_writers_of_other_callbacks(monkeypatch):
+    "The two ways out, with stand-ins for the packages"
+    scalars,logged = [],[]
+    class Board(Callback):
+        def before_fit(self): self.writer = types.SimpleNamespace(add_scalar=lambda k,v,i: scalars.append((k,v,i)))
+    class Wandb(Callback):
+        def before_fit(self): self._wandb_step = 7
+    monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(log=lambda d,step: logged.append((d,step))))
+    learn = run(learner(cbs=[Board(), Wandb(), CurvatureRecorder(every=4)]), 1)
+    lam = learn.curvature_recorder.records[0]['lambda_max']
+    assert ('curvature/lambda_max', lam, 1) in scalars
+    assert logged[0][1]==7 and logged[0][0]['curvature/lambda_max']==lam
+
+def test_plots_draw_what_was_recorded():
+    learn = run(learner(opt_func=adahessian, cbs=CurvatureRecorder(every=2, per_layer=True)), 1)
+    rec = learn.curvature_recorder
+    axs = rec.plot_timeline()
+    assert list(axs[1,0].lines[0].get_ydata())==[r['edge'] for r in rec.records]
+    bars = rec.plot_layers()[0].patches
+    assert sorted(b.get_width() for b in bars)==pytest.approx(sorted(o['lambda_max'] for o in rec.records[-1]['layers'].values()))
+    assert len(rec.plot_density(n_steps=5, n_samples=1).lines)==1
+    scatter = rec.plot_diagonal(n_entries=20)
+    x,y = scatter.lines[0].get_data()
+    assert len(x)==20 and (x>=0).all() and (y>=0).all() and 'optimizer' in scatter.get_ylabel()
+    plain = run(learner(cbs=CurvatureRecorder(every=2)), 1).curvature_recorder
+    assert 'probe' in plain.plot_diagonal(n_entries=5).get_ylabel()
+    with pytest.raises(ValueError, match='per_layer=True'): plain.plot_layers()
+    with pytest.raises(ValueError, match='train first'): CurvatureRecorder().plot_timeline()
+
+def test_scatter_is_the_dense_diagonal():
+    learn = learner('no_dropout', cbs=CurvatureRecorder(every=2))
+    run(learn, 1)
+    params,n = trained(learn),30
+    idxs = torch.randperm(sum(p.numel() for p in params), generator=gen(42))[:n]
+    with on_batch(learn, first_batches(learn.dls.train)[0]): H = literal(learn, params)
+    x = learn.curvature_recorder.plot_diagonal(n_entries=n).lines[0].get_xdata()
+    assert torch.allclose(torch.as_tensor(x), H.diag()[idxs], atol=SAME)
+
+# ---- summary and learning rate --------------------------------------------------------------------------------------
+
+def test_summary_has_the_layers_numbers():
+    learn = learner('no_dropout', opt_func=SGD, lr=.25)
+    text = learn.curvature_summary(n_samples=60, max_iter=60)
+    params = trained(learn)
+    with on_batch(learn, first_batches(learn.dls.train)[0]): H = literal(learn, params).double()
+    rows = {l.split()[0]:l for l in text.splitlines() if '±' in l}
+    at = 0
+    for name,ps in layers(learn.model).items():
+        n = sum(p.numel() for p in ps)
+        block = H[at:at+n,at:at+n]
+        at += n
+        row = rows[name.split()[0]].split()
+        tr,err,lam,mean = float(row[3]),float(row[5]),float(row[6]),float(row[7])
+        assert int(row[2].replace(',',''))==n
+        assert abs(tr-block.trace()) < 4*err+1e-2*abs(tr)
+        assert lam==pytest.approx(eigvalsh(block)[-1], rel=.02, abs=1e-3)
+    lam = eigvalsh(H)[-1]
+    assert f'{.25/(2/lam):.2f} times the stability limit' in text
+
+@pytest.mark.parametrize('mom', [0., .9])
+def test_stability_limit_of_sgd(mom):
+    "Below the limit a quadratic is minimised, above it diverges"
+    def final(factor):
+        set_seed(2)
+        x = torch.randn(32, 3, generator=gen())
+        y = x@torch.tensor([[1.],[2.],[3.]])
+        d = DataLoaders(*(TfmdDL(TensorDataset(x, y), bs=32, num_workers=0) for _ in range(2)))
+        learn = Learner(d, nn.Linear(3,1), loss_func=MSELossFlat(), opt_func=partial(SGD, mom=mom, wd=0.))
+        limit = learn.stability(1, tol=1e-5).limit
+        with learn.no_bar(),learn.no_logging(): learn.fit(150, factor*limit)
+        with torch.no_grad(): return F.mse_loss(learn.model(x), y).item()
+    assert final(.9) < 1e-3 and not final(1.1) < 1e3
+
+@pytest.mark.parametrize('opt', [partial(Adam, mom=.9, wd=0.), partial(adahessian, mom=.9, wd=0., block_length=1, average_kernels=False)], ids=['adam', 'adahessian'])
+def test_scaled_stability_is_the_dense_one(opt):
+    "After training, the limit is that of the dense matrix scaled by the optimizer's own state"
+    learn = run(learner('no_dropout', opt))
+    s,params = learn.stability(1, tol=1e-6, max_iter=300),trained(learn)
+    with on_batch(learn, first_batches(learn.dls.train)[0]): H = literal(learn, params).double()
+    key = 'sqr_avg' if 'sqr_avg' in learn.opt.state[params[0]] else 'sqr_avg_diag_hessian'
+    h = learn.opt.hypers[-1]
+    n = {p: learn.opt.state[p]['step' if key=='sqr_avg' else 'hess_step'] for p in params}
+    P = flat([(learn.opt.state[p][key]/(1-h['sqr_mom']**n[p])).sqrt()+h['eps'] for p in params]).double()
+    lam = eigvalsh(H/P.sqrt()/P.sqrt()[:,None])[-1]
+    assert s.lambda_max==pytest.approx(lam, rel=1e-3)
+    assert s.limit==pytest.approx(2*(1+h['mom'])/(1-h['mom'])/lam, rel=1e-3)
+
+def test_fresh_scaling_is_what_the_first_step_divides_by():
+    learn = learner('no_dropout', partial(Adam, wd=0.))
+    b,params = first_batches(learn.dls.train),trained(learn)
+    learn.create_opt()
+    fresh = fresh_scaling(learn, learn.opt, params, b)
+    with on_batch(learn, b[0]): gs = torch.autograd.grad(learn.loss_func(learn.model(*learn.xb), *learn.yb), params)
+    assert all(torch.allclose(a, g.abs()+1e-5, atol=1e-6) for a,g in zip(fresh, gs))
+    assert scaling(learn.opt, params) is None
+
+def test_suggestion_is_a_share_of_the_limit_and_says_so():
+    learn = learner('no_dropout', SGD)
+    s = learn.suggest_lr_from_curvature(n_batches=2)
+    assert s.lr==.5*s.stability.limit and f'{s.lr:.3g}' in s.reason and '2 batch' in s.reason
+    with pytest.raises(ValueError, match='fraction'): learn.suggest_lr_from_curvature(fraction=0.)
+    assert 'none is known' in learner('no_dropout', ranger).suggest_lr_from_curvature(1).reason
