@@ -1,0 +1,22 @@
+"Paths on functions with a known minimum, from the start points of the published pictures"
+import torch
+from adahessian_fastai.all import adahessian
+from adahessian_fastai.toys import descend,rastrigin,rosenbrock
+
+
+def test_rosenbrock_comes_close_to_its_minimum():
+    "The valley's floor is the hard part: 500 steps from 3.2 away end within 0.5 of (1,1), for each of three seeds"
+    for seed in range(3):
+        torch.manual_seed(seed)
+        path = descend(rosenbrock, lambda p: adahessian(p, lr=2., wd=0.), (-2.,2.), 500)
+        assert (path[-1]-torch.tensor([1.,1.])).norm()<0.5
+        assert rosenbrock(path[-1])<0.1
+
+
+def test_rastrigin_ends_in_the_minimum_of_its_basin():
+    "A downhill method from (-2,3.5) ends in the egg box's next minimum, near (-2,3); it cannot know of (0,0)"
+    path = descend(rastrigin, lambda p: adahessian(p, lr=0.5, wd=0.), (-2.,3.5), 500)
+    x = path[-1].clone().requires_grad_()
+    g, = torch.autograd.grad(rastrigin(x), x)
+    assert (path[-1]-torch.tensor([-1.98991,2.98486])).norm()<0.01   # where 2x + 20π sin 2πx = 0
+    assert g.norm()<0.05
