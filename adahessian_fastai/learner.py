@@ -81,18 +81,15 @@ def cross_rank_mean(
     for t,o in zip(tensors, parts): t.copy_(o.view_as(t))
     return tensors
 
-# %% ../nbs/10_learner.ipynb #21ccddf7
+# %% ../nbs/10_learner.ipynb #947802aa
 _fastai_lr = inspect.signature(Learner.__init__).parameters['lr'].default
-
-class _OwnLR(float):
-    "A learning rate that came from an optimizer and not from the user"
 
 @patch
 def create_opt(self:Learner):
     "fastai's `create_opt`; a learning rate that nobody gave becomes the optimizer's own `default_lr`"
-    if isinstance(self.lr, _OwnLR): self.lr = _fastai_lr
+    if self.lr is self.__dict__.get('own_lr', ''): self.lr = _fastai_lr
     self._orig_create_opt()
     own = getattr(self.opt, 'default_lr', None)
     if own is None or self.lr is not _fastai_lr: return
-    self.lr = _OwnLR(own)
-    self.opt.set_hyper('lr', float(own))
+    self.lr = self.own_lr = own
+    self.opt.set_hyper('lr', own)
