@@ -236,7 +236,9 @@ def test_memory_is_flat_over_300_steps():
         run_valid = False
         def before_fit(self): self.counts = []
         def after_batch(self):
-            if self.train_iter%50==0: self.counts.append(sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))
+            if self.train_iter%50: return
+            gc.collect()
+            self.counts.append(sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))
     def growth(opt_func):
         learn = learner(opt_func, cbs=Count())
         learn.fit(19, 1e-3)
