@@ -16,7 +16,7 @@ from .hutchinson import control_variate_samples,hutchinson_samples
 from .ggn import ggn_product
 from .gnb import gnb_samples,label_noise
 
-# %% ../nbs/09_estimators.ipynb #4b2595de
+# %% ../nbs/09_estimators.ipynb #c132cdef
 class Evaluation:
     "A loss with what it was computed from, graphs included"
     def __init__(self,
@@ -28,6 +28,9 @@ class Evaluation:
         weight:float=1., # By how much `loss` was multiplied as a part of a mean over batches
         grads:list=None, # Gradients with their graph, where they were taken already
     ): store_attr()
+
+    def __enter__(self): return self
+    def __exit__(self, *args): pass
 
 # %% ../nbs/09_estimators.ipynb #6d3ba3f5
 def _unscaled(product, scale): return product if scale==1 else lambda v: [h.div(scale) for h in product(v)]

@@ -6,9 +6,9 @@ fastai calls `loss.backward()` in `Learner._backward` and nothing else of its lo
 
 # %% auto #0
 __all__ = ['has_rnn', 'own_statistics', 'twice_differentiable', 'check_model', 'graph_nodes', 'check_checkpoints',
-           'hooks_resting', 'loss_scale', 'CurvatureScale', 'sync_group', 'cross_rank_mean']
+           'hooks_resting', 'loss_scale', 'CurvatureScale', 'loss_weight', 'sync_group', 'cross_rank_mean']
 
-# %% ../nbs/10_learner.ipynb #93c9cb3e
+# %% ../nbs/10_learner.ipynb #102e8807
 import inspect,sys
 from contextlib import ExitStack,contextmanager
 from types import MethodType
@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend,sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel,DistributedDataParallel
 from fastai.basics import *
+from fastai.learner import load_model
 
 # %% ../nbs/10_learner.ipynb #c598e581
 @patch
@@ -146,6 +147,14 @@ class CurvatureScale:
         if factor==2: self.n_good = 0
         self.c = min(max(self.c*factor, 1/self.size), self.size)
 
+# %% ../nbs/10_learner.ipynb #4783630d
+def loss_weight(
+    learn:Learner, # In the middle of a batch
+)->float: # 1. without accumulation
+    "The weight that `GradientAccumulation` gives to the loss of this batch"
+    cb = getattr(learn, 'gradient_accumulation', None)
+    return 1. if cb is None else find_bs(learn.yb)/cb.n_acc
+
 # %% ../nbs/10_learner.ipynb #29f5951e
 def sync_group(
     learn:Learner, # Its model may be wrapped by `DistributedDataParallel`, and that compiled
@@ -180,3 +189,22 @@ def create_opt(self:Learner):
     if own is None or self.lr is not _fastai_lr: return
     self.lr = self.own_lr = own
     self.opt.set_hyper('lr', own)
+
+# %% ../nbs/10_learner.ipynb #d528d6ec
+class _Held:
+    "Stands in for an optimizer while a file is read"
+    sd = None
+    def load_state_dict(self, sd): self.sd = sd
+
+@patch
+@delegates(load_model)
+def load(self:Learner, file, device=None, **kwargs):
+    "fastai's `load`; a second-order optimizer says why it refuses a state"
+    if self.opt is None: self.create_opt()
+    if not hasattr(self.opt, 'backward'): return self._orig_load(file, device=device, **kwargs)
+    opt,held = self.opt,_Held()
+    self.opt = held
+    try: self._orig_load(file, device=device, **kwargs)
+    finally: self.opt = opt
+    if held.sd is not None: opt.load_state_dict(held.sd)
+    return self
