@@ -8,7 +8,7 @@
 __all__ = ['check_hypers', 'check_counts', 'check_choices', 'AdaHessian', 'peek_seed', 'AdaHessianWrapper', 'all_finite',
            'warn_rarely', 'adahessian']
 
-# %% ../nbs/12_adahessian.ipynb #63ebd236
+# %% ../nbs/12_adahessian.ipynb #d693a728
 import math,warnings
 from contextlib import contextmanager,nullcontext
 
@@ -16,7 +16,8 @@ from fastai.basics import *
 from .hvp import gradient,graph_product
 from .hutchinson import get_probe,hutchinson_diag
 from .averaging import average_diag
-from .learner import cross_rank_mean,loss_scale,sync_group,twice_differentiable
+from .learner import (CurvatureScale,check_checkpoints,check_model,cross_rank_mean,hooks_resting,loss_scale,
+    sync_group,twice_differentiable)
 from .steppers import adahessian_step,average_sqr_diag_hessian
 
 # %% ../nbs/12_adahessian.ipynb #6f4ba2f3
@@ -72,7 +73,7 @@ def peek_seed()->int:
     generator.set_state(torch.get_rng_state())
     return torch.randint(2**31, (1,), generator=generator).item()
 
-# %% ../nbs/12_adahessian.ipynb #5093222c
+# %% ../nbs/12_adahessian.ipynb #ef2e64c3
 class AdaHessianWrapper(Optimizer, GetAttr):
     "Wrap `opt` so that its steppers receive an estimate of the Hessian's diagonal"
     _default,default_lr = 'opt',0.15
@@ -94,12 +95,13 @@ class AdaHessianWrapper(Optimizer, GetAttr):
         get_probe(probe)
         store_attr()
         self.seed,self.n_steps,self.n_estimates,self.n_dropped,self.n_skipped = peek_seed(),0,0,0,0
+        self.curvature_scale = CurvatureScale()
         opt._keep_on_clear = [*opt._keep_on_clear, 'do_hessian']
         self.forget()
 
     def forget(self):
         "Drop what is pending between a backward pass and a step"
-        self.diags,self.n_batches,self.n_items,self.bad_loss = {},0,0,False
+        self.diags,self.n_batches,self.n_items,self.bad_loss,self.scaled = {},0,0,False,False
 
     def zero_grad(self):
         super().zero_grad()
@@ -107,13 +109,18 @@ class AdaHessianWrapper(Optimizer, GetAttr):
 
     def clear_state(self):
         self.opt.clear_state()
-        self.forget()
+        if self.n_batches: self.zero_grad()
 
-# %% ../nbs/12_adahessian.ipynb #a69830a6
+    @property
+    def param_lists(self): return self.opt.param_lists
+    @param_lists.setter
+    def param_lists(self, v): self.opt.param_lists = v
+
+# %% ../nbs/12_adahessian.ipynb #7d802e83
 @patch
 def trained(self:AdaHessianWrapper)->list:
-    "The parameters that require a gradient"
-    return [p for p,*_ in self.all_params() if p.requires_grad]
+    "The parameters that require a gradient, each once"
+    return list(dict.fromkeys(p for p,*_ in self.all_params() if p.requires_grad))
 
 @patch
 def curved(self:AdaHessianWrapper)->list:
@@ -125,7 +132,7 @@ def due(self:AdaHessianWrapper)->bool:
     "Does the next backward pass take an estimate?"
     return self.n_steps%self.update_each==0 or any('asked' not in self.state[p] for p in self.curved())
 
-# %% ../nbs/12_adahessian.ipynb #74365a96
+# %% ../nbs/12_adahessian.ipynb #3d40c693
 @patch
 def drawer(self:AdaHessianWrapper):
     "A probe function `(p, generator) -> tensor` for the next estimate, with generators of the optimizer's own"
@@ -141,18 +148,16 @@ def estimate(self:AdaHessianWrapper,
 )->list: # Plain tensors shaped like `params`
     "An estimate of the diagonal on the graph of `grads`, which is freed"
     product = graph_product(grads, params, n_uses=self.n_samples)
+    if self.scaled: product = self.curvature_scale.product(product)
     return hutchinson_diag(product, params, self.n_samples, self.drawer())
 
-# %% ../nbs/12_adahessian.ipynb #69a7847f
+# %% ../nbs/12_adahessian.ipynb #d4d11762
 @patch
 def add(self:AdaHessianWrapper,
     diags:dict, # Estimates by parameter
-    scale:float=1., # Divides them
 ):
     "Add `diags` to the pending estimate"
-    for p,d in diags.items():
-        d = d.div(scale) if scale!=1 else d
-        self.diags[p] = self.diags[p].add_(d) if p in self.diags else d
+    for p,d in diags.items(): self.diags[p] = self.diags[p].add_(d) if p in self.diags else d
 
 @patch
 def weigh(self:AdaHessianWrapper,
@@ -162,16 +167,41 @@ def weigh(self:AdaHessianWrapper,
     self.n_batches,old = self.n_batches+1,self.n_items
     if self.n_acc==1: return 1.
     self.n_items += n_items
-    if old:
+    if old and n_items:
         pending = [p.grad for p in self.trained() if p.grad is not None] + list(self.diags.values())
         torch._foreach_mul_(pending, old/self.n_items)
-    return n_items/self.n_items
+    return n_items/self.n_items if self.n_items else 1.
 
-# %% ../nbs/12_adahessian.ipynb #d6cda35e
+# %% ../nbs/12_adahessian.ipynb #558747c4
 def _check_dense(grads):
     if any(g is not None and g.layout!=torch.strided for g in grads):
         raise ValueError("adahessian needs dense gradients: make the `nn.Embedding` with `sparse=False`")
 
+@patch
+def graph_gradient(self:AdaHessianWrapper,
+    loss:Tensor, # Scalar loss with its graph
+    scale:float=1., # By how much it was multiplied
+)->dict: # Gradients by parameter, `None` for one that `loss` does not depend on
+    "Gradients with a graph of their own; under a loss scale, with the scale of a second derivative in its place"
+    self.scaled,ps = scale!=1,self.trained()
+    if self.scaled: loss = loss*(self.curvature_scale.loss/scale)
+    with hooks_resting(ps): grads = gradient(loss, ps, create_graph=True)
+    _check_dense(grads)
+    if any(g is None for g in grads): check_checkpoints(loss)
+    return dict(zip(ps, grads))
+
+@patch
+def spoilt(self:AdaHessianWrapper,
+    loss:Tensor, # Scalar loss
+    n_items:int, # Items in its batch; an empty one is no loss at all
+    group, # Process group or `None`
+)->bool:
+    "Was the loss of this step not finite, in this batch or an earlier one, in any process?"
+    bad = self.bad_loss or (n_items>0 and not math.isfinite(loss.item()))
+    self.bad_loss = cross_rank_mean([loss.new_tensor(float(bad), dtype=torch.float)], group)[0].item()>0 if group else bad
+    return self.bad_loss
+
+# %% ../nbs/12_adahessian.ipynb #bb6b9fdf
 @patch
 def differentiate(self:AdaHessianWrapper,
     loss:Tensor, # Scalar loss with its graph
@@ -180,21 +210,19 @@ def differentiate(self:AdaHessianWrapper,
     group=None, # Process group to average over, see `sync_group`
 ):
     "Add the gradient of `loss` to `p.grad` and, when one is due, an estimate of the diagonal to what is pending"
-    bad = [(~torch.isfinite(loss.detach())).float()]
-    if cross_rank_mean(bad, group)[0]>0: self.bad_loss = True
-    if self.bad_loss or not self.due: return (loss*self.weigh(n_items)).backward()
-    ps,curved = self.trained(),self.curved()
-    grads = dict(zip(ps, gradient(loss, ps, create_graph=True)))
-    _check_dense(grads.values())
+    due,weight = not self.spoilt(loss, n_items, group) and self.due,self.weigh(n_items)
+    if not due or scale!=1: (loss*weight).backward(retain_graph=due)
+    if not due: return
+    grads,curved = self.graph_gradient(loss, scale),self.curved()
     diags = self.estimate([grads[p] for p in curved], curved)
-    weight,grads = self.weigh(n_items),{p: g.detach() for p,g in grads.items() if g is not None}
     self.n_estimates += 1
+    grads = {p: g.detach() for p,g in grads.items() if g is not None and scale==1}
     if weight!=1: torch._foreach_mul_([*grads.values(), *diags], weight)
-    torch.autograd.backward(list(grads), list(grads.values()))
-    self.add(dict(zip(curved, diags)), scale)
+    if grads: torch.autograd.backward(list(grads), list(grads.values()))
+    self.add(dict(zip(curved, diags)))
     cross_rank_mean(list(self.diags.values()), group)
 
-# %% ../nbs/12_adahessian.ipynb #9e8621e5
+# %% ../nbs/12_adahessian.ipynb #31cad8ba
 @patch
 def backward(self:AdaHessianWrapper,
     learn:Learner, # In the middle of a batch; called by its `_backward`
@@ -202,8 +230,9 @@ def backward(self:AdaHessianWrapper,
     "Differentiate the loss of `learn`, and cancel the rest of the batch while `n_acc` is not reached"
     if self.n_acc>1 and hasattr(learn, 'gradient_accumulation'):
         raise ValueError(f"n_acc and GradientAccumulation do the same: use one of them, got {self.n_acc=}")
-    n_items = find_bs(learn.yb) if self.n_acc>1 else 1
-    self.differentiate(learn.loss_grad, loss_scale(learn), n_items, sync_group(learn))
+    group = sync_group(learn)
+    n_items = find_bs(learn.yb) if self.n_acc>1 or group is not None else 1
+    self.differentiate(learn.loss_grad, loss_scale(learn), n_items, group)
     if self.n_batches>=self.n_acc: return
     learn('after_backward')
     raise CancelBatchException
@@ -214,6 +243,7 @@ def forward_context(self:AdaHessianWrapper,
     learn:Learner, # At the start of a training batch
 ):
     "Make a graph that can be differentiated twice when an estimate is due; leave nothing half done"
+    check_model(learn.model)
     try:
         with twice_differentiable(learn.model) if self.due else nullcontext(): yield
         self.forget()
@@ -237,7 +267,7 @@ def warn_rarely(
     "Warn when `n` is a power of ten"
     if n==10**round(math.log10(n)): warnings.warn(f"{text} ({n} so far)", stacklevel=2)
 
-# %% ../nbs/12_adahessian.ipynb #240959c8
+# %% ../nbs/12_adahessian.ipynb #dc0f7d6b
 @patch
 def skips(self:AdaHessianWrapper,
     grads:list, # What the step would use
@@ -251,19 +281,21 @@ def skips(self:AdaHessianWrapper,
 @patch
 def usable(self:AdaHessianWrapper)->dict: # Averaged diagonals by parameter
     "The pending estimate, averaged over blocks and kernels; nothing if it is not finite"
-    if all_finite(self.diags.values()):
+    finite = all_finite(self.diags.values())
+    if self.scaled: self.curvature_scale.update(finite)
+    if finite:
         for p in self.diags: self.opt.state[p]['asked'] = True
         return {p: average_diag(d, self.block_length, self.signed, self.average_kernels) for p,d in self.diags.items()}
     self.n_dropped += 1
     warn_rarely(self.n_dropped, "The estimate of the diagonal is not finite: dropped, the average stays")
     return {}
 
-# %% ../nbs/12_adahessian.ipynb #f588169c
+# %% ../nbs/12_adahessian.ipynb #b3527ac4
 @patch
 def step(self:AdaHessianWrapper, closure=None):
     "Move the parameters along their gradients and the averaged diagonal"
     if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
-    work = [o for o in self.all_params(with_grad=True) if o[0].requires_grad]
+    work = {o[0]: o for o in reversed(self.all_params(with_grad=True)) if o[0].requires_grad}.values()
     if self.skips([p.grad for p,*_ in work]): return self.forget()
     diags = self.usable()
     for p,pg,state,hyper in work:
@@ -284,17 +316,18 @@ def opt_out(self:AdaHessianWrapper,
     if isinstance(params, nn.Module): params = params.parameters()
     for p in [params] if isinstance(params, Tensor) else params: self.opt.state[p]['do_hessian'] = False
 
-# %% ../nbs/12_adahessian.ipynb #da820812
-_counts = ['seed', 'n_steps', 'n_estimates', 'n_dropped', 'n_skipped', 'n_batches', 'n_items', 'bad_loss']
+# %% ../nbs/12_adahessian.ipynb #f9d55fce
+_counts = ['seed', 'n_steps', 'n_estimates', 'n_dropped', 'n_skipped', 'n_batches', 'n_items', 'bad_loss', 'scaled']
 
 @patch
 def state_dict(self:AdaHessianWrapper)->dict:
     "State of the wrapped optimizer, the counts, and the pending gradients and estimates"
     ps = self.all_params().itemgot(0)
     pending = dict(grads=[p.grad for p in ps], diags=[self.diags.get(p) for p in ps]) if self.n_batches else {}
-    return {**self.opt.state_dict(), 'wrapper': {**{k: getattr(self, k) for k in _counts}, **pending}}
+    own = {**{k: getattr(self, k) for k in _counts}, 'curvature_scale': vars(self.curvature_scale).copy()}
+    return {**self.opt.state_dict(), 'wrapper': {**own, **pending}}
 
-# %% ../nbs/12_adahessian.ipynb #90c5e090
+# %% ../nbs/12_adahessian.ipynb #7b3069eb
 @patch
 def check_state(self:AdaHessianWrapper,
     sd:dict, # From `state_dict`
@@ -302,11 +335,15 @@ def check_state(self:AdaHessianWrapper,
     "Raise `ValueError` if `sd` is not the state of an optimizer like this one"
     ps = self.all_params().itemgot(0)
     if not {'state','hypers','wrapper'} <= set(sd): raise ValueError(f"not a state of AdaHessianWrapper: {list(sd)=}")
-    names = [set(o) for o in sd['hypers']]
+    names,own = [set(o) for o in sd['hypers']],sd['wrapper']
+    missing = {*_counts, 'curvature_scale'}-set(own)
+    if missing: raise ValueError(f"the state of AdaHessianWrapper is incomplete: {missing=}")
     if names != [set(o) for o in self.hypers]: raise ValueError(f"other parameter groups or hyperparameters: {names=}")
-    if len(sd['state'])!=len(ps): raise ValueError(f"the state is for {len(sd['state'])} parameters, the model has {len(ps)}")
-    for i,(p,s) in enumerate(zip(ps, sd['state'])):
-        for k,v in s.items():
+    grads,diags = (own.get(k, [None]*len(ps)) for k in ('grads','diags'))
+    if {len(o) for o in (sd['state'],grads,diags)}!={len(ps)}:
+        raise ValueError(f"the state is for {len(sd['state'])} parameters, the model has {len(ps)}")
+    for i,(p,s,g,d) in enumerate(zip(ps, sd['state'], grads, diags)):
+        for k,v in {**s, 'grad': g, 'diagonal': d}.items():
             if isinstance(v,Tensor) and v.ndim and v.shape!=p.shape:
                 raise ValueError(f"{k} of parameter {i} has shape {tuple(v.shape)}, the parameter {tuple(p.shape)}")
 
@@ -322,9 +359,22 @@ def load_state_dict(self:AdaHessianWrapper,
     self.opt.state = defaultdict(dict, {p: {k: copied(v,p) for k,v in s.items()} for p,s in zip(ps, sd['state'])})
     self.forget()
     for k in _counts: setattr(self, k, own[k])
+    vars(self.curvature_scale).update(own['curvature_scale'])
     if 'grads' not in own: return
     self.diags = {p: copied(d,p) for p,d in zip(ps, own['diags']) if d is not None}
     for p,g in zip(ps, own['grads']): p.grad = copied(g,p)
+
+# %% ../nbs/12_adahessian.ipynb #ab2e528e
+@patch
+def __getstate__(self:AdaHessianWrapper)->dict:
+    "All attributes, with the gradients of an accumulation under way"
+    return {**self.__dict__, 'grads': [p.grad for p,*_ in self.all_params()] if self.n_batches else []}
+
+@patch
+def __setstate__(self:AdaHessianWrapper, state):
+    grads = state.pop('grads')
+    self.__dict__.update(state)
+    for (p,*_),g in zip(self.all_params(), grads): p.grad = g
 
 # %% ../nbs/12_adahessian.ipynb #2a02da7c
 def adahessian(

@@ -191,7 +191,7 @@ def test_a_state_of_adam_is_refused_and_nothing_lost(tmp_path):
     ours.fit(1)
     state = copy.deepcopy(ours.opt.state_dict())
     with pytest.raises(ValueError, match='not a state of AdaHessianWrapper'): ours.opt.load_state_dict(adam.opt.state_dict())
-    with pytest.warns(UserWarning, match='Could not load the optimizer state'): ours.load('adam', with_opt=True)
+    with pytest.raises(ValueError, match='not a state of AdaHessianWrapper'): ours.load('adam', with_opt=True)
     for a,b in zip(state['state'], ours.opt.state_dict()['state']): assert all(torch.equal(torch.as_tensor(a[k]),torch.as_tensor(b[k])) for k in a)
 
 
