@@ -7,7 +7,7 @@ Nothing in this room asks for a special optimizer. `CurvatureRecorder` measures 
 # %% auto #0
 __all__ = ['loss_cbs', 'undisturbed', 'borrowed', 'unwrapped', 'batch_loss', 'curvature_graph', 'trained', 'first_batches',
            'on_batch', 'ProbeStats', 'measure', 'layers', 'own_diagonal', 'overestimate', 'CurvatureRecorder',
-           'entries', 'step_rule', 'scaling', 'fresh_scaling', 'Stability', 'SuggestedLR']
+           'entries', 'step_rule', 'scaling', 'fresh_scaling', 'Stability', 'SuggestedLR', 'cautious', 'rehearsal']
 
 # %% ../nbs/20_diagnostics.ipynb #a1977ed3
 import sys,time
@@ -509,16 +509,17 @@ def _with_opt(learn):
     finally:
         if not had: learn.opt,learn.lr = None,lr
 
-# %% ../nbs/20_diagnostics.ipynb #876f674b
+# %% ../nbs/20_diagnostics.ipynb #3a260078
 @patch
 def stability(self:Learner,
     n_batches:int=4, # Training batches to average over
     max_iter:int=40, # Most Lanczos steps
     tol:float=0.01, # Wanted relative bound of the eigenvalue
     seed:int=42, # Of start vectors and probes
+    batches:list=None, # These batches instead
 )->Stability:
     "Stability limit of the learning rate at the present weights, for the optimizer of this Learner"
-    params,batches = trained(self),first_batches(self.dls.train, n_batches)
+    params,batches = trained(self),batches or first_batches(self.dls.train, n_batches)
     gen,product = torch.Generator(params[0].device).manual_seed(seed),self.curvature_product(params, batches)
     with _with_opt(self) as opt:
         rule,factor = step_rule(opt)
@@ -567,22 +568,77 @@ def curvature_summary(self:Learner,
     total = _row('whole network', st, slice(None), params, top(params))
     return PrettyString('\n'.join([head, line, *rows, line, total, '', _reading(self.stability(n_batches, max_iter, seed=seed), lr)]))
 
-# %% ../nbs/20_diagnostics.ipynb #d9890404
+# %% ../nbs/20_diagnostics.ipynb #610f6d02
 class SuggestedLR(NamedTuple):
     "A learning rate and what it is based on"
-    lr: float # The suggestion
-    stability: Stability # The measurement
-    reason: str # The same in words
+    lr: float    # The suggestion
+    path: list   # A `Stability` for each measurement of the trial
+    reason: str  # The same in words
 
+def cautious(
+    s:Stability, # Of an optimizer with momentum `mom`
+    mom:float, # β₁
+)->float:
+    "The learning rate at the limit that `s` would have without momentum"
+    return s.limit if s.rule=='gradient' else s.limit*(1-mom)/(1+mom)
+
+# %% ../nbs/20_diagnostics.ipynb #7d82239e
+class _Trial(Callback):
+    "Train with the learning rate that the curvature allows"
+    name,order = 'lr_finder',Recorder.order+50
+    def __init__(self, n_steps, every, fraction, batches, seed):
+        store_attr()
+        self.path,self.lrs = [],[]
+
+    def before_batch(self):
+        if not self.training: return
+        if self.train_iter>=self.n_steps: raise CancelFitException
+        if self.train_iter%self.every==0: self.look()
+        if self.lrs: self.opt.set_hyper('lr', min(self.lrs))
+
+    def look(self):
+        "Measure the limit at the present weights"
+        try: self.path.append(self.learn.stability(seed=self.seed, batches=self.batches))
+        except FloatingPointError: raise CancelFitException
+        lr = self.fraction*cautious(self.path[-1], self.opt.hypers[-1].get('mom', 0.))
+        if lr<math.inf: self.lrs.append(lr)
+
+    def before_validate(self): raise CancelValidException
+
+# %% ../nbs/20_diagnostics.ipynb #48241618
+@contextmanager
+def rehearsal(
+    learn:Learner, # May be trained inside
+):
+    "Put weights, optimizer, random states, shuffling and recorder of `learn` back on leaving"
+    ps,dl = list(learn.model.parameters()),learn.dls.train
+    saved,rng,(opt,lr) = [(p.detach().clone(), p.grad) for p in ps],dl.rng.getstate(),(learn.opt, learn.lr)
+    recorder = dict(learn.recorder.__dict__)
+    learn.opt = None
+    try:
+        with undisturbed(learn.model),learn.no_bar(),learn.no_logging(): yield
+    finally:
+        learn.opt,learn.lr,learn.recorder.__dict__ = opt,lr,recorder
+        dl.rng.setstate(rng)
+        for p,(v,g) in zip(ps, saved): p.data,p.grad = p.data.copy_(v),g
+
+# %% ../nbs/20_diagnostics.ipynb #b82809a9
 @patch
 def suggest_lr_from_curvature(self:Learner,
-    n_batches:int=4, # Training batches to average over
-    fraction:float=0.5, # Share of the stability limit to use; raises `ValueError` outside (0,1]
-    max_iter:int=40, # Most Lanczos steps
+    fraction:float=0.8, # Share of the limit to use; raises `ValueError` outside (0,1]
+    n_steps:int=24, # Batches of trial training
+    every:int=4, # Measure at each `every`-th of them
+    n_batches:int=2, # Training batches to measure on
     seed:int=42, # Of start vectors and probes
-)->SuggestedLR:
-    "A share of the stability limit at the present weights, as a learning rate"
+)->SuggestedLR: # Raises `ValueError` for an optimizer that `step_rule` does not know, or without positive curvature
+    "The largest learning rate that a short trial training finds stable"
     if not 0<fraction<=1: raise ValueError(f"fraction must be in (0,1], got {fraction=}")
-    s = self.stability(n_batches, max_iter, seed=seed)
-    lr = fraction*s.limit
-    return SuggestedLR(lr, s, f"{_reading(s, lr)} λ_max is {s.lambda_max:.3g} ± {s.bound:.1g} at the present weights; it will change while training.")
+    with _with_opt(self) as opt: rule = step_rule(opt)[0]
+    if rule=='unknown': raise ValueError(f"no stability limit is known for this optimizer, use `lr_find`; got {self.opt_func=}")
+    trial = _Trial(n_steps, every, fraction, first_batches(self.dls.train, n_batches), seed)
+    with rehearsal(self): self.fit(n_steps//len(self.dls.train)+1, cbs=trial)
+    if not trial.lrs: raise ValueError("no positive curvature was met: the quadratic model limits no learning rate, use `lr_find`")
+    lr = min(trial.lrs)
+    return SuggestedLR(lr, trial.path, f"{lr:.3g} is {fraction:g} of the smallest stability limit met in {n_steps} steps of trial training "
+        f"(from {lr/fraction:.3g} to {max(trial.lrs)/fraction:.3g} in {len(trial.lrs)} measurements, rule '{rule}' without the benefit of momentum). "
+        "It says what is stable, not what is fast.")
