@@ -8,17 +8,19 @@
 __all__ = ['check_hypers', 'check_counts', 'check_choices', 'AdaHessian', 'peek_seed', 'AdaHessianWrapper', 'all_finite',
            'warn_rarely', 'adahessian']
 
-# %% ../nbs/12_adahessian.ipynb #d693a728
+# %% ../nbs/12_adahessian.ipynb #6a5a20a8
 import math,warnings
 from contextlib import contextmanager,nullcontext
 
 from fastai.basics import *
-from .hvp import gradient,graph_product
-from .hutchinson import get_probe,hutchinson_diag
+from .hvp import gradient
+from .hutchinson import get_probe,mean_and_noise,sample_mean
 from .averaging import average_diag
+from .estimators import Evaluation,check_estimator,curvatures,estimators
 from .learner import (CurvatureScale,check_checkpoints,check_model,cross_rank_mean,hooks_resting,loss_scale,
-    sync_group,twice_differentiable)
-from .steppers import adahessian_step,average_sqr_diag_hessian
+    loss_weight,sync_group,twice_differentiable)
+from .steppers import adahessian_step,average_diag_hessian,average_sqr_diag_hessian,signed_adahessian_step
+from .subbatch import evaluated_rows,n_rows,targets_of
 
 # %% ../nbs/12_adahessian.ipynb #6f4ba2f3
 _ranges = dict(lr=(lambda v: v>=0, '>= 0'), mom=(lambda v: 0<=v<1, 'in [0,1)'), sqr_mom=(lambda v: 0<=v<1, 'in [0,1)'),
@@ -48,7 +50,7 @@ def check_choices(
     for k,(v,allowed) in choices.items():
         if v not in allowed: raise ValueError(f"{k} must be one of {list(allowed)}, got {k}={v!r}")
 
-# %% ../nbs/12_adahessian.ipynb #23bcbbe2
+# %% ../nbs/12_adahessian.ipynb #29a34df6
 def AdaHessian(
     params:Tensor|Iterable, # Model parameters, or lists of them as groups
     lr:float|slice, # Learning rate, η
@@ -58,12 +60,14 @@ def AdaHessian(
     wd:float=1e-4, # Weight decay (true or L2)
     hessian_power:float=1., # Exponent of the curvature, k; 0 is momentum alone
     decouple_wd:bool=True, # Apply true weight decay or L2 regularization?
+    signed:bool=False, # Average the signed diagonal and not its square?
 )->Optimizer: # Raises `ValueError` for a value outside its range
     "An `Optimizer` of AdaHessian's steppers, to be wrapped by `AdaHessianWrapper`"
     hypers = dict(lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, hessian_power=hessian_power)
     check_hypers(**hypers)
     cbs = [weight_decay] if decouple_wd else [l2_reg]
-    cbs += [partial(average_grad, dampening=True), step_stat, average_sqr_diag_hessian, adahessian_step]
+    cbs += [partial(average_grad, dampening=True), step_stat]
+    cbs += [average_diag_hessian, signed_adahessian_step] if signed else [average_sqr_diag_hessian, adahessian_step]
     return Optimizer(params, cbs, **hypers)
 
 # %% ../nbs/12_adahessian.ipynb #50b9360b
@@ -73,7 +77,7 @@ def peek_seed()->int:
     generator.set_state(torch.get_rng_state())
     return torch.randint(2**31, (1,), generator=generator).item()
 
-# %% ../nbs/12_adahessian.ipynb #ef2e64c3
+# %% ../nbs/12_adahessian.ipynb #423f7631
 class AdaHessianWrapper(Optimizer, GetAttr):
     "Wrap `opt` so that its steppers receive an estimate of the Hessian's diagonal"
     _default,default_lr = 'opt',0.15
@@ -87,13 +91,21 @@ class AdaHessianWrapper(Optimizer, GetAttr):
         estimator:str='hutchinson', # How the diagonal is estimated
         hvp:str='reverse', # How a product with the matrix is computed
         probe='rademacher', # 'rademacher', 'gaussian' or a callable `(p, generator) -> tensor like p`
-        signed:bool=False, # Average the diagonal itself over blocks and kernels, not its absolute value?
+        signed:bool=None, # Average the diagonal itself over blocks and kernels, not `|d|`? Default: where the steppers or `debiased` ask for it
         average_kernels:bool=True, # Average over the kernels of convolutions?
+        debiased:bool=False, # Take the noise out of the second moment? Needs `n_samples` >= 2
+        hessian_bs:int|float=None, # Rows of the batch that the estimate is taken on, a number or a fraction; `None` for all
     ):
         check_counts(block_length=block_length, n_acc=n_acc, update_each=update_each, n_samples=n_samples)
-        check_choices(curvature=(curvature,['hessian']), estimator=(estimator,['hutchinson']), hvp=(hvp,['reverse']))
+        check_choices(curvature=(curvature,curvatures), estimator=(estimator,estimators), hvp=(hvp,['reverse']))
         get_probe(probe)
+        linear = average_diag_hessian in opt.cbs
+        check_estimator(estimator, curvature, probe, n_samples, linear, debiased)
+        if hessian_bs is not None: n_rows(hessian_bs, 1)
+        if signed is None: signed = linear or debiased
+        if (linear or debiased) and not signed: raise ValueError(f"a signed or debiased average needs signed blocks, got {signed=}")
         store_attr()
+        self.noise_record = []
         self.seed,self.n_steps,self.n_estimates,self.n_dropped,self.n_skipped = peek_seed(),0,0,0,0
         self.curvature_scale = CurvatureScale()
         opt._keep_on_clear = [*opt._keep_on_clear, 'do_hessian']
@@ -101,7 +113,7 @@ class AdaHessianWrapper(Optimizer, GetAttr):
 
     def forget(self):
         "Drop what is pending between a backward pass and a step"
-        self.diags,self.n_batches,self.n_items,self.bad_loss,self.scaled = {},0,0,False,False
+        self.diags,self.noises,self.n_batches,self.n_items,self.bad_loss,self.scaled = {},{},0,0,False,False
 
     def zero_grad(self):
         super().zero_grad()
@@ -116,7 +128,7 @@ class AdaHessianWrapper(Optimizer, GetAttr):
     @param_lists.setter
     def param_lists(self, v): self.opt.param_lists = v
 
-# %% ../nbs/12_adahessian.ipynb #7d802e83
+# %% ../nbs/12_adahessian.ipynb #2cde3c8e
 @patch
 def trained(self:AdaHessianWrapper)->list:
     "The parameters that require a gradient, each once"
@@ -130,34 +142,65 @@ def curved(self:AdaHessianWrapper)->list:
 @patch(as_prop=True)
 def due(self:AdaHessianWrapper)->bool:
     "Does the next backward pass take an estimate?"
-    return self.n_steps%self.update_each==0 or any('asked' not in self.state[p] for p in self.curved())
+    curved = self.curved()
+    return bool(curved) and (self.n_steps%self.update_each==0 or any('asked' not in self.state[p] for p in curved))
 
-# %% ../nbs/12_adahessian.ipynb #3d40c693
+# %% ../nbs/12_adahessian.ipynb #6b1c3175
 @patch
-def drawer(self:AdaHessianWrapper):
-    "A probe function `(p, generator) -> tensor` for the next estimate, with generators of the optimizer's own"
-    draw,rank = get_probe(self.probe),rank_distrib()
-    @functools.cache
-    def generator(device): return torch.Generator(device).manual_seed(self.seed + 7919*self.n_estimates + 104729*rank)
-    return lambda p,_: draw(p, generator(p.device))
+def generators(self:AdaHessianWrapper,
+    stream:int=0, # Another number gives other random numbers for the same estimate
+): # `device -> generator`, the same generator for the same device
+    "Generators of the optimizer's own for the next estimate"
+    seed = self.seed + 7919*self.n_estimates + 104729*rank_distrib() + stream
+    return functools.cache(lambda device: torch.Generator(device).manual_seed(seed))
+
+@patch
+def drawer(self:AdaHessianWrapper,
+    rng=None, # `device -> generator`; those of the next estimate by default
+):
+    "A probe function `(p, generator) -> tensor` with generators of the optimizer's own"
+    draw,rng = get_probe(self.probe),rng or self.generators()
+    return lambda p,_: draw(p, rng(p.device))
+
+# %% ../nbs/12_adahessian.ipynb #dc1b047d
+@patch
+def center(self:AdaHessianWrapper,
+    params:list, # Parameters to look up
+)->list: # Plain tensors shaped like `params`
+    "The debiased signed average of the diagonal for each of `params`"
+    def one(p, sqr_mom, avg_diag_hessian=None, hess_step=0, **kwargs):
+        return torch.zeros_like(p, requires_grad=False) if not hess_step else avg_diag_hessian/(1-sqr_mom**hess_step)
+    of = {p: (state,hyper) for p,_,state,hyper in self.all_params()}
+    return [one(p, **{**of[p][0], **of[p][1]}) for p in params]
 
 @patch
 def estimate(self:AdaHessianWrapper,
-    grads:list, # Gradients with their graph, from `gradient(..., create_graph=True)`
-    params:list, # The parameters they belong to
-)->list: # Plain tensors shaped like `params`
-    "An estimate of the diagonal on the graph of `grads`, which is freed"
-    product = graph_product(grads, params, n_uses=self.n_samples)
-    if self.scaled: product = self.curvature_scale.product(product)
-    return hutchinson_diag(product, params, self.n_samples, self.drawer())
+    evaluation:Evaluation, # What to estimate on; its graphs are used up
+    params:list, # Tensors to differentiate for
+)->tuple: # The estimate and, with two samples or more, a draw of its noise; lists shaped like `params`
+    "An estimate of the diagonal and of its noise"
+    rng = self.generators()
+    how = dict(n_samples=self.n_samples, curvature=self.curvature, draw=self.drawer(rng), rng=rng)
+    if self.estimator=='control_variate': how['center'] = self.center(params)
+    with hooks_resting(params):
+        samples = estimators[self.estimator](evaluation=evaluation, params=params, **how)
+        return mean_and_noise(samples) if self.n_samples>1 else (sample_mean(samples),[])
 
-# %% ../nbs/12_adahessian.ipynb #d4d11762
+# %% ../nbs/12_adahessian.ipynb #5a2f2d99
 @patch
 def add(self:AdaHessianWrapper,
-    diags:dict, # Estimates by parameter
+    params:list, # Parameters
+    diags:list, # Their estimates
+    noises:list=(), # A draw of the estimates' noise, if there is one
 ):
-    "Add `diags` to the pending estimate"
-    for p,d in diags.items(): self.diags[p] = self.diags[p].add_(d) if p in self.diags else d
+    "Add estimates to the pending ones"
+    for pending,new in ((self.diags,diags),(self.noises,noises)):
+        for p,d in zip(params, new): pending[p] = pending[p].add_(d) if p in pending else d
+
+@patch
+def pending(self:AdaHessianWrapper)->list: # Plain tensors
+    "The pending estimates and their noise"
+    return [*self.diags.values(), *self.noises.values()]
 
 @patch
 def weigh(self:AdaHessianWrapper,
@@ -168,11 +211,11 @@ def weigh(self:AdaHessianWrapper,
     if self.n_acc==1: return 1.
     self.n_items += n_items
     if old and n_items:
-        pending = [p.grad for p in self.trained() if p.grad is not None] + list(self.diags.values())
+        pending = [p.grad for p in self.trained() if p.grad is not None] + self.pending()
         torch._foreach_mul_(pending, old/self.n_items)
     return n_items/self.n_items if self.n_items else 1.
 
-# %% ../nbs/12_adahessian.ipynb #558747c4
+# %% ../nbs/12_adahessian.ipynb #096e1f26
 def _check_dense(grads):
     if any(g is not None and g.layout!=torch.strided for g in grads):
         raise ValueError("adahessian needs dense gradients: make the `nn.Embedding` with `sparse=False`")
@@ -180,16 +223,25 @@ def _check_dense(grads):
 @patch
 def graph_gradient(self:AdaHessianWrapper,
     loss:Tensor, # Scalar loss with its graph
-    scale:float=1., # By how much it was multiplied
 )->dict: # Gradients by parameter, `None` for one that `loss` does not depend on
-    "Gradients with a graph of their own; under a loss scale, with the scale of a second derivative in its place"
-    self.scaled,ps = scale!=1,self.trained()
-    if self.scaled: loss = loss*(self.curvature_scale.loss/scale)
+    "Gradients with a graph of their own"
+    ps = self.trained()
     with hooks_resting(ps): grads = gradient(loss, ps, create_graph=True)
     _check_dense(grads)
     if any(g is None for g in grads): check_checkpoints(loss)
     return dict(zip(ps, grads))
 
+@patch
+def in_half(self:AdaHessianWrapper,
+    at:Evaluation, # On the graph of a loss under a loss scale
+    scale:float, # By how much that was multiplied
+)->Evaluation: # `at`
+    "Give `at` the scale of a second derivative in place of a loss scale"
+    self.scaled = scale!=1 and self.estimator!='gnb'
+    if self.scaled: at.loss,at.rescaled = at.loss*(self.curvature_scale.loss/scale),self.curvature_scale.product
+    return at
+
+# %% ../nbs/12_adahessian.ipynb #9996301b
 @patch
 def spoilt(self:AdaHessianWrapper,
     loss:Tensor, # Scalar loss
@@ -201,28 +253,65 @@ def spoilt(self:AdaHessianWrapper,
     self.bad_loss = cross_rank_mean([loss.new_tensor(float(bad), dtype=torch.float)], group)[0].item()>0 if group else bad
     return self.bad_loss
 
-# %% ../nbs/12_adahessian.ipynb #bb6b9fdf
+# %% ../nbs/12_adahessian.ipynb #fdb7c59c
+@patch(as_prop=True)
+def on_gradient(self:AdaHessianWrapper)->bool:
+    "Is the estimate taken on the graph of a gradient?"
+    return self.estimator!='gnb' and self.curvature=='hessian'
+
+@patch
+def beside(self:AdaHessianWrapper,
+    loss:Tensor, # Scalar loss with its graph, which is freed
+    weight:float, # Weight of its gradient
+    scale:float, # By how much it was multiplied
+    at:Evaluation, # The same loss with what it was computed from
+    curved:list, # Parameters to estimate for
+)->tuple: # What `estimate` returns, and plain gradients by parameter as far as `p.grad` does not have them
+    "Estimate on the graph of `loss`, and its gradient"
+    at = self.in_half(at, scale)
+    if not self.on_gradient:
+        found = self.estimate(at, curved)
+        (loss*weight).backward()
+        return found,{}
+    if self.scaled: (loss*weight).backward(retain_graph=True)
+    grads = self.graph_gradient(at.loss)
+    at.grads = [grads[p] for p in curved]
+    return self.estimate(at, curved),{p: g.detach() for p,g in grads.items() if g is not None and not self.scaled}
+
+# %% ../nbs/12_adahessian.ipynb #844b92f1
 @patch
 def differentiate(self:AdaHessianWrapper,
     loss:Tensor, # Scalar loss with its graph
     scale:float=1., # By how much the loss was multiplied, see `loss_scale`
     n_items:int=1, # Items that the loss is a mean of; matters with `n_acc`
     group=None, # Process group to average over, see `sync_group`
+    at=None, # `Evaluation` of `loss` to estimate on, or a context that yields another one; by default `loss` alone
 ):
     "Add the gradient of `loss` to `p.grad` and, when one is due, an estimate of the diagonal to what is pending"
     due,weight = not self.spoilt(loss, n_items, group) and self.due,self.weigh(n_items)
-    if not due or scale!=1: (loss*weight).backward(retain_graph=due)
-    if not due: return
-    grads,curved = self.graph_gradient(loss, scale),self.curved()
-    diags = self.estimate([grads[p] for p in curved], curved)
+    if not due: return (loss*weight).backward()
+    curved,at = self.curved(),ifnone(at, Evaluation(loss))
+    if isinstance(at, Evaluation): found,grads = self.beside(loss, weight, scale, at, curved)
+    else:
+        (loss*weight).backward()
+        with at as part: found,grads = self.estimate(part, curved),{}
     self.n_estimates += 1
-    grads = {p: g.detach() for p,g in grads.items() if g is not None and scale==1}
-    if weight!=1: torch._foreach_mul_([*grads.values(), *diags], weight)
+    if weight!=1: torch._foreach_mul_([*grads.values(), *found[0], *found[1]], weight)
     if grads: torch.autograd.backward(list(grads), list(grads.values()))
-    self.add(dict(zip(curved, diags)))
-    cross_rank_mean(list(self.diags.values()), group)
+    self.add(curved, *found)
+    cross_rank_mean(self.pending(), group)
 
-# %% ../nbs/12_adahessian.ipynb #31cad8ba
+# %% ../nbs/12_adahessian.ipynb #1df4028c
+@patch
+def evaluation(self:AdaHessianWrapper,
+    learn:Learner, # In the middle of a batch
+    scale:float=1., # By how much its loss was multiplied, see `loss_scale`
+): # An `Evaluation`, or a context that yields one
+    "What the batch of `learn` offers to an estimate: all of it, or `hessian_bs` rows"
+    if self.hessian_bs is not None:
+        return evaluated_rows(learn, self.hessian_bs, self.generators(1)(torch.device('cpu')), twice=self.estimator!='gnb')
+    return Evaluation(learn.loss_grad, learn.pred, targets_of(learn), learn.loss_func, scale, weight=loss_weight(learn))
+
 @patch
 def backward(self:AdaHessianWrapper,
     learn:Learner, # In the middle of a batch; called by its `_backward`
@@ -232,7 +321,8 @@ def backward(self:AdaHessianWrapper,
         raise ValueError(f"n_acc and GradientAccumulation do the same: use one of them, got {self.n_acc=}")
     group = sync_group(learn)
     n_items = find_bs(learn.yb) if self.n_acc>1 or group is not None else 1
-    self.differentiate(learn.loss_grad, loss_scale(learn), n_items, group)
+    scale = loss_scale(learn)
+    self.differentiate(learn.loss_grad, scale, n_items, group, self.evaluation(learn, scale))
     if self.n_batches>=self.n_acc: return
     learn('after_backward')
     raise CancelBatchException
@@ -245,7 +335,8 @@ def forward_context(self:AdaHessianWrapper,
     "Make a graph that can be differentiated twice when an estimate is due; leave nothing half done"
     check_model(learn.model)
     try:
-        with twice_differentiable(learn.model) if self.due else nullcontext(): yield
+        twice = self.due and self.hessian_bs is None and self.estimator!='gnb'
+        with twice_differentiable(learn.model) if twice else nullcontext(): yield
         self.forget()
     except CancelBatchException: raise
     except BaseException:
@@ -267,7 +358,19 @@ def warn_rarely(
     "Warn when `n` is a power of ten"
     if n==10**round(math.log10(n)): warnings.warn(f"{text} ({n} so far)", stacklevel=2)
 
-# %% ../nbs/12_adahessian.ipynb #dc0f7d6b
+# %% ../nbs/12_adahessian.ipynb #2e8a795e
+@patch
+def note_noise(self:AdaHessianWrapper):
+    "Append the signal-to-noise ratio of each parameter group to `noise_record`"
+    if not self.noises: return
+    def ratio(ps):
+        if not ps: return torch.tensor(math.nan)
+        both,noise = (torch.stack(torch._foreach_norm([o[p].float() for p in ps])).norm().square() for o in (self.diags,self.noises))
+        return ((both-noise).clamp(min=0)/noise).sqrt()
+    ratios = [ratio([p for p in ps if p in self.noises]) for ps in self.param_lists]
+    self.noise_record.append((self.n_steps, torch.stack([r.to(ratios[0].device) for r in ratios])))
+
+# %% ../nbs/12_adahessian.ipynb #4a49409b
 @patch
 def skips(self:AdaHessianWrapper,
     grads:list, # What the step would use
@@ -285,12 +388,13 @@ def usable(self:AdaHessianWrapper)->dict: # Averaged diagonals by parameter
     if self.scaled: self.curvature_scale.update(finite)
     if finite:
         for p in self.diags: self.opt.state[p]['asked'] = True
+        self.note_noise()
         return {p: average_diag(d, self.block_length, self.signed, self.average_kernels) for p,d in self.diags.items()}
     self.n_dropped += 1
     warn_rarely(self.n_dropped, "The estimate of the diagonal is not finite: dropped, the average stays")
     return {}
 
-# %% ../nbs/12_adahessian.ipynb #b3527ac4
+# %% ../nbs/12_adahessian.ipynb #899837b7
 @patch
 def step(self:AdaHessianWrapper, closure=None):
     "Move the parameters along their gradients and the averaged diagonal"
@@ -298,11 +402,12 @@ def step(self:AdaHessianWrapper, closure=None):
     work = {o[0]: o for o in reversed(self.all_params(with_grad=True)) if o[0].requires_grad}.values()
     if self.skips([p.grad for p,*_ in work]): return self.forget()
     diags = self.usable()
+    noises = {p: average_diag(self.noises[p], self.block_length, True, self.average_kernels) for p in diags} if self.debiased else {}
     for p,pg,state,hyper in work:
-        d = diags.get(p) if state.get('do_hessian', True) else p.grad
+        d = diags.get(p) if state.get('do_hessian', True) else p.grad.abs()
         if d is None and 'hess_step' not in state: continue
         for cb in self.opt.cbs:
-            new = cb(p, **{**state, **hyper, 'diag_hessian': d})
+            new = cb(p, **{**state, **hyper, 'diag_hessian': d, 'diag_noise': noises.get(p)})
             if isinstance(new, dict): state.update(new)
     self.n_steps += 1
     self.forget()
@@ -316,18 +421,18 @@ def opt_out(self:AdaHessianWrapper,
     if isinstance(params, nn.Module): params = params.parameters()
     for p in [params] if isinstance(params, Tensor) else params: self.opt.state[p]['do_hessian'] = False
 
-# %% ../nbs/12_adahessian.ipynb #f9d55fce
+# %% ../nbs/12_adahessian.ipynb #49088e35
 _counts = ['seed', 'n_steps', 'n_estimates', 'n_dropped', 'n_skipped', 'n_batches', 'n_items', 'bad_loss', 'scaled']
 
 @patch
 def state_dict(self:AdaHessianWrapper)->dict:
     "State of the wrapped optimizer, the counts, and the pending gradients and estimates"
     ps = self.all_params().itemgot(0)
-    pending = dict(grads=[p.grad for p in ps], diags=[self.diags.get(p) for p in ps]) if self.n_batches else {}
+    pending = dict(grads=[p.grad for p in ps], diags=[self.diags.get(p) for p in ps], noises=[self.noises.get(p) for p in ps]) if self.n_batches else {}
     own = {**{k: getattr(self, k) for k in _counts}, 'curvature_scale': vars(self.curvature_scale).copy()}
     return {**self.opt.state_dict(), 'wrapper': {**own, **pending}}
 
-# %% ../nbs/12_adahessian.ipynb #7b3069eb
+# %% ../nbs/12_adahessian.ipynb #5c7c66a5
 @patch
 def check_state(self:AdaHessianWrapper,
     sd:dict, # From `state_dict`
@@ -339,8 +444,8 @@ def check_state(self:AdaHessianWrapper,
     missing = {*_counts, 'curvature_scale'}-set(own)
     if missing: raise ValueError(f"the state of AdaHessianWrapper is incomplete: {missing=}")
     if names != [set(o) for o in self.hypers]: raise ValueError(f"other parameter groups or hyperparameters: {names=}")
-    grads,diags = (own.get(k, [None]*len(ps)) for k in ('grads','diags'))
-    if {len(o) for o in (sd['state'],grads,diags)}!={len(ps)}:
+    grads,diags,noises = (own.get(k, [None]*len(ps)) for k in ('grads','diags','noises'))
+    if {len(o) for o in (sd['state'],grads,diags,noises)}!={len(ps)}:
         raise ValueError(f"the state is for {len(sd['state'])} parameters, the model has {len(ps)}")
     for i,(p,s,g,d) in enumerate(zip(ps, sd['state'], grads, diags)):
         for k,v in {**s, 'grad': g, 'diagonal': d}.items():
@@ -361,7 +466,7 @@ def load_state_dict(self:AdaHessianWrapper,
     for k in _counts: setattr(self, k, own[k])
     vars(self.curvature_scale).update(own['curvature_scale'])
     if 'grads' not in own: return
-    self.diags = {p: copied(d,p) for p,d in zip(ps, own['diags']) if d is not None}
+    self.diags,self.noises = ({p: copied(d,p) for p,d in zip(ps, own[k]) if d is not None} for k in ('diags','noises'))
     for p,g in zip(ps, own['grads']): p.grad = copied(g,p)
 
 # %% ../nbs/12_adahessian.ipynb #ab2e528e
@@ -376,7 +481,7 @@ def __setstate__(self:AdaHessianWrapper, state):
     self.__dict__.update(state)
     for (p,*_),g in zip(self.all_params(), grads): p.grad = g
 
-# %% ../nbs/12_adahessian.ipynb #2a02da7c
+# %% ../nbs/12_adahessian.ipynb #75608e08
 def adahessian(
     params:Tensor|Iterable, # Model parameters, or lists of them as groups
     lr:float|slice=0.15, # Learning rate, η; about 100 times Adam's
@@ -390,13 +495,17 @@ def adahessian(
     block_length:int=32, # Entries averaged together in a 2-D parameter; 1 for none
     update_each:int=1, # Estimate at steps 1, k+1, 2k+1, … and keep the average in between
     n_samples:int=1, # Probes for each estimate
-    curvature:str='hessian', # The matrix whose diagonal is estimated
-    estimator:str='hutchinson', # How the diagonal is estimated
+    curvature:str='hessian', # The matrix whose diagonal is estimated: 'hessian' or 'ggn'
+    estimator:str='hutchinson', # How the diagonal is estimated: 'hutchinson', 'control_variate' or 'gnb'
     hvp:str='reverse', # How a product with the matrix is computed
     probe='rademacher', # 'rademacher', 'gaussian' or a callable `(p, generator) -> tensor like p`
     average_kernels:bool=True, # Average over the kernels of convolutions?
+    signed:bool=False, # Average the signed diagonal over time and not its square?
+    debiased:bool=False, # Take the noise of the estimate out of its square? Needs `n_samples` >= 2
+    signed_blocks:bool=None, # Average the signed diagonal over blocks and kernels and not `|d|`? Default: with `signed` or `debiased`
+    hessian_bs:int|float=None, # Rows of the batch that the estimate is taken on, a number or a fraction; `None` for all
 )->AdaHessianWrapper: # Raises `ValueError` for an argument outside its range
     "AdaHessian as `opt_func` of a `Learner`"
-    opt = AdaHessian(params, lr, mom, sqr_mom, eps, wd, hessian_power, decouple_wd)
+    opt = AdaHessian(params, lr, mom, sqr_mom, eps, wd, hessian_power, decouple_wd, signed)
     return AdaHessianWrapper(opt, block_length, n_acc, update_each, n_samples, curvature, estimator, hvp, probe,
-        average_kernels=average_kernels)
+        signed_blocks, average_kernels, debiased, hessian_bs)

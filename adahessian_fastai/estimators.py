@@ -8,15 +8,15 @@ An estimator yields samples: lists of tensors, each an unbiased estimate of a di
 __all__ = ['curvatures', 'estimators', 'Evaluation', 'hessian_curvature', 'ggn_curvature', 'hutchinson_estimator',
            'control_variate_estimator', 'gnb_estimator', 'check_estimator']
 
-# %% ../nbs/09_estimators.ipynb #f5210e6d
+# %% ../nbs/09_estimators.ipynb #18af7d7a
 from torch import Tensor
-from fastcore.basics import store_attr
+from fastcore.basics import noop,store_attr
 from .hvp import gradient,graph_product
 from .hutchinson import control_variate_samples,hutchinson_samples
 from .ggn import ggn_product
 from .gnb import gnb_samples,label_noise
 
-# %% ../nbs/09_estimators.ipynb #c132cdef
+# %% ../nbs/09_estimators.ipynb #5ae559c5
 class Evaluation:
     "A loss with what it was computed from, graphs included"
     def __init__(self,
@@ -24,7 +24,8 @@ class Evaluation:
         outputs=None, # What the model returned
         targets=None, # What the loss compares it with
         loss_func=None, # The loss function, without `scale` and `weight`
-        scale:float=1., # By how much `loss` was multiplied for the sake of half precision
+        scale:float=1., # By how much a gradient may be multiplied on its way back, for the sake of half precision
+        rescaled=noop, # `product -> product`: undoes what `loss` was multiplied by
         weight:float=1., # By how much `loss` was multiplied as a part of a mean over batches
         grads:list=None, # Gradients with their graph, where they were taken already
     ): store_attr()
@@ -32,9 +33,7 @@ class Evaluation:
     def __enter__(self): return self
     def __exit__(self, *args): pass
 
-# %% ../nbs/09_estimators.ipynb #6d3ba3f5
-def _unscaled(product, scale): return product if scale==1 else lambda v: [h.div(scale) for h in product(v)]
-
+# %% ../nbs/09_estimators.ipynb #82b3e976
 def hessian_curvature(
     evaluation:Evaluation, # Has `loss` or `grads`; the graph is freed by the last product
     params:list, # Tensors to differentiate for
@@ -42,7 +41,7 @@ def hessian_curvature(
 ): # `v -> Hv`
     "Product with the Hessian of the loss"
     grads = evaluation.grads or gradient(evaluation.loss, params, create_graph=True)
-    return _unscaled(graph_product(grads, params, n_uses=n_products), evaluation.scale)
+    return evaluation.rescaled(graph_product(grads, params, n_uses=n_products))
 
 def ggn_curvature(
     evaluation:Evaluation, # Has `loss` and `outputs`
@@ -51,7 +50,7 @@ def ggn_curvature(
 ): # `v -> Gv`
     "Product with the generalized Gauss-Newton matrix"
     if evaluation.outputs is None: raise ValueError("curvature='ggn' needs the outputs of the model: give `differentiate` the `batch`")
-    return _unscaled(ggn_product(evaluation.outputs, evaluation.loss, params), evaluation.scale)
+    return evaluation.rescaled(ggn_product(evaluation.outputs, evaluation.loss, params))
 
 curvatures = dict(hessian=hessian_curvature, ggn=ggn_curvature)
 

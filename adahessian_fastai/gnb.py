@@ -110,16 +110,18 @@ def label_noise(
     if f.reduction not in ('mean','sum'): raise ValueError(f"the loss must have reduction 'mean' or 'sum', got {f.reduction=}")
     return gnb_losses[type(f)](f, outputs, targets, axis)
 
-# %% ../nbs/08_gnb.ipynb #c7233c2f
+# %% ../nbs/08_gnb.ipynb #8e837313
 def gnb_samples(
     outputs:Tensor, # Outputs of the model with their graph, which is kept
     params:list, # Tensors to differentiate for
     draw, # `generator -> u`, from `label_noise`
     n_samples:int=1, # Draws of the labels
     generator:torch.Generator=None, # Randomness of the labels
-    scale:float=1., # Multiplies `u` on the way back through the graph
+    scale:float=1., # Loss scale of half precision
 ): # Yields `n_samples` lists of tensors
     "Single-draw estimates `(Jᵀu)²` of the Gauss-Newton diagonal, one list for each draw"
     for _ in range(n_samples):
-        gs = torch.autograd.grad(outputs, params, draw(generator)*scale, retain_graph=True, allow_unused=True)
-        yield [torch.zeros_like(p) if g is None else g.as_subclass(Tensor).div(scale).square_() for g,p in zip(gs, params)]
+        u = draw(generator)
+        k = 1. if scale==1 else u.abs().max().clamp(min=1e-8)*scale
+        gs = torch.autograd.grad(outputs, params, u*k, retain_graph=True, allow_unused=True)
+        yield [torch.zeros_like(p) if g is None else g.detach().as_subclass(Tensor).div(k).square_() for g,p in zip(gs, params)]

@@ -61,7 +61,7 @@ def targets_of(
     "The targets of the present batch"
     return learn.yb[0] if len(learn.yb)==1 else learn.yb
 
-# %% ../nbs/11b_subbatch.ipynb #e569648a
+# %% ../nbs/11b_subbatch.ipynb #db4e8ae9
 @contextmanager
 def evaluated_rows(
     learn:Learner, # In the middle of a batch
@@ -73,7 +73,8 @@ def evaluated_rows(
     if any(isinstance(cb, MixHandler) for cb in learn.cbs): raise ValueError(f"hessian_bs does not go with MixUp or CutMix, got {hessian_bs=}")
     bs,weight = find_bs(learn.xb),loss_weight(learn)
     idxs = torch.randperm(bs, generator=generator)[:n_rows(hessian_bs, bs)]
-    model = getattr(learn.model, 'module', learn.model) if isinstance(learn.model, nn.parallel.DistributedDataParallel) else learn.model
+    bare = getattr(learn.model, '_orig_mod', learn.model)
+    model = bare.module if isinstance(bare, nn.parallel.DistributedDataParallel) else learn.model
     with untouched(learn), twice_differentiable(model) if twice else nullcontext():
         learn.xb,learn.yb = take_rows((learn.xb,learn.yb), idxs, bs)
         learn.pred = model(*learn.xb)
