@@ -9,7 +9,7 @@ __all__ = ['loss_cbs', 'undisturbed', 'borrowed', 'unwrapped', 'batch_loss', 'cu
            'on_batch', 'ProbeStats', 'measure', 'layers', 'own_diagonal', 'overestimate', 'CurvatureRecorder',
            'entries', 'step_rule', 'scaling', 'fresh_scaling', 'Stability', 'SuggestedLR', 'cautious', 'rehearsal']
 
-# %% ../nbs/20_diagnostics.ipynb #a1977ed3
+# %% ../nbs/20_diagnostics.ipynb #3027e721
 import sys,time
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from contextlib import ExitStack,contextmanager
@@ -24,7 +24,7 @@ from .hutchinson import hutchinson_diag,hutchinson_samples
 from .averaging import average_diag
 from .spectrum import confidence_interval,extreme_eigenvalues,flat,mean_product,spectral_density,unflat
 from .ggn import ggn_product
-from .learner import twice_differentiable
+from .learner import hooks_resting,twice_differentiable
 
 # %% ../nbs/20_diagnostics.ipynb #596340fe
 _tables = ('_parameters', '_buffers', '_modules')
@@ -95,7 +95,7 @@ def batch_loss(
     for cb in cbs: cb('after_loss')
     return learn.pred, learn.loss_grad.as_subclass(Tensor)
 
-# %% ../nbs/20_diagnostics.ipynb #31797da3
+# %% ../nbs/20_diagnostics.ipynb #5cab24fc
 @contextmanager
 def curvature_graph(
     learn:Learner, # With a batch in `xb` and `yb`
@@ -108,7 +108,8 @@ def curvature_graph(
     model = unwrapped(learn.model)
     with ExitStack() as stack:
         full_precision = torch.autocast(params[0].device.type, enabled=False)
-        for o in (undisturbed(model), borrowed(learn), twice_differentiable(model), torch.enable_grad(), full_precision): stack.enter_context(o)
+        resting = hooks_resting(params)
+        for o in (undisturbed(model), borrowed(learn), twice_differentiable(model), resting, torch.enable_grad(), full_precision): stack.enter_context(o)
         if rng: set_random_states(**rng)
         pred,loss = batch_loss(learn)
         if curvature=='ggn':
@@ -238,15 +239,17 @@ def layers(
         if ps: res[f'{name} {type(m).__name__}'.strip()] = ps
     return res
 
-# %% ../nbs/20_diagnostics.ipynb #a997be85
+# %% ../nbs/20_diagnostics.ipynb #f6f2b311
 def own_diagonal(
     opt, # Any optimizer
 )->dict: # Parameter -> tensor shaped like it; empty for an optimizer without curvature
-    "The absolute diagonal that `opt` divides by, where it keeps an average of squared estimates"
+    "The absolute diagonal that `opt` divides by, where it keeps an average of estimates"
     res = {}
     for p,_,state,hyper in opt.all_params():
-        if state.get('hess_step', 0)==0 or 'sqr_avg_diag_hessian' not in state: continue
-        res[p] = (state['sqr_avg_diag_hessian']/debias(hyper['sqr_mom'], 1-hyper['sqr_mom'], state['hess_step'])).sqrt()
+        if not state.get('hess_step', 0): continue
+        scale = debias(hyper['sqr_mom'], 1-hyper['sqr_mom'], state['hess_step'])
+        if 'sqr_avg_diag_hessian' in state: res[p] = (state['sqr_avg_diag_hessian']/scale).abs().sqrt()
+        elif 'avg_diag_hessian' in state: res[p] = (state['avg_diag_hessian']/scale).abs()
     return res
 
 def overestimate(
@@ -444,7 +447,7 @@ def entries(
         e[i] = 0
     return torch.tensor(res)
 
-# %% ../nbs/20_diagnostics.ipynb #517a0518
+# %% ../nbs/20_diagnostics.ipynb #062c2773
 def step_rule(
     opt, # Any optimizer
 )->tuple: # Word for the rule, and its limit of lr·λ_max; the word is 'unknown' for other optimizers
@@ -454,7 +457,7 @@ def step_rule(
     if 'sgd_step' in fs: return 'gradient',2.
     if 'momentum_step' in fs and not getattr(fs['average_grad'], 'keywords', {}).get('dampening'): return 'momentum',2*(1+mom)
     for k in ('adam','adahessian'):
-        if f'{k}_step' in fs: return k,2*(1+mom)/(1-mom)
+        if f'{k}_step' in fs or f'signed_{k}_step' in fs: return k,2*(1+mom)/(1-mom)
     return 'unknown',2.
 
 # %% ../nbs/20_diagnostics.ipynb #9651a4fa
@@ -471,7 +474,7 @@ def scaling(
 
 def _adam_root(s, h): return (s['sqr_avg']/debias(h['sqr_mom'], 1-h['sqr_mom'], s['step'])).sqrt()
 
-# %% ../nbs/20_diagnostics.ipynb #665dd60c
+# %% ../nbs/20_diagnostics.ipynb #db8c3bd3
 def fresh_scaling(
     learn:Learner, # Its model is differentiated on each of `batches`
     opt, # An optimizer without state, 'adam' or 'adahessian' by its `step_rule`
@@ -480,16 +483,17 @@ def fresh_scaling(
     generator:torch.Generator=None, # Randomness of AdaHessian's probes
 )->list: # One tensor for each of `params`
     "What `opt` would divide by if it had seen `batches`"
-    sqr,h,hessian = [torch.zeros_like(p, requires_grad=False) for p in params],opt.hypers[-1],step_rule(opt)[0]=='adahessian'
+    avg,h,hessian = [torch.zeros_like(p, requires_grad=False) for p in params],opt.hypers[-1],step_rule(opt)[0]=='adahessian'
+    power = 1 if any(getattr(f, '__name__', '').startswith('signed_') for f in opt.cbs) else 2
     for b in batches:
         if hessian:
             ds = hutchinson_diag(learn.curvature_product(params, [b]), params, generator=generator)
             ds = [average_diag(d, opt.block_length, opt.signed, opt.average_kernels) for d in ds]
         else:
             with on_batch(learn, b): ds = gradient(batch_loss(learn)[1], params)
-        for s,d in zip(sqr, ds):
-            if d is not None: s.addcmul_(d, d, value=1/len(batches))
-    return [s.sqrt().pow(h.get('hessian_power', 1.)) + h['eps'] for s in sqr]
+        for a,d in zip(avg, ds):
+            if d is not None: a.add_(d**power, alpha=1/len(batches))
+    return [a.abs().pow(h.get('hessian_power', 1.)/power) + h['eps'] for a in avg]
 
 # %% ../nbs/20_diagnostics.ipynb #ac20dd91
 class Stability(NamedTuple):
@@ -605,7 +609,7 @@ class _Trial(Callback):
 
     def before_validate(self): raise CancelValidException
 
-# %% ../nbs/20_diagnostics.ipynb #48241618
+# %% ../nbs/20_diagnostics.ipynb #7e5ee783
 @contextmanager
 def rehearsal(
     learn:Learner, # May be trained inside
@@ -613,12 +617,14 @@ def rehearsal(
     "Put weights, optimizer, random states, shuffling and recorder of `learn` back on leaving"
     ps,dl = list(learn.model.parameters()),learn.dls.train
     saved,rng,(opt,lr) = [(p.detach().clone(), p.grad) for p in ps],dl.rng.getstate(),(learn.opt, learn.lr)
-    recorder = dict(learn.recorder.__dict__)
+    recorder = dict(vars(learn.recorder))
     learn.opt = None
     try:
         with undisturbed(learn.model),learn.no_bar(),learn.no_logging(): yield
     finally:
-        learn.opt,learn.lr,learn.recorder.__dict__ = opt,lr,recorder
+        learn.opt,learn.lr = opt,lr
+        vars(learn.recorder).clear()
+        vars(learn.recorder).update(recorder)
         dl.rng.setstate(rng)
         for p,(v,g) in zip(ps, saved): p.data,p.grad = p.data.copy_(v),g
 

@@ -115,10 +115,22 @@ def test_functions_of_the_learner_do_not_disturb():
         learn = learner(opt_func=adahessian)
         if look:
             learn.curvature_summary(n_samples=2, max_iter=4)
-            learn.suggest_lr_from_curvature(n_batches=2, max_iter=4)
+            learn.stability(2, max_iter=4)
+            learn.suggest_lr_from_curvature(n_steps=4, every=2)
             assert learn.opt is None
         return everything(run(learn))
     assert identical(go(False), go(True))
+
+def test_gradient_hooks_are_not_called():
+    def go(cbs):
+        learn,calls = learner(cbs=cbs),[]
+        def hook(g):
+            calls.append(1)
+            return g/2
+        learn.model[0].weight.register_hook(hook)
+        return everything(run(learn)),len(calls)
+    plain,seen = go([]),go([CurvatureRecorder(every=1)])
+    assert identical(plain[0], seen[0]) and plain[1]==seen[1]==8
 
 def test_frozen_layers_and_modes():
     learn = learner(cbs=CurvatureRecorder(every=1))
@@ -455,9 +467,30 @@ def test_fresh_scaling_is_what_the_first_step_divides_by():
     assert all(torch.allclose(a, g.abs()+1e-5, atol=1e-6) for a,g in zip(fresh, gs))
     assert scaling(learn.opt, params) is None
 
-def test_suggestion_is_a_share_of_the_limit_and_says_so():
-    learn = learner('no_dropout', SGD)
-    s = learn.suggest_lr_from_curvature(n_batches=2)
-    assert s.lr==.5*s.stability.limit and f'{s.lr:.3g}' in s.reason and '2 batch' in s.reason
+def test_suggestion_is_a_share_of_the_smallest_limit_and_says_so():
+    learn = learner('no_dropout', partial(SGD, mom=.9))
+    s = learn.suggest_lr_from_curvature(fraction=.5, n_steps=6, every=2)
+    limits = [p.limit for p in s.path if p.limit<math.inf]
+    assert len(s.path)==3 and s.lr==pytest.approx(.5*min(limits)*.1/1.9)
+    assert f'{s.lr:.3g}' in s.reason and 'stable, not' in s.reason
     with pytest.raises(ValueError, match='fraction'): learn.suggest_lr_from_curvature(fraction=0.)
-    assert 'none is known' in learner('no_dropout', ranger).suggest_lr_from_curvature(1).reason
+    with pytest.raises(ValueError, match='lr_find'): learner('no_dropout', ranger).suggest_lr_from_curvature()
+
+def test_trial_follows_the_growing_curvature():
+    "A loss whose curvature grows along the path: the suggestion is below what the start allows"
+    learn = learner('conv', SGD)
+    s = learn.suggest_lr_from_curvature(n_steps=12, every=2)
+    assert len({p.lambda_max for p in s.path})==6 and s.lr==.8*min(p.limit for p in s.path) <= .8*s.path[0].limit
+
+def test_trial_puts_everything_back():
+    "In the middle of a training too, with its optimizer, recorder and other callbacks"
+    learn = run(learner(opt_func=adahessian, cbs=[CurvatureRecorder(every=2), CSVLogger()]), 1)
+    losses,records,opt = list(learn.recorder.losses),list(learn.curvature_recorder.records),learn.opt
+    before = [o.clone() if isinstance(o, Tensor) else o for o in everything(learn)]
+    state = get_random_states()['torch_state']
+    learn.suggest_lr_from_curvature(n_steps=4, every=2)
+    assert torch.equal(get_random_states()['torch_state'], state) and learn.opt is opt
+    assert list(learn.recorder.losses)==losses and learn.curvature_recorder.records==records
+    after = everything(learn)
+    assert len(before)==len(after) and sum(torch.equal(a, b) if isinstance(a, Tensor) else a==b for a,b in zip(before, after)) >= len(before)-2
+    (learn.path/'history.csv').unlink()
