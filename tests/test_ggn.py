@@ -137,6 +137,21 @@ def test_a_loss_without_curvature_has_a_zero_product():
     w = torch.ones(2, requires_grad=True)
     assert not any(o.any() for o in ggn_product([w*1.], (w*2).sum(), [w, torch.ones(3, requires_grad=True)])([torch.ones(2), torch.ones(3)]))
 
+class Once(torch.autograd.Function):
+    "A cube with a first derivative and no second"
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g): return 3*ctx.saved_tensors[0]**2*g
+
+def test_a_missing_second_derivative_raises_where_autograd_would_drop_it():
+    w = torch.ones(3, requires_grad=True)
+    out = Once.apply(w*2)
+    with pytest.raises(RuntimeError, match='not differentiable twice'): ggn_product(out, out.pow(2).sum(), [w])
+
 def test_outputs_without_a_graph_are_named():
     with pytest.raises(ValueError, match='outputs'): ggn_product(torch.zeros(2), torch.zeros(()), [torch.zeros(2)])
 

@@ -1,0 +1,554 @@
+"The Hessian-free optimizer: in a Learner, in plain PyTorch, and when things go wrong"
+import inspect, math, pytest, torch, torch.nn.functional as F
+from collections import defaultdict
+from copy import deepcopy
+from functools import partial
+from types import SimpleNamespace
+from torch import nn, tensor
+from fastai.basics import CancelFitException, Callback, CrossEntropyLossFlat, DataLoaders, L, Learner, Module, SGD, noop, set_seed
+from fastai.callback.all import GradientAccumulation, GradientClip, MixUp
+from sklearn.datasets import load_digits
+from adahessian_fastai.cg import flat
+from adahessian_fastai.hessian_free import *
+
+torch.set_num_threads(1)
+SOLVED = 1e-3   # one CG run to a relative residual of 1e-5, problems of condition 1e2, float32
+SAME = dict(rtol=1e-3, atol=1e-4)  # three steps, float32, sums taken in another order
+F64 = torch.float64
+
+def data(n=64, seed=0, n_in=6):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, n_in, generator=g)
+    return x, (x[:,:3].sum(1)>0).long() + (x[:,3]>.5).long()
+
+def mlp(n_in=6, n_out=3, act=nn.Tanh): return nn.Sequential(nn.Linear(n_in, 8), act(), nn.Linear(8, n_out))
+
+def learner(model=None, bs=64, n=64, loss=None, opt=None, cbs=None, data=data, **kwargs):
+    x,y = data(n)
+    ds = L(zip(x, y))
+    dls = DataLoaders.from_dsets(ds, ds, bs=bs, shuffle=False, drop_last=False, num_workers=0)
+    set_seed(3)
+    learn = Learner(dls, model() if model else mlp(), loss or CrossEntropyLossFlat(), opt_func=opt or partial(hessian_free, **kwargs), cbs=cbs)
+    learn.logger = noop
+    return learn
+
+def fit(learn, n=1, **kwargs):
+    with learn.no_bar(): learn.fit(n, **kwargs)
+    return learn
+
+def weights(learn): return flat(list(learn.model.parameters())).detach().clone()
+
+def steps(opt, closure, n, **kwargs): return [opt.step(closure, **kwargs) for _ in range(n)]
+
+def objective(outputs, loss):
+    "Closure `() -> (loss, outputs)`"
+    def _f():
+        z = outputs()
+        return loss(z), z
+    return _f
+
+# --- what it reaches
+
+@pytest.fixture(scope='module')
+def digits():
+    X,y = load_digits(return_X_y=True)
+    x,y = tensor(X/16).float(),tensor(y)
+    dls = DataLoaders.from_dsets(L(zip(x, y)), L(zip(x, y)), bs=len(x), shuffle=False, drop_last=False, num_workers=0)
+    set_seed(0)
+    model = nn.Sequential(nn.Linear(64,128), nn.Tanh(), nn.Linear(128,128), nn.Tanh(), nn.Linear(128,10))
+    learn = Learner(dls, model, CrossEntropyLossFlat(), opt_func=hessian_free)
+    learn.logger = noop
+    return fit(learn, 25),x,y
+
+def test_digits_full_batch_below_1e_4_in_25_steps(digits):
+    learn,x,y = digits
+    assert learn.opt.n_steps == 25 and learn.opt.n_skipped == 0
+    assert F.cross_entropy(learn.model(x), y).item() < 1e-4
+
+def test_damping_stays_bounded_and_falls_as_the_model_gets_better(digits):
+    lams = [r['damping'] for r in digits[0].opt.record]
+    assert max(lams) <= 2. and lams[-1] < 1e-2
+    assert all(1/2 < b/a < 2 for a,b in zip(lams, lams[1:]))
+
+def test_digits_run_keeps_to_its_budget_of_evaluations(digits):
+    rs = digits[0].opt.record
+    assert sum(r['n_evals'] for r in rs)/len(rs) + 1 <= 6   # the forward pass of the gradient is the 1; the reference needs 7 to 17
+    assert sum(r['n_iter'] for r in rs) < 600
+
+@pytest.mark.parametrize('n', [3,5,10])
+@pytest.mark.parametrize('curvature', ['hessian','ggn'])
+def test_one_step_on_a_quadratic_hits_the_minimum(n, curvature):
+    g = torch.Generator().manual_seed(n)
+    A,b,w = torch.randn(2*n, n, generator=g), torch.randn(2*n, generator=g), torch.zeros(n, requires_grad=True)
+    opt = hessian_free([w], curvature=curvature, damping=0., backtracking=False, line_search=False, martens_eps=0, cg_max_iter=5*n)
+    f = objective(lambda: A@w, lambda z: F.mse_loss(z, b))
+    opt.step(f)
+    want = torch.linalg.lstsq(A, b[:,None]).solution[:,0]
+    assert (w-want).norm() < SOLVED*want.norm()
+
+def test_weight_decay_is_in_gradient_curvature_and_objective():
+    "Ridge regression has a closed form; one undamped step finds it, spares the parameter marked do_wd=False, and reports the decayed loss"
+    x,_ = data()
+    y,wd = x@torch.arange(6.)+2, .3
+    model = nn.Linear(6, 1)
+    opt = hessian_free(model.parameters(), wd=wd, damping=0., martens_eps=0, x0_decay=0.)
+    opt.state[model.bias]['do_wd'] = False
+    f = objective(lambda: model(x)[:,0], lambda z: F.mse_loss(z, y))
+    got = opt.step(f)
+    X = torch.cat([x, torch.ones(len(x),1)], 1)
+    want = torch.linalg.solve(2/len(x)*X.T@X + wd*torch.diag(tensor([1.]*6+[0.])), 2/len(x)*X.T@y)
+    assert torch.allclose(torch.cat([model.weight[0], model.bias]), want, rtol=SOLVED, atol=SOLVED)
+    assert abs(got - (f()[0] + wd/2*model.weight.pow(2).sum()).item()) < 1e-4
+
+def badly_scaled():
+    g = torch.Generator().manual_seed(0)
+    A,b = torch.randn(200, 20, generator=g)*torch.logspace(-2, 1, 20), torch.randn(200, generator=g)
+    w = torch.zeros(20, requires_grad=True)
+    f = objective(lambda: A@w, lambda z: F.mse_loss(z, A@torch.logspace(2, -1, 20)+b))
+    return w,f
+
+@pytest.mark.parametrize('probes', [None,32])
+def test_preconditioner_lowers_cg_iterations_on_a_badly_scaled_problem(probes):
+    its = {}
+    for precondition in (False,True):
+        w,f = badly_scaled()
+        opt = hessian_free([w], precondition=precondition, fisher_probes=probes, fisher_exponent=1., damping=1e-3,
+            martens_eps=0, cg_tol=1e-4, cg_max_iter=500, x0_decay=0.)
+        steps(opt, f, 3)
+        its[precondition] = sum(r['n_iter'] for r in opt.record)
+    assert its[True]*2 < its[False]
+
+@pytest.mark.parametrize('curvature,damping', [('hessian',1.5), ('ggn',.1)])
+@pytest.mark.parametrize('precondition', [False,True])
+@pytest.mark.parametrize('jvp', ['reverse','dual','linearize'])
+def test_three_steps_with_a_frozen_first_layer(curvature, damping, precondition, jvp):
+    torch.manual_seed(0)
+    x,y = torch.randn(16,7),torch.randn(16,3)
+    model = nn.Sequential(nn.Linear(7,5), nn.ReLU(), nn.Linear(5,5), nn.ReLU(), nn.Linear(5,3))
+    for p in model[0].parameters(): p.requires_grad_(False)
+    frozen = model[0].weight.clone()
+    opt = hessian_free(model.parameters(), curvature=curvature, damping=damping, precondition=precondition, jvp=jvp)
+    f = objective(lambda: model(x), lambda z: F.mse_loss(z, y))
+    before,losses = f()[0].item(),steps(opt, f, 3, module=model)
+    assert opt.n_skipped == 0 and not opt.failed and torch.equal(model[0].weight, frozen)
+    assert losses[2] < losses[1] < losses[0] < before
+
+# --- the same step in other ways
+
+def closures(n=40, act=nn.Tanh):
+    x,y = data(n)
+    torch.manual_seed(1)
+    model = mlp(act=act)
+    f = objective(lambda: model(x), lambda z: F.cross_entropy(z, y))
+    return model,f,x,y
+
+@pytest.mark.parametrize('other', [dict(jvp='dual'), dict(jvp='linearize'), dict(keep_graph=False), dict(check_every=1), dict(keep_iterates=None)])
+def test_ways_to_compute_do_not_change_the_step(other):
+    ws = []
+    for kwargs in (dict(keep_iterates=100), other):
+        model,f,*_ = closures()
+        opt = hessian_free(model.parameters(), **{'keep_iterates':100, **kwargs})
+        steps(opt, f, 3, module=model)
+        ws.append(flat(list(model.parameters())))
+    assert torch.allclose(*ws, **SAME)
+
+@pytest.mark.parametrize('sizes', [[16],[7,8,1]])
+@pytest.mark.parametrize('curvature', ['hessian','ggn'])
+@pytest.mark.parametrize('reduction', ['mean','sum'])
+def test_accumulated_step_is_the_step_on_the_concatenation(sizes, curvature, reduction):
+    ws,loss = [],partial(F.cross_entropy, reduction=reduction)
+    for acc in (False,True):
+        model,_,x,y = closures(16)
+        opt = hessian_free(model.parameters(), curvature=curvature, reduction=reduction, cg_max_iter=4)
+        for _ in range(3):
+            if acc: opt.acc_step(model, loss, list(zip(x.split(sizes), y.split(sizes))))
+            else: opt.step(objective(lambda: model(x), lambda z: loss(z, y)))
+        ws.append(flat(list(model.parameters())))
+    assert torch.allclose(*ws, **SAME)
+
+@pytest.mark.parametrize('kwargs,cbs,bs', [(dict(n_acc=3), None, 24), (dict(n_acc=3, keep_graph=False), None, 24), (dict(), lambda: GradientAccumulation(64), 16),
+    (dict(n_acc=2), lambda: GradientAccumulation(32), 16)])
+@pytest.mark.parametrize('curvature', ['hessian','ggn'])
+def test_accumulating_learner_is_the_full_batch_learner(kwargs, cbs, bs, curvature):
+    whole = fit(learner(curvature=curvature), 3)
+    acc = fit(learner(bs=bs, cbs=cbs and cbs(), curvature=curvature, **kwargs), 3)
+    assert acc.opt.n_steps == whole.opt.n_steps == 3
+    assert torch.allclose(weights(whole), weights(acc), **SAME)
+    for a,b in zip(whole.opt.record, acc.opt.record): assert a['n_iter'] == b['n_iter'] and abs(a['loss']-b['loss']) < 1e-4
+
+def test_accumulation_weights_batches_by_the_targets_that_count():
+    "Ignored targets and class weights: the mean over all data divides by something else in each batch"
+    loss = lambda: CrossEntropyLossFlat(ignore_index=2, weight=tensor([1.,3.,1.]))
+    whole,acc = fit(learner(loss=loss()), 3),fit(learner(loss=loss(), bs=10, n_acc=7), 3)
+    assert acc.opt.n_steps == 3 and torch.allclose(weights(whole), weights(acc), **SAME)
+
+def test_learner_and_closure_make_the_same_steps():
+    learn = fit(learner(), 3)
+    x,y = data(64)
+    set_seed(3)
+    model = mlp()
+    opt = hessian_free(model.parameters())
+    f = objective(lambda: model(x), lambda z: F.cross_entropy(z, y))
+    steps(opt, f, 3, module=model)
+    assert torch.allclose(weights(learn), flat(list(model.parameters())), **SAME)
+
+def test_curvature_and_trials_on_other_data():
+    x,y = data(40)
+    batches = list(zip(x.split(10), y.split(10)))
+    seen = defaultdict(int)
+    def loss(z, t):
+        seen[t.tolist()[:4].__repr__()] += 1
+        return F.cross_entropy(z, t)
+    model = mlp()
+    opt = hessian_free(model.parameters())
+    opt.acc_step(model, loss, batches[2:], grad_data=batches[:2], curv_data=batches[:1])
+    counts = [seen[repr(t.tolist()[:4])] for _,t in batches]
+    assert counts[0] == 2 and counts[1] == 1                      # evaluated once for each use, never again
+    assert counts[2] == counts[3] == opt.record[-1]['n_evals'] + 1
+
+def test_held_out_batch_is_not_in_the_gradient_and_judges_the_step():
+    learn = learner(bs=16, n_acc=4, held_out=1, curv_batches=2)
+    w0,(x,y) = weights(learn),data(64)
+    model = deepcopy(learn.model)
+    fit(learn)
+    assert learn.opt.record[0]['loss'] == pytest.approx(F.cross_entropy(model(x[48:]), y[48:]).item(), abs=1e-5)
+    opt = hessian_free(model.parameters())
+    data_ = list(zip(x.split(16), y.split(16)))
+    opt.acc_step(model, F.cross_entropy, data_[3:], grad_data=data_[:3], curv_data=data_[:2])
+    assert torch.allclose(weights(learn), flat(list(model.parameters())), **SAME) and not torch.equal(weights(learn), w0)
+
+def test_check_reduction_passes_for_the_right_and_raises_for_the_wrong_one():
+    x,y = data(40)
+    batches = list(zip(x.split([25,15]), y.split([25,15])))
+    for curvature in ('ggn','hessian'):
+        for reduction in ('mean','sum'):
+            model = mlp()
+            opt = hessian_free(model.parameters(), curvature=curvature, reduction=reduction)
+            opt.check_reduction(model, partial(F.cross_entropy, reduction=reduction), batches)
+            with pytest.raises(ValueError, match='reduction'):
+                opt.check_reduction(model, partial(F.cross_entropy, reduction=dict(mean='sum', sum='mean')[reduction]), batches)
+
+# --- inside fastai
+
+def test_forward_passes_are_those_of_the_record_and_products_need_none():
+    learn,calls = learner(),[]
+    learn.model.register_forward_hook(lambda *a: calls.append(torch.is_grad_enabled()))
+    learn._do_epoch_validate = noop
+    fit(learn, 4)
+    assert sum(calls) == 4
+    assert len(calls) == sum(1+r['n_evals'] for r in learn.opt.record)
+
+def test_least_step_costs_three_forward_passes():
+    w,f = badly_scaled()
+    opt,calls = hessian_free([w], damping=0., martens_eps=0, cg_max_iter=500),[]
+    opt.step(lambda: calls.append(1) or f())
+    assert len(calls) == 3 and opt.record[0]['alpha'] == 1.   # gradient, last iterate, one iterate before it
+
+class DropNorm(Module):
+    def __init__(self): self.a,self.bn,self.drop,self.b = nn.Linear(6,16),nn.BatchNorm1d(16),nn.Dropout(.4),nn.Linear(16,3)
+    def forward(self, x): return self.b(self.drop(self.bn(self.a(x)).relu()))
+
+@pytest.mark.parametrize('kwargs', [dict(), dict(jvp='dual'), dict(keep_graph=False), dict(curvature='hessian')])
+def test_all_evaluations_of_a_step_see_one_function(kwargs, recwarn):
+    learn = fit(learner(DropNorm, bs=32, check_deterministic=True, **kwargs), 4)
+    assert learn.model.bn.num_batches_tracked == 8 == learn.opt.n_steps
+    assert not [w for w in recwarn if 'twice' in str(w.message)] and learn.opt.n_skipped == 0 and not learn.opt.failed
+    assert all(r['loss_after'] <= r['loss'] for r in learn.opt.record)
+
+def test_buffers_and_generator_move_as_in_an_ordinary_forward_pass():
+    learn = learner(DropNorm)
+    model,(x,y) = deepcopy(learn.model),data(64)
+    torch.manual_seed(9)
+    xs = []
+    learn.add_cb(Callback())
+    learn.cbs[-1].after_batch = lambda: xs.append(torch.rand(1).item()) if learn.training else None
+    learn.cbs[-1].before_batch = lambda: torch.manual_seed(9) if learn.training else None
+    fit(learn)
+    torch.manual_seed(9)
+    model(x)
+    assert xs == [torch.rand(1).item()]
+    assert torch.equal(model.bn.running_mean, learn.model.bn.running_mean) and torch.equal(model.bn.running_var, learn.model.bn.running_var)
+
+def test_an_undeterministic_model_is_reported():
+    x,y = data()
+    model = mlp()
+    opt = hessian_free(model.parameters(), check_deterministic=True)
+    noise = iter(range(1000))
+    f = objective(lambda: model(x)*(1+next(noise)), lambda z: F.cross_entropy(z, y))
+    with pytest.warns(UserWarning, match='twice'): opt.step(f)
+
+@pytest.mark.parametrize('n_acc', [1,2])
+def test_mixup_is_replayed(n_acc, recwarn):
+    learn = fit(learner(bs=16, cbs=MixUp(.4), n_acc=n_acc, check_deterministic=True), 3)
+    assert not [w for w in recwarn if 'twice' in str(w.message)] and learn.opt.n_steps == 12/n_acc and learn.opt.n_skipped == 0
+
+def test_clipped_gradient_is_the_one_that_is_used():
+    gs = []
+    for c in (None, GradientClip(1e-3)):
+        learn = learner(cbs=c)
+        learn.add_cb(Callback())
+        learn.cbs[-1].after_step = lambda: gs.append(torch.cat([p.grad.flatten() for p in learn.model.parameters()]).norm().item())
+        fit(learn)
+    assert gs[0] > .1 and gs[1] == pytest.approx(1e-3, rel=1e-2)
+
+class Scale(Callback):
+    "What mixed precision does to the loss and the gradient, on the CPU"
+    order = 10
+    def before_fit(self):
+        self.learn.scaler = torch.amp.GradScaler('cpu', init_scale=1024.)
+        self.learn.scaler.scale(tensor(1.))
+    def before_backward(self): self.learn.loss_grad = self.learn.loss_grad*1024.
+    def before_step(self):
+        for p in self.model.parameters(): p.grad.div_(1024.)
+    def after_fit(self): del self.learn.scaler
+
+@pytest.mark.parametrize('curvature', ['ggn','hessian'])
+@pytest.mark.parametrize('precondition', [False,True])
+def test_scaled_loss_makes_the_same_run(curvature, precondition):
+    plain,scaled = [fit(learner(cbs=c, curvature=curvature, precondition=precondition, fisher_probes=None), 3) for c in (None, Scale())]
+    assert torch.allclose(weights(plain), weights(scaled), **SAME)
+    assert [r['n_iter'] for r in plain.opt.record] == [r['n_iter'] for r in scaled.opt.record]
+
+def two_groups(m): return [list(m[0].parameters()), list(m[2].parameters())]
+
+def test_freeze_unfreeze_and_discriminative_lr():
+    x,y = data(64)
+    learn = learner()
+    learn.splitter = two_groups
+    learn.create_opt()
+    learn.freeze()
+    first = learn.model[0].weight.clone()
+    fit(learn, 2)
+    assert torch.equal(first, learn.model[0].weight)
+    learn.unfreeze()
+    fit(learn, 2, lr=slice(.1, 1.))
+    assert not torch.equal(first, learn.model[0].weight) and learn.opt.n_skipped == 0
+    assert [h['lr'] for h in learn.opt.hypers] == [.1, 1.]
+
+def test_lr_scales_the_step_of_its_group():
+    x,y = data(64)
+    steps_ = []
+    for lr in (1., slice(.25, .5)):
+        learn = learner(line_search=False, backtracking=False)
+        learn.splitter = two_groups
+        w0 = weights(learn)
+        fit(learn, 1, lr=lr)
+        steps_.append(weights(learn)-w0)
+    n = 6*8+8
+    assert torch.allclose(steps_[1][:n], steps_[0][:n]*.25, **SAME) and torch.allclose(steps_[1][n:], steps_[0][n:]*.5, **SAME)
+
+def test_fit_one_cycle_schedules_the_step_length():
+    learn = learner(line_search=False)
+    lrs = []
+    learn.add_cb(Callback())
+    learn.cbs[-1].before_step = lambda: lrs.append(learn.opt.hypers[0]['lr'])
+    with learn.no_bar(): learn.fit_one_cycle(8)
+    assert max(lrs) == pytest.approx(1., abs=.05) and lrs[0] == pytest.approx(.04) and lrs[-1] < .1
+    assert learn.opt.record[-1]['loss'] < learn.opt.record[0]['loss']/2 and learn.lr == 1.
+
+class TwoOut(Module):
+    def __init__(self): self.b,self.c = mlp(),nn.Linear(6, 2)
+    def forward(self, x): return self.b(x), self.c(x)
+
+class Attend(Module):
+    def __init__(self): self.q,self.att,self.out = nn.Linear(1,8),nn.TransformerEncoderLayer(8, 2, 16, dropout=0., batch_first=True),nn.Linear(8,3)
+    def forward(self, x): return self.out(self.att(self.q(x[...,None])).mean(1))
+
+class Recur(Module):
+    def __init__(self): self.rnn,self.out = nn.LSTM(1, 6, batch_first=True),nn.Linear(6,3)
+    def forward(self, x): return self.out(self.rnn(x[...,None])[0][:,-1])
+
+class Conv(Module):
+    def __init__(self): self.c,self.bn,self.o = nn.Conv1d(1,4,3).to(memory_format=torch.contiguous_format),nn.BatchNorm1d(4),nn.Linear(16,3)
+    def forward(self, x): return self.o(self.bn(self.c(x[:,None])).relu().flatten(1))
+
+@pytest.mark.parametrize('model,loss', [(TwoOut, lambda z,y: F.cross_entropy(z[0], y)+z[1].pow(2).mean()), (Attend, None), (Recur, None), (Conv, None)])
+@pytest.mark.parametrize('curvature', ['ggn','hessian'])
+def test_architectures(model, loss, curvature):
+    learn = fit(learner(model, loss=loss, curvature=curvature, damping=.01), 8)
+    rs = learn.opt.record
+    assert learn.opt.n_skipped == 0 and not learn.opt.failed and rs[-1]['loss_after'] < .9*rs[0]['loss']
+
+def test_progress_bar_shows_long_cg_runs():
+    class Bar:
+        last_v,shown = 0,0
+        def update_bar(self, v): self.shown += 1
+    opt = hessian_free(mlp().parameters())
+    opt.learn = SimpleNamespace(progress=SimpleNamespace(pbar=Bar()))
+    opt._progress(wait=0.)(7, -.5, 1.)
+    assert opt.learn.progress.pbar.comment.startswith('CG 7/250') and opt.learn.progress.pbar.shown == 1
+    opt._progress(wait=100.)(8, -.5, 1.)
+    assert opt.learn.progress.pbar.comment.startswith('CG 7')
+
+def test_after_a_step_no_graph_is_alive():
+    learn = learner()
+    seen = []
+    learn.add_cb(Callback())
+    learn.cbs[-1].after_step = lambda: seen.extend(o.grad_fn for o in (learn.pred, learn.loss, learn.loss_grad))
+    fit(learn)
+    assert seen == [None]*3 and learn.opt.rounds == learn.opt.pending == [] and learn.opt.learn is None
+
+def test_other_optimizers_train_as_before():
+    x,y = data(64)
+    learn = fit(learner(opt=SGD), 2, lr=.1)
+    set_seed(3)
+    model = mlp()
+    for _ in range(2):
+        for p,g in zip(model.parameters(), torch.autograd.grad(F.cross_entropy(model(x), y), model.parameters())): p.data -= .1*g
+    assert torch.allclose(weights(learn), flat(list(model.parameters())), rtol=1e-5, atol=1e-6)
+
+# --- state
+
+@pytest.mark.parametrize('kwargs', [dict(), dict(precondition=True)])
+def test_save_and_load_continue_bit_for_bit(tmp_path, kwargs):
+    whole = fit(fit(learner(bs=32, **kwargs), 2), 2)
+    a = fit(learner(bs=32, **kwargs), 2)
+    a.path = tmp_path
+    a.save('half')
+    b = learner(bs=32, **kwargs)
+    b.path = tmp_path
+    b.create_opt()
+    b.load('half')
+    assert b.opt.hypers[0]['damping'] == a.opt.hypers[0]['damping'] != 1. and b.opt.n_steps == 4 and len(b.opt.record) == 4
+    assert torch.equal(b.opt.state[b.model[0].weight]['x0'], a.opt.state[a.model[0].weight]['x0'])
+    fit(b, 2)
+    assert torch.equal(weights(b), weights(whole)) and list(b.opt.record) == list(whole.opt.record)
+
+# --- faults
+
+def faulty(kind, at=2):
+    "A learner whose batch number `at` is broken, its weights before and after that batch"
+    learn = learner(bs=16)
+    log,what = {},kind if isinstance(kind, str) else ''
+    class Break(Callback):
+        def before_batch(self):
+            if not self.training: return
+            log['n'] = log.get('n', -1)+1
+            if log['n']==at:
+                log['before'],log['lam'] = weights(learn),learn.opt.hypers[0]['damping']
+                if what=='nan': self.learn.xb = (self.xb[0]*math.nan,)
+                if what=='inf': self.learn.xb = (self.xb[0]*1e38*1e38,)
+        def after_loss(self):
+            if not self.training or log['n']!=at: return
+            if what=='zero': self.learn.loss_grad = self.learn.loss_grad*0.
+            if torch.is_grad_enabled(): return
+            if isinstance(kind, BaseException): raise kind
+            if what=='trials': self.learn.loss_grad = self.learn.loss_grad*math.nan
+        def after_batch(self):
+            if self.training and log['n']==at: log['after'],log['x0'],log['lam1'] = weights(learn),learn.opt.state[learn.model[0].weight].get('x0'),learn.opt.hypers[0]['damping']
+    learn.add_cb(Break())
+    return learn,log
+
+@pytest.mark.parametrize('kind', ['nan','inf','zero','trials', RuntimeError('no memory for this'), ValueError('odd')], ids=str)
+def test_a_broken_batch_is_skipped_and_training_goes_on(kind):
+    learn,log = faulty(kind)
+    with pytest.warns(UserWarning, match='was skipped') as ws: fit(learn, 3)
+    assert len([w for w in ws if 'was skipped' in str(w.message)]) == 1 == learn.opt.n_skipped
+    assert torch.equal(log['before'], log['after']) and log['x0'] is None and log['lam1'] == pytest.approx(1.5*log['lam'])
+    assert weights(learn).isfinite().all() and learn.opt.n_steps == 12
+    assert learn.opt.record[-1]['loss'] < learn.opt.record[0]['loss']
+
+@pytest.mark.parametrize('kind', [KeyboardInterrupt(), TypeError('a bug'), CancelFitException()], ids=repr)
+def test_an_interrupt_in_a_trial_restores_the_parameters_and_propagates(kind):
+    learn,log = faulty(kind)
+    with pytest.warns(UserWarning, match='was skipped'):
+        if isinstance(kind, CancelFitException): fit(learn, 3)
+        else:
+            with pytest.raises(type(kind)): fit(learn, 3)
+    assert torch.equal(log['before'], weights(learn)) and learn.opt.rounds == []
+    assert learn.opt.hypers[0]['damping'] == pytest.approx(1.5*log['lam'])
+
+class Once(torch.autograd.Function):
+    "A cube with a first derivative and no second"
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g): return 3*ctx.saved_tensors[0]**2*g
+
+@pytest.mark.parametrize('curvature', ['ggn','hessian'])
+def test_a_network_that_is_not_differentiable_twice_takes_gradient_steps(curvature):
+    class Net(Module):
+        def __init__(self): self.a,self.b = nn.Linear(6,8),nn.Linear(8,3)
+        def forward(self, x): return self.b(Once.apply(self.a(x)))
+    learn = learner(Net, curvature=curvature)
+    with pytest.warns(UserWarning, match='failed') as ws: fit(learn, 10)
+    assert len([w for w in ws if 'failed' in str(w.message)]) <= 2 and learn.opt.n_skipped == 0
+    assert learn.opt.record[-1]['loss'] < .9*learn.opt.record[0]['loss']
+
+def test_negative_curvature_is_recorded_and_raises_the_damping():
+    w = torch.tensor([.1,.1], requires_grad=True)
+    opt = hessian_free([w], curvature='hessian', damping=.01)
+    def f(): return (w[0]**2 - w[1]**2 + w[1]**4)
+    start = f().item()
+    opt.step(f)
+    assert opt.record[0]['reason'] == 'negative curvature' and opt.hypers[0]['damping'] == pytest.approx(.015)
+    steps(opt, f, 30)
+    assert f().item() < start and abs(f().item()+.25) < 1e-3   # the minimum at w[1]² = 1/2
+
+def test_loss_alone_is_enough_for_the_hessian_and_named_for_ggn():
+    w = torch.ones(2, requires_grad=True)
+    with pytest.warns(UserWarning, match='outputs'): hessian_free([w]).step(lambda: w.pow(2).sum())
+
+# --- every argument
+
+changes = dict(lr=.5, wd=.1, damping=.1, curvature='hessian', adapt_damping=False, lm_bounds=(.01,.02), lm_factors=(3.,.1), damping_bounds=(.8,1.2), cg_max_iter=3,
+    cg_tol=.5, martens_eps=.1, x0_decay=0., backtracking=False, grid=4., keep_iterates=1, line_search=False, ls_beta=.3, ls_c=.7, ls_max_iter=1,
+    precondition=True, n_acc=2)
+same_result = {'jvp','keep_graph','check_every','check_deterministic'}          # tested above: they change how, not what
+in_other_tests = {'reduction','neg_curv','curv_batches','held_out','fisher_exponent','fisher_probes'}   # below or above, they need company
+
+def test_every_argument_is_covered():
+    assert set(inspect.signature(HessianFree).parameters) - {'params'} == set(changes)|same_result|in_other_tests
+
+def run_hard(**kwargs):
+    "Steps on a problem where backtracking and line search have work to do"
+    return list(fit(learner(partial(mlp, act=nn.ReLU), bs=16, **{'damping':1e-3, 'martens_eps':1e-5, **kwargs}), 3).opt.record)
+
+@pytest.fixture(scope='module')
+def hard(): return run_hard()
+
+@pytest.mark.parametrize('name', list(changes))
+def test_every_argument_changes_something(name, hard):
+    assert run_hard(**{name:changes[name]}) != hard
+
+@pytest.mark.parametrize('name,value,company', [('neg_curv','abs',dict(curvature='hessian')), ('curv_batches',1,dict(n_acc=2)), ('reduction','sum',dict(n_acc=2)), ('held_out',1,dict(n_acc=2)),
+    ('fisher_exponent',.3,dict(precondition=True)), ('fisher_probes',2,dict(precondition=True))])
+def test_arguments_that_need_company_change_something(name, value, company):
+    assert run_hard(**company, **{name:value}) != run_hard(**company)
+
+@pytest.mark.parametrize('kwargs', [dict(curvature='x'), dict(jvp='x'), dict(reduction='x'), dict(neg_curv='x'), dict(n_acc=0), dict(cg_max_iter=0), dict(ls_max_iter=0),
+    dict(curv_batches=0), dict(keep_iterates=0), dict(fisher_probes=0), dict(check_every=0), dict(cg_tol=-1), dict(ls_c=-1), dict(held_out=1), dict(x0_decay=2.),
+    dict(ls_beta=1.), dict(grid=1.), dict(lr=-1.), dict(damping=-1.), dict(wd=-1.)], ids=str)
+def test_wrong_settings_are_named(kwargs):
+    with pytest.raises(ValueError, match=list(kwargs)[0]): hessian_free([nn.Parameter(torch.zeros(1))], **kwargs)
+
+# --- plain PyTorch, the examples of the reference's readme in words of this package
+
+def test_minimal_example_two_parameters():
+    "f(x) = x₀² + x₁⁴ - x₁ from (2, 1): Hessian curvature, the loss alone"
+    w = torch.tensor([2.,1.], requires_grad=True)
+    opt = hessian_free([w], curvature='hessian', damping=.1)
+    steps(opt, lambda: w[0]**2+w[1]**4-w[1], 10)
+    assert torch.allclose(w, torch.tensor([0., .25**(1/3)]), atol=1e-3)
+
+def test_small_network_example_with_preconditioner():
+    x,y = data(100)
+    torch.manual_seed(0)
+    model = mlp()
+    opt = hessian_free(model.parameters(), precondition=True)
+    f = objective(lambda: model(x), lambda z: F.cross_entropy(z, y))
+    losses = steps(opt, f, 15, module=model)
+    assert losses[-1] < .1*losses[0]
+
+def test_accumulated_example():
+    x,y = data(100)
+    torch.manual_seed(0)
+    model = mlp()
+    opt = hessian_free(model.parameters())
+    batches = list(zip(x.split(30), y.split(30)))
+    losses = [opt.acc_step(model, F.cross_entropy, batches, curv_data=batches[:2]) for _ in range(15)]
+    assert losses[-1] < .1*losses[0]
+    with pytest.raises(ValueError, match='at least one batch'): opt.acc_step(model, F.cross_entropy, [])
