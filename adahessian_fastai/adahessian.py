@@ -145,14 +145,14 @@ def due(self:AdaHessianWrapper)->bool:
     curved = self.curved()
     return bool(curved) and (self.n_steps%self.update_each==0 or any('asked' not in self.state[p] for p in curved))
 
-# %% ../nbs/12_adahessian.ipynb #6b1c3175
+# %% ../nbs/12_adahessian.ipynb #08921040
 @patch
 def generators(self:AdaHessianWrapper,
     stream:int=0, # Another number gives other random numbers for the same estimate
 ): # `device -> generator`, the same generator for the same device
     "Generators of the optimizer's own for the next estimate"
-    seed = self.seed + 7919*self.n_estimates + 104729*rank_distrib() + stream
-    return functools.cache(lambda device: torch.Generator(device).manual_seed(seed))
+    seed = lambda: self.seed + 7919*self.n_estimates + 104729*rank_distrib() + stream
+    return functools.cache(lambda device: torch.Generator(device).manual_seed(seed()))
 
 @patch
 def drawer(self:AdaHessianWrapper,
@@ -215,7 +215,7 @@ def weigh(self:AdaHessianWrapper,
         torch._foreach_mul_(pending, old/self.n_items)
     return n_items/self.n_items if self.n_items else 1.
 
-# %% ../nbs/12_adahessian.ipynb #096e1f26
+# %% ../nbs/12_adahessian.ipynb #59014f5e
 def _check_dense(grads):
     if any(g is not None and g.layout!=torch.strided for g in grads):
         raise ValueError("adahessian needs dense gradients: make the `nn.Embedding` with `sparse=False`")
@@ -238,7 +238,9 @@ def in_half(self:AdaHessianWrapper,
 )->Evaluation: # `at`
     "Give `at` the scale of a second derivative in place of a loss scale"
     self.scaled = scale!=1 and self.estimator!='gnb'
-    if self.scaled: at.loss,at.rescaled = at.loss*(self.curvature_scale.loss/scale),self.curvature_scale.product
+    if not self.scaled: return at
+    fitted = self.curvature_scale.fit([p.grad for p in self.trained() if p.grad is not None], scale)
+    at.loss,at.rescaled = at.loss*(fitted/scale),self.curvature_scale.product
     return at
 
 # %% ../nbs/12_adahessian.ipynb #9996301b
@@ -253,7 +255,7 @@ def spoilt(self:AdaHessianWrapper,
     self.bad_loss = cross_rank_mean([loss.new_tensor(float(bad), dtype=torch.float)], group)[0].item()>0 if group else bad
     return self.bad_loss
 
-# %% ../nbs/12_adahessian.ipynb #fdb7c59c
+# %% ../nbs/12_adahessian.ipynb #dc8415c7
 @patch(as_prop=True)
 def on_gradient(self:AdaHessianWrapper)->bool:
     "Is the estimate taken on the graph of a gradient?"
@@ -268,15 +270,15 @@ def beside(self:AdaHessianWrapper,
     curved:list, # Parameters to estimate for
 )->tuple: # What `estimate` returns, and plain gradients by parameter as far as `p.grad` does not have them
     "Estimate on the graph of `loss`, and its gradient"
+    if scale!=1: (loss*weight).backward(retain_graph=True)
     at = self.in_half(at, scale)
     if not self.on_gradient:
         found = self.estimate(at, curved)
-        (loss*weight).backward()
+        if scale==1: (loss*weight).backward()
         return found,{}
-    if self.scaled: (loss*weight).backward(retain_graph=True)
     grads = self.graph_gradient(at.loss)
     at.grads = [grads[p] for p in curved]
-    return self.estimate(at, curved),{p: g.detach() for p,g in grads.items() if g is not None and not self.scaled}
+    return self.estimate(at, curved),{p: g.detach() for p,g in grads.items() if g is not None and scale==1}
 
 # %% ../nbs/12_adahessian.ipynb #844b92f1
 @patch
@@ -421,7 +423,7 @@ def opt_out(self:AdaHessianWrapper,
     if isinstance(params, nn.Module): params = params.parameters()
     for p in [params] if isinstance(params, Tensor) else params: self.opt.state[p]['do_hessian'] = False
 
-# %% ../nbs/12_adahessian.ipynb #49088e35
+# %% ../nbs/12_adahessian.ipynb #9c925288
 _counts = ['seed', 'n_steps', 'n_estimates', 'n_dropped', 'n_skipped', 'n_batches', 'n_items', 'bad_loss', 'scaled']
 
 @patch
@@ -429,7 +431,7 @@ def state_dict(self:AdaHessianWrapper)->dict:
     "State of the wrapped optimizer, the counts, and the pending gradients and estimates"
     ps = self.all_params().itemgot(0)
     pending = dict(grads=[p.grad for p in ps], diags=[self.diags.get(p) for p in ps], noises=[self.noises.get(p) for p in ps]) if self.n_batches else {}
-    own = {**{k: getattr(self, k) for k in _counts}, 'curvature_scale': vars(self.curvature_scale).copy()}
+    own = {**{k: getattr(self, k) for k in _counts}, 'curvature_scale': {k: getattr(self.curvature_scale, k) for k in ('c','n_good')}}
     return {**self.opt.state_dict(), 'wrapper': {**own, **pending}}
 
 # %% ../nbs/12_adahessian.ipynb #5c7c66a5

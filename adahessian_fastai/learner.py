@@ -8,8 +8,8 @@ fastai calls `loss.backward()` in `Learner._backward` and nothing else of its lo
 __all__ = ['has_rnn', 'own_statistics', 'twice_differentiable', 'check_model', 'graph_nodes', 'check_checkpoints',
            'hooks_resting', 'loss_scale', 'CurvatureScale', 'loss_weight', 'sync_group', 'cross_rank_mean']
 
-# %% ../nbs/10_learner.ipynb #102e8807
-import inspect,sys
+# %% ../nbs/10_learner.ipynb #5317ffcd
+import inspect,math,sys
 from contextlib import ExitStack,contextmanager
 from types import MethodType
 
@@ -118,25 +118,34 @@ def loss_scale(
     scaler = learn.__dict__.get('scaler')
     return scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.
 
-# %% ../nbs/10_learner.ipynb #3dcf22a0
+# %% ../nbs/10_learner.ipynb #93963fa3
 class CurvatureScale:
     "Scales of a second derivative in `float16`"
     def __init__(self,
-        size:float=2.**8, # The loss is multiplied by `size*c`, the probe by `c/size`
+        size:float=2.**5, # What the largest entry of the gradient is brought to
+        shrink:float=2.**8, # The probe is divided by it
         growth_interval:int=1000, # Finite estimates in a row before `c` doubles
     ):
         store_attr()
-        self.c,self.n_good = 1.,0
+        self.c,self.n_good,self.loss = 1.,0,1.
 
-    @property
-    def loss(self)->float: return self.size*self.c
+    def fit(self,
+        grads:list, # Gradients of the loss, to be looked at
+        scale:float, # By how much the loss was multiplied for them
+    )->float: # `loss`, by how much to multiply it for a second derivative
+        "Choose the scale of the loss by the size of its gradient"
+        largest = max([g.abs().max().item() for g in grads if g.numel()], default=0.)/scale
+        known = math.isfinite(largest) and largest>0
+        self.loss = self.c*2.**round(math.log2(self.size/largest)) if known else 1.
+        return self.loss
 
     def product(self,
         product, # `v -> Hv` of a loss that was multiplied by `loss`
     ):
         "`v -> Hv` of the loss itself, by way of small probes"
-        c,small = self.c,self.c/self.size
-        return lambda v: [h.div_(c*c) for h in product([o*small for o in v])]
+        small = self.c/self.shrink
+        total = small*self.loss
+        return lambda v: [h.div_(total) for h in product([o*small for o in v])]
 
     def update(self,
         finite:bool, # Was the estimate finite?
@@ -145,9 +154,9 @@ class CurvatureScale:
         self.n_good = self.n_good+1 if finite else 0
         factor = 0.5 if not finite else 2. if self.n_good==self.growth_interval else 1.
         if factor==2: self.n_good = 0
-        self.c = min(max(self.c*factor, 1/self.size), self.size)
+        self.c = min(max(self.c*factor, self.shrink**-2), self.shrink)
 
-# %% ../nbs/10_learner.ipynb #4783630d
+# %% ../nbs/10_learner.ipynb #8f7d0fd0
 def loss_weight(
     learn:Learner, # In the middle of a batch
 )->float: # 1. without accumulation

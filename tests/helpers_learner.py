@@ -1,15 +1,13 @@
-"Small Learners with given probes, the plain loop that they are compared with, and mixed precision on the CPU"
-import pytest,torch
+"Small Learners with given probes, the plain loop that they are compared with"
+import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
-from fastai.callback.fp16 import MixedPrecision
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
-from fastcore.basics import patch
 from functools import partial
 from torch import nn
-import fastai.callback.all,fastai.callback.fp16 as fp16
+import fastai.callback.all
 from adahessian_fastai.all import adahessian
 from twin import Twin
 
@@ -101,13 +99,6 @@ def state_of(learn):
         if isinstance(o, dict): return {k: pieces(v) for k,v in o.items()}
         return [pieces(v) for v in o] if isinstance(o, (list,tuple)) or type(o).__name__=='L' else o
     return pieces(learn.model.state_dict()),pieces(learn.opt.state_dict())
-
-
-@pytest.fixture
-def cpu_amp(monkeypatch):
-    "`learn.to_fp16()` and `learn.to_bf16()` as they are, with autocast and `GradScaler` of the CPU"
-    monkeypatch.setattr(fp16, 'autocast', lambda device,**kw: torch.amp.autocast('cpu', **kw))
-    monkeypatch.setattr(fp16, 'GradScaler', lambda device,**kw: torch.amp.GradScaler('cpu', **kw))
 
 
 def relative(a, b):

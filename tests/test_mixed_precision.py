@@ -1,0 +1,232 @@
+"fp16 and bf16 as users switch them on: gradients and estimates against float32, overflows of either, and no trace of the loss scale"
+import pytest,torch
+import torch.nn.functional as F
+from fastai.callback.core import Callback
+from fastai.callback.training import GradientAccumulation,GradientClip
+from torch import nn
+from torch.nn.attention import SDPBackend,sdpa_kernel
+from adahessian_fastai.learner import CurvatureScale,twice_differentiable
+from helpers_learner import (HYPERS,ROUNDING,Noted,Seeded,convnet,cpu_amp,data,distance,fit,given,learner,mlp,one_loss,plain,relative,
+    split,state_of)
+from twin import hessian_times
+
+# float16 rounds by 2**-11 and bfloat16 by 2**-8. A convnet with ReLU loses more, because some activations change sides of the kink
+# and batch norm divides by what is left: its gradient has an error of the same size
+FP16,BF16,KINKS = 0.01,0.05,4
+# `MixedPrecision` turns predictions into float32, those of a float64 model too
+FLOAT_PRED = 1e-6
+
+
+class Former(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 64, 0., activation='gelu', batch_first=True)
+        self.emb,self.body,self.head = nn.Embedding(20,32),nn.TransformerEncoder(layer, 2, enable_nested_tensor=False),nn.Linear(32,10)
+    def forward(self, x): return self.head(self.body(self.emb(x)).mean(1))
+
+
+def problem(kind):
+    torch.manual_seed(0)
+    if kind=='conv': return convnet(),*data(16, (3,16,16), 10, dtype=torch.float)
+    return Former(),torch.randint(20, (16,6)),torch.randint(10, (16,))
+
+
+def amp(learn, mode): return learn.to_fp16() if mode=='fp16' else learn.to_bf16()
+
+
+def pending(learn):
+    "The estimate of one batch, before it is averaged over blocks, and the gradient without its scale"
+    notes = Noted('before_step', lambda l: ([d.clone() for d in l.opt.diags.values()], [p.grad.clone() for p in l.model.parameters()]))
+    notes.order = 50
+    learn.add_cb(notes)
+    return fit(learn),*notes.notes[0]
+
+
+def test_a_loss_scale_leaves_no_trace(cpu_amp):
+    "Autocast leaves float64 alone, so only the scaling is at work: equal to the plain loop"
+    x,y = data()
+    learn = learner(mlp(), x, y, probe=given())
+    fit(learn.to_fp16())
+    want = plain(mlp(), [[b] for b in split(x,y,6)])
+    assert distance(want, mlp())>0.1
+    assert distance(learn.model, want)<FLOAT_PRED
+
+
+@pytest.mark.parametrize('kwargs', [dict(init_scale=2.**20), dict(growth_interval=2), dict(init_scale=1.), dict(init_scale=1000.)])
+def test_whatever_the_loss_scale_is(cpu_amp, kwargs):
+    x,y = data()
+    learn = learner(mlp(), x, y, probe=given(), update_each=2).to_fp16(**kwargs)
+    fit(learn)
+    assert distance(learn.model, plain(mlp(), [[b] for b in split(x,y,6)], update_each=2))<FLOAT_PRED
+
+
+def test_with_accumulation_and_clipping(cpu_amp):
+    x,y = data(30)
+    cbs = [GradientAccumulation(12), GradientClip(0.1)]
+    learn = fit(learner(mlp(), x, y, probe=given(), cbs=cbs).to_fp16())
+    other = fit(learner(mlp(), x, y, probe=given(), cbs=[GradientAccumulation(12), GradientClip(0.1)]))
+    assert distance(learn.model, mlp())>0.01
+    assert distance(learn.model, other.model)<FLOAT_PRED
+
+
+def errors(kind, mode, device='cpu'):
+    "Relative error of diagonal and gradient after one batch, against float32 with the same probe"
+    def one(mode):
+        model,x,y = problem(kind)
+        learn = learner(model.float().to(device), x.to(device), y.to(device), bs=16, probe=given())
+        return pending(amp(learn, mode) if mode else learn)
+    (learn,d,g),(_,d32,g32) = one(mode),one(None)
+    assert learn.opt.n_estimates==1 and learn.opt.n_dropped==0
+    return relative(d, d32),relative(g, g32)
+
+
+@pytest.mark.parametrize('kind', ['conv','former'])
+@pytest.mark.parametrize('mode', ['fp16','bf16'])
+def test_the_estimate_is_as_good_as_the_gradient(cpu_amp, kind, mode, record_property):
+    d,g = errors(kind, mode)
+    record_property('relative errors', (d,g))
+    bound = (FP16 if mode=='fp16' else BF16)*(KINKS if kind=='conv' else 1)
+    assert 1e-5<g<bound and 1e-5<d<2*bound
+
+
+def naive(model, x, y, scale):
+    "The diagonal of a loss that carries the loss scale of the gradient, divided by it"
+    with twice_differentiable(model),torch.amp.autocast('cpu', dtype=torch.float16): pred = model(x)
+    params,probe = list(model.parameters()),given()
+    zs = [probe(p, None) for p in params]
+    hz = hessian_times(F.cross_entropy(pred.float(), y)*scale, params, zs)[1]
+    return [z*h/scale for z,h in zip(zs,hz)]
+
+
+def test_the_loss_scale_of_gradients_is_wrong_for_curvature(cpu_amp):
+    "At fastai's first scale the product of a convnet overflows; ours does not, at any loss scale"
+    model,x,y = problem('conv')
+    assert not all(d.isfinite().all() for d in naive(model.float(), x, y, 2.**16))
+    for init_scale in (2.**16,2.**10,2.**4):
+        model,x,y = problem('conv')
+        learn,d,_ = pending(learner(model.float(), x, y, bs=16, probe=given()).to_fp16(init_scale=init_scale))
+        assert all(o.isfinite().all() and o.abs().max()>0 for o in d) and learn.opt.curvature_scale.c==1
+
+
+def test_nothing_underflows_to_zero(cpu_amp):
+    "A loss of 1e-6: without any scale most of its Hessian is below the smallest float16"
+    small = lambda pred,y: F.cross_entropy(pred, y)*1e-6
+    def one(fp16):
+        model,x,y = problem('former')
+        learn = learner(model, x, y, bs=16, loss_func=small, probe=given())
+        return pending(learn.to_fp16() if fp16 else learn)[1]
+    half,full = one(True),one(False)
+    model,x,y = problem('former')
+    with twice_differentiable(model),torch.amp.autocast('cpu', dtype=torch.float16): pred = model(x)
+    params,probe = list(model.parameters()),given()
+    zs = [probe(p, None) for p in params]
+    bare = [z*h for z,h in zip(zs, hessian_times(small(pred.float(), y), params, zs)[1])]
+    assert relative(bare, full)>0.1
+    assert relative(half, full)<FP16
+
+
+class Wreck(Callback):
+    "Makes the scaled loss of training batch 2 infinite, or only its gradient"
+    order = 20
+    def __init__(self, what): self.what = what
+    def before_backward(self):
+        if self.what=='loss' and self.train_iter==2: self.learn.loss_grad = self.loss_grad*float('inf')
+    def after_backward(self):
+        if self.what=='gradient' and self.train_iter==2: next(self.model.parameters()).grad[0] = float('inf')
+
+
+@pytest.mark.parametrize('update_each', [1,5])
+@pytest.mark.parametrize('what', ['loss','gradient'])
+def test_an_overflow_skips_the_step_and_leaves_everything(cpu_amp, what, update_each):
+    x,y = data(24, dtype=torch.float)
+    before,after = (Noted(when, state_of) for when in ('before_batch','after_batch'))
+    for o in (before,after): o.order = 70
+    learn = learner(mlp().float(), x, y, cbs=[before,after,Wreck(what)], update_each=update_each).to_fp16()
+    scales = Noted('after_batch', lambda l: l.scaler.get_scale())
+    fit(learn.add_cb(scales))
+    for o in (before.notes[2],after.notes[2]): o[1]['wrapper'].pop('n_estimates')
+    assert before.notes[2]==after.notes[2] and before.notes[1]!=after.notes[1] and before.notes[3]!=after.notes[3]
+    assert learn.opt.diags=={} and learn.opt.n_steps==3
+    assert [b/a for a,b in zip(scales.notes, scales.notes[1:])]==[1,0.5,1]
+
+
+class Broken:
+    "Probes with one infinite entry in estimate `at`"
+    def __init__(self, at, n_params): self.probe,self.at,self.n_params,self.n = given(),at,n_params,0
+    def __call__(self, p, g):
+        z,i = self.probe(p, g),self.n//self.n_params
+        self.n += 1
+        if i==self.at: z.view(-1)[0] = float('inf')
+        return z
+
+
+@pytest.mark.filterwarnings('ignore:The estimate of the diagonal')
+@pytest.mark.parametrize('fp16', [True,False])
+def test_a_broken_estimate_skips_only_the_estimate(cpu_amp, fp16):
+    "The plain loop that takes no estimate in step 2, of 4"
+    x,y = data(24)
+    learn = learner(mlp(), x, y, probe=Broken(2, 6))
+    averages = Noted('after_batch', lambda l: [s['sqr_avg_diag_hessian'].clone() for s in l.opt.opt.state.values()])
+    learn.add_cb(averages)
+    fit(learn.to_fp16() if fp16 else learn)
+    assert learn.opt.n_dropped==1 and learn.opt.n_skipped==0 and learn.opt.n_steps==4
+    assert all(torch.equal(a,b) for a,b in zip(averages.notes[1], averages.notes[2]))
+    assert not torch.equal(averages.notes[2][0], averages.notes[3][0])
+    assert learn.opt.curvature_scale.c==(0.5 if fp16 else 1)
+    assert all(s['hess_step']==3 and s['step']==4 for s in learn.opt.opt.state.values())
+
+
+def test_the_scale_of_curvature_falls_until_the_estimate_is_finite(cpu_amp):
+    "Set too high, it costs estimates and no steps of wrong length: the parameters wait for their first one"
+    torch.manual_seed(0)
+    x,y = data(16*12, (3,16,16), 10, dtype=torch.float)
+    learn = learner(convnet().float(), x, y, bs=16, probe=given())
+    learn.create_opt()
+    learn.opt.curvature_scale.c = 2.**8
+    with pytest.warns(UserWarning, match='estimate of the diagonal is not finite'): fit(learn.to_fp16())
+    assert learn.opt.n_dropped>1 and learn.opt.curvature_scale.c==2.**(8-learn.opt.n_dropped)
+    assert all(s['hess_step']==12-learn.opt.n_dropped for s in learn.opt.opt.state.values() if 'hess_step' in s)
+    assert distance(learn.model, convnet().float())>0
+
+
+def test_the_scale_grows_again_and_has_bounds():
+    scale = CurvatureScale(shrink=4., growth_interval=3)
+    for _ in range(20): scale.update(False)
+    assert scale.c==1/16
+    for _ in range(3): scale.update(True)
+    assert scale.c==1/8
+    for _ in range(60): scale.update(True)
+    assert scale.c==4.
+
+
+@pytest.mark.parametrize('mode', ['fp16','bf16'])
+def test_training_in_half_precision_follows_float32(cpu_amp, mode):
+    "Twelve steps of a Transformer: the weights move together, with the rounding of their format"
+    def run(mode):
+        model,x,y = problem('former')
+        start = [p.detach().clone() for p in model.parameters()]
+        learn = learner(model, x, y, bs=8, probe=given(), hypers={**HYPERS, 'lr': 0.01})
+        fit(amp(learn, mode) if mode else learn, 6)
+        return [p-q for p,q in zip(learn.model.parameters(), start)]
+    full = run(None)
+    assert relative(run(mode), full)<10*(FP16 if mode=='fp16' else BF16)
+
+
+def test_float32_again_afterwards(cpu_amp):
+    x,y = data()
+    learn = fit(learner(mlp(), x, y, probe=given()).to_fp16())
+    learn.to_fp32()
+    fit(learn)
+    batches = [[b] for b in split(x,y,6)]
+    want,probe = mlp(),given()
+    twin = fit(fit(learner(want, x, y, probe=probe)))
+    assert distance(learn.model, twin.model)<FLOAT_PRED
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('kind', ['conv','former'])
+@pytest.mark.parametrize('mode', ['fp16','bf16'])
+def test_on_a_gpu(kind, mode):
+    d,g = errors(kind, mode, 'cuda')
+    bound = (FP16 if mode=='fp16' else BF16)*(KINKS if kind=='conv' else 1)
+    assert g<bound and d<2*bound
