@@ -1,8 +1,8 @@
 "Diagnostics: nothing is disturbed, the numbers are those of the dense Hessian, every optimizer and callback goes along"
-import math,pickle,sys,time,types
+import math,os,pickle,socket,sys,time,types
 from functools import partial
 
-import matplotlib,numpy as np,pytest,torch,torch.nn.functional as F
+import matplotlib,numpy as np,pytest,torch,torch.distributed as dist,torch.multiprocessing as mp,torch.nn.functional as F
 matplotlib.use('Agg')
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp
@@ -26,7 +26,7 @@ from torch.utils.data import TensorDataset
 
 from adahessian_fastai.adahessian import adahessian
 from adahessian_fastai.diagnostics import *
-from adahessian_fastai.hvp import gradient,graph_product
+from adahessian_fastai.hessian_free import hessian_free
 from adahessian_fastai.spectrum import dense_hessian,dense_matrix,flat
 
 SAME = 1e-5   # float32 curvature of small networks, relative to its largest entry
@@ -82,10 +82,12 @@ def identical(a, b):
 
 # ---- nothing is disturbed -------------------------------------------------------------------------------------------
 
-opts = dict(adam=Adam, sgd=partial(SGD, mom=.9), adahessian=partial(adahessian, update_each=2), ranger=ranger)
+opts = dict(adam=Adam, sgd=partial(SGD, mom=.9), adahessian=partial(adahessian, update_each=2), ranger=ranger,
+    hessian_free=partial(hessian_free, cg_max_iter=4))
 
-@pytest.mark.parametrize('opt', opts)
-@pytest.mark.parametrize('name', models)
+slowly = lambda name,opt: [pytest.mark.slow] if opt=='hessian_free' and name!='conv' else []
+
+@pytest.mark.parametrize('name,opt', [pytest.param(m, o, marks=slowly(m, o)) for m in models for o in opts])
 def test_training_is_bit_identical(name, opt):
     plain = everything(run(learner(name, opts[opt])))
     seen = learner(name, opts[opt], cbs=CurvatureRecorder(every=3, per_layer=True))
@@ -172,6 +174,46 @@ def test_recorder_can_be_pickled():
     rec = learn.curvature_recorder
     learn.remove_cb(rec)
     assert pickle.loads(pickle.dumps(rec)).frame.equals(rec.frame)
+
+def on_rank(rank, port, path, with_recorder):
+    "One of two processes: its own half of the data, the model wrapped as fastai wraps it"
+    os.environ.update(RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', rank=rank, world_size=2)
+    class Wrap(Callback):
+        order = -20
+        def before_fit(self): self.learn.model = nn.parallel.DistributedDataParallel(self.model)
+        def after_fit(self): self.learn.model = self.model.module
+    learn = learner(cbs=[Wrap(), *([CurvatureRecorder(every=1)] if with_recorder else [])])
+    learn.dls.train.rng.seed(rank)
+    run(learn, 1)
+    n = len(learn.curvature_recorder.records) if with_recorder else 0
+    torch.save((n, [p.detach() for p in learn.model.parameters()], list(learn.model.buffers())), path/f'{with_recorder}_{rank}.pt')
+    dist.destroy_process_group()
+
+def test_two_processes(tmp_path):
+    "The first process measures, the second does not wait for anything, and both train as without a recorder"
+    for with_recorder in (True, False):
+        with socket.socket() as s:
+            s.bind(('127.0.0.1', 0))
+            port = s.getsockname()[1]
+        mp.start_processes(on_rank, (port, tmp_path, with_recorder), nprocs=2, start_method='fork')
+    res = {(w,r): torch.load(tmp_path/f'{w}_{r}.pt') for w in (True,False) for r in (0,1)}
+    assert res[True,0][0]==4 and res[True,1][0]==0
+    for r in (0,1):
+        for a,b in zip(res[True,r][1]+res[True,r][2], res[False,r][1]+res[False,r][2]): assert torch.equal(a, b)
+    for a,b in zip(res[True,0][1], res[True,1][1]): assert torch.equal(a, b)
+
+@pytest.mark.cuda
+def test_mixed_precision_on_a_gpu():
+    "float16 training with a loss scale: bit-identical, and curvature in single precision without the scale"
+    def go(cbs):
+        set_seed(5)
+        learn = Learner(dls().cuda(), conv().cuda(), loss_func=CrossEntropyLossFlat(), cbs=[MixedPrecision(), *cbs])
+        return everything(run(learn)),learn
+    (plain,_),(seen,learn) = go([]),go([CurvatureRecorder(every=2)])
+    assert identical(plain, seen)
+    for r in learn.curvature_recorder.records: assert 0 < r['lambda_max'] < 1e3
 
 # ---- the numbers ----------------------------------------------------------------------------------------------------
 
