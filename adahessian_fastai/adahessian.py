@@ -8,7 +8,7 @@
 __all__ = ['check_hypers', 'check_counts', 'check_choices', 'AdaHessian', 'peek_seed', 'AdaHessianWrapper', 'all_finite',
            'warn_rarely', 'adahessian']
 
-# %% ../nbs/12_adahessian.ipynb #6a5a20a8
+# %% ../nbs/12_adahessian.ipynb #604e9e73
 import math,warnings
 from contextlib import contextmanager,nullcontext
 
@@ -19,6 +19,7 @@ from .averaging import average_diag
 from .estimators import Evaluation,check_estimator,curvatures,estimators
 from .learner import (CurvatureScale,check_checkpoints,check_model,cross_rank_mean,hooks_resting,loss_scale,
     loss_weight,sync_group,twice_differentiable)
+from .foreach import update
 from .steppers import adahessian_step,average_diag_hessian,average_sqr_diag_hessian,signed_adahessian_step
 from .subbatch import evaluated_rows,n_rows,targets_of
 
@@ -145,7 +146,7 @@ def due(self:AdaHessianWrapper)->bool:
     curved = self.curved()
     return bool(curved) and (self.n_steps%self.update_each==0 or any('asked' not in self.state[p] for p in curved))
 
-# %% ../nbs/12_adahessian.ipynb #08921040
+# %% ../nbs/12_adahessian.ipynb #ed19f9f5
 @patch
 def generators(self:AdaHessianWrapper,
     stream:int=0, # Another number gives other random numbers for the same estimate
@@ -160,7 +161,9 @@ def drawer(self:AdaHessianWrapper,
 ):
     "A probe function `(p, generator) -> tensor` with generators of the optimizer's own"
     draw,rng = get_probe(self.probe),rng or self.generators()
-    return lambda p,_: draw(p, rng(p.device))
+    def drawn(p, _): return draw(p, rng(p.device))
+    drawn.flat = getattr(draw, 'flat', False)
+    return drawn
 
 # %% ../nbs/12_adahessian.ipynb #dc1b047d
 @patch
@@ -345,13 +348,14 @@ def forward_context(self:AdaHessianWrapper,
         self.zero_grad()
         raise
 
-# %% ../nbs/12_adahessian.ipynb #cea7b5b3
+# %% ../nbs/12_adahessian.ipynb #88d51965
 def all_finite(
     tensors, # Any number of tensors
 )->bool: # One host synchronisation for each device
     "Are all entries of all `tensors` finite?"
     ts = [t for t in tensors if t.numel()]
-    return not ts or all(math.isfinite(n) for n in torch.stack(torch._foreach_norm(ts, math.inf)).tolist())
+    if not ts or all(map(math.isfinite, torch.stack(torch._foreach_norm(ts)).tolist())): return True
+    return all(t.isfinite().all() for t in ts)
 
 def warn_rarely(
     n:int, # How often it has happened
@@ -396,7 +400,7 @@ def usable(self:AdaHessianWrapper)->dict: # Averaged diagonals by parameter
     warn_rarely(self.n_dropped, "The estimate of the diagonal is not finite: dropped, the average stays")
     return {}
 
-# %% ../nbs/12_adahessian.ipynb #899837b7
+# %% ../nbs/12_adahessian.ipynb #989137b9
 @patch
 def step(self:AdaHessianWrapper, closure=None):
     "Move the parameters along their gradients and the averaged diagonal"
@@ -405,12 +409,9 @@ def step(self:AdaHessianWrapper, closure=None):
     if self.skips([p.grad for p,*_ in work]): return self.forget()
     diags = self.usable()
     noises = {p: average_diag(self.noises[p], self.block_length, True, self.average_kernels) for p in diags} if self.debiased else {}
-    for p,pg,state,hyper in work:
-        d = diags.get(p) if state.get('do_hessian', True) else p.grad.abs()
-        if d is None and 'hess_step' not in state: continue
-        for cb in self.opt.cbs:
-            new = cb(p, **{**state, **hyper, 'diag_hessian': d, 'diag_noise': noises.get(p)})
-            if isinstance(new, dict): state.update(new)
+    def diag(p, state): return diags.get(p) if state.get('do_hessian', True) else p.grad.abs()
+    work = [(p,state,hyper,diag(p,state),noises.get(p)) for p,_,state,hyper in work]
+    update([o for o in work if o[3] is not None or 'hess_step' in o[1]], self.opt.cbs)
     self.n_steps += 1
     self.forget()
 
