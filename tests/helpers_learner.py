@@ -1,13 +1,12 @@
 "Small Learners with given probes, the plain loop that they are compared with"
-import torch
-import torch.nn.functional as F
+import torch,torch.nn.functional as F
+from fastai.callback.all import *
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from functools import partial
 from torch import nn
-import fastai.callback.all
 from adahessian_fastai.all import adahessian
 from twin import Twin
 
@@ -68,15 +67,14 @@ def fit(learn, n=1, **kwargs):
     return learn
 
 
-def plain(model, steps, loss_func=F.cross_entropy, probe=None, clip=None, params=None, hypers=HYPERS, **kwargs):
-    "Train `model` in a plain loop on `steps`, each a list of batches that count by their items in one step"
+def plain(model, steps, loss_func=F.cross_entropy, probe=None, params=None, total=None, hypers=HYPERS, **kwargs):
+    "Train `model` in a plain loop on `steps`, each a list of batches: their items count equally, and `total` of them make a mean"
     twin = Twin([dict(params=list(params or model.parameters()), **hypers)], probe or given(), **kwargs)
-    if clip: twin.clip = clip
     i = 0
     for batches in steps:
-        losses,total = [],sum(len(y) for _,y in batches)
+        losses,n = [],total or sum(len(y) for _,y in batches)
         for x,y in batches:
-            losses.append(partial(one_loss, model, loss_func, x, y, i, len(y)*len(batches)/total))
+            losses.append(partial(one_loss, model, loss_func, x, y, i, len(y)*len(batches)/n))
             i += 1
         twin.step(losses)
     return model

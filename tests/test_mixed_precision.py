@@ -4,10 +4,8 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation,GradientClip
 from torch import nn
-from torch.nn.attention import SDPBackend,sdpa_kernel
 from adahessian_fastai.learner import CurvatureScale,twice_differentiable
-from helpers_learner import (HYPERS,ROUNDING,Noted,Seeded,convnet,cpu_amp,data,distance,fit,given,learner,mlp,one_loss,plain,relative,
-    split,state_of)
+from helpers_learner import HYPERS,Noted,convnet,data,distance,fit,given,learner,mlp,plain,relative,split,state_of
 from twin import hessian_times
 
 # float16 rounds by 2**-11 and bfloat16 by 2**-8. A convnet with ReLU loses more, because some activations change sides of the kink

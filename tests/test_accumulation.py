@@ -1,0 +1,143 @@
+"Accumulated batches are one big batch: for `n_acc` and for fastai's `GradientAccumulation`, with everything that goes with them"
+import copy,gc
+import pytest,torch
+from fastai.callback.core import Callback
+from fastai.callback.training import GradientAccumulation,GradientClip
+from helpers_learner import ROUNDING,Noted,data,distance,fit,given,learner,mlp,plain,split,state_of
+
+
+def grouped(batches, n): return [batches[i:i+n] for i in range(0, len(batches), n)]
+
+
+def separable():
+    "A net whose Hessian is diagonal, so that the estimate does not depend on the probe"
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.linspace(-1, 2, 5).double())
+        def forward(self, x): return x*self.weight.square()
+    return Net()
+
+def square(pred, y): return (pred-y[:,None]).square().mean()
+
+
+@pytest.mark.parametrize('how', ['n_acc','callback'])
+def test_small_batches_equal_one_big_batch(how):
+    "Without any randomness: 4 batches of 6 and 1 of 24, for 2 epochs"
+    x,y = data(24)
+    kwargs = dict(n_acc=4) if how=='n_acc' else dict(cbs=[GradientAccumulation(24)])
+    small,big = learner(separable(), x, y, bs=6, loss_func=square, **kwargs),learner(separable(), x, y, bs=24, loss_func=square)
+    assert distance(fit(big, 2).model, separable())>0.05
+    assert distance(fit(small, 2).model, big.model)<ROUNDING
+
+
+@pytest.mark.parametrize('how', ['n_acc','callback'])
+@pytest.mark.parametrize('update_each', [1,2])
+@pytest.mark.parametrize('n', [36,32])
+def test_equals_the_plain_loop(how, update_each, n):
+    "With 32 items the last batch has 2; the mean counts items, and fastai's callback divides by the number it was given"
+    x,y = data(n)
+    steps = grouped(split(x,y,6), 3)
+    kwargs = dict(n_acc=3) if how=='n_acc' else dict(cbs=[GradientAccumulation(18 if n==36 else 14)])
+    learn = fit(learner(mlp(), x, y, probe=given(), update_each=update_each, **kwargs))
+    total = 14 if how=='callback' and n==32 else None
+    want = plain(mlp(), steps, total=total, update_each=update_each)
+    assert distance(want, mlp())>0.05 and learn.opt.n_steps==2
+    assert distance(learn.model, want)<ROUNDING
+
+
+@pytest.mark.parametrize('how', ['n_acc','callback'])
+def test_a_partial_accumulation_survives_the_epoch(how):
+    "5 batches in an epoch, 2 in a step: the third step takes the last batch of one epoch and the first of the next"
+    x,y = data(30)
+    kwargs = dict(n_acc=2) if how=='n_acc' else dict(cbs=[GradientAccumulation(12)])
+    learn = fit(learner(mlp(), x, y, probe=given(), **kwargs), 2)
+    assert learn.opt.n_steps==5
+    want = plain(mlp(), grouped(split(x,y,6)*2, 2))
+    assert distance(learn.model, want)<ROUNDING
+
+
+@pytest.mark.parametrize('how', ['n_acc','callback'])
+def test_clipping_sees_the_sum_and_not_its_parts(how):
+    x,y = data(24)
+    acc = dict(n_acc=2) if how=='n_acc' else {}
+    norm = Noted('after_step', lambda l: torch.cat([p.grad.flatten() for p in l.model.parameters()]).norm().item())
+    cbs = [GradientClip(0.05), norm] + ([] if how=='n_acc' else [GradientAccumulation(12)])
+    fit(learner(mlp(), x, y, probe=given(), cbs=cbs, **acc))
+    # `clip_grad_norm_` adds 1e-6 to the norm that it divides by
+    assert len(norm.notes)==2 and all(abs(o-0.05)<1e-5 for o in norm.notes)
+
+
+@pytest.mark.parametrize('how', ['n_acc','callback'])
+def test_with_mixed_precision_and_clipping(cpu_amp, how):
+    x,y = data(32)
+    acc = lambda: (dict(n_acc=3), []) if how=='n_acc' else ({}, [GradientAccumulation(14)])
+    def run(fp16):
+        kwargs,cbs = acc()
+        learn = learner(mlp(), x, y, probe=given(), cbs=[GradientClip(0.3), *cbs], **kwargs)
+        return fit(learn.to_fp16() if fp16 else learn, 2)
+    half,full = run(True),run(False)
+    assert distance(full.model, mlp())>0.05
+    # `MixedPrecision` turns predictions into float32
+    assert distance(half.model, full.model)<1e-6
+
+
+def test_both_at_once_are_refused():
+    x,y = data(12)
+    with pytest.raises(ValueError, match='do the same'): fit(learner(mlp(), x, y, n_acc=2, cbs=[GradientAccumulation(12)]))
+
+
+class Replace(Callback):
+    "After batch `at`, in the middle of an accumulation: save, spoil everything, load"
+    order,run_valid = 80,False
+    def __init__(self, at, how): self.at,self.how = at,how
+    def before_batch(self):
+        if self.train_iter!=self.at: return
+        if self.how=='file':
+            self.learn.save('middle')
+            with torch.no_grad():
+                for p in self.model.parameters(): p.add_(1), p.grad.add_(1)
+            for d in self.learn.opt.diags.values(): d.add_(1)
+            self.learn.opt.n_items += 5
+            self.learn.load('middle')
+        else:
+            other = copy.deepcopy(self.learn.opt)
+            for p,q in zip(self.learn.opt.all_params().itemgot(0), other.all_params().itemgot(0)): q.data = p.data
+            for p,q in zip(self.model.parameters(), other.all_params().itemgot(0)): p.requires_grad_(False)
+            names = [n for n,_ in self.model.named_parameters()]
+            for n,q in zip(names, other.all_params().itemgot(0)):
+                mod,_,leaf = n.rpartition('.')
+                setattr(self.model.get_submodule(mod), leaf, q)
+            self.learn.opt = other
+
+
+@pytest.mark.parametrize('how', ['n_acc','callback'])
+@pytest.mark.parametrize('through', ['file','copy'])
+@pytest.mark.parametrize('update_each', [1,5])
+def test_save_and_load_in_the_middle_is_exact(how, through, update_each, tmp_path):
+    x,y = data(36)
+    def run(cbs):
+        kwargs,own = (dict(n_acc=3), []) if how=='n_acc' else ({}, [GradientAccumulation(18)])
+        return fit(learner(mlp(), x, y, cbs=[*own, *cbs], path=tmp_path, update_each=update_each, **kwargs), 2)
+    torch.manual_seed(0)
+    straight = run([])
+    torch.manual_seed(0)
+    replaced = run([Replace(4, through)])
+    assert straight.opt.n_estimates==replaced.opt.n_estimates
+    assert state_of(straight)==state_of(replaced)
+
+
+def live_bytes():
+    gc.collect()
+    return sum(o.untyped_storage().nbytes() for o in gc.get_objects() if type(o) in (torch.Tensor,torch.nn.Parameter))
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_memory_does_not_grow_with_n_acc():
+    x,y = data(60)
+    def peak(n_acc):
+        sizes = Noted('before_batch', lambda l: live_bytes() if l.train_iter in (0,3,9) else 0)
+        fit(learner(mlp(), x, y, n_acc=n_acc, cbs=[sizes]))
+        return max(sizes.notes)-sizes.notes[0]
+    assert peak(10)<=peak(2)

@@ -1,0 +1,136 @@
+"Compiled and checkpointed models: estimates from the module itself, gradients from the fast path"
+import pytest,torch,torch._dynamo
+import torch.nn.functional as F
+from fastai.optimizer import Adam
+from functools import partial
+from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
+from torch.utils.checkpoint import checkpoint
+from adahessian_fastai import adahessian as room
+from contextlib import nullcontext
+from helpers_learner import ROUNDING,Noted,data,distance,fit,given,learner,mlp,plain,split
+
+
+@pytest.fixture(autouse=True)
+def fresh(): torch._dynamo.reset()
+
+
+class Counting:
+    "A backend that counts the calls of compiled graphs; aot_autograd makes their backward, as inductor's"
+    n = 0
+    def __call__(self, gm, inputs):
+        f = aot_eager(gm, inputs)
+        def run(*args):
+            self.n += 1
+            return f(*args)
+        return run
+
+
+def compiled(model, how, **kwargs):
+    if how=='torch.compile': return torch.compile(model, **kwargs)
+    model.compile(**kwargs)
+    return model
+
+
+@pytest.mark.parametrize('how', ['torch.compile','model.compile'])
+@pytest.mark.parametrize('update_each', [1,2])
+def test_compiled_models_equal_the_plain_loop(how, update_each):
+    x,y = data(24)
+    backend = Counting()
+    calls = Noted('after_batch', lambda l: backend.n)
+    learn = fit(learner(compiled(mlp(), how, backend=backend), x, y, probe=given(), update_each=update_each, cbs=[calls]))
+    assert calls.notes==([0,0,0,0] if update_each==1 else [0,1,1,2])
+    want = plain(mlp(), [[b] for b in split(x,y,6)], update_each=update_each)
+    assert distance(want, mlp())>0.05
+    assert distance(learn.model, want)<ROUNDING
+
+
+def test_without_the_context_it_is_the_error_of_all_others(monkeypatch):
+    monkeypatch.setattr(room, 'twice_differentiable', lambda model: nullcontext())
+    x,y = data(12)
+    with pytest.raises(RuntimeError, match='double backward|donated'): fit(learner(torch.compile(mlp(), backend='aot_eager'), x, y))
+
+
+def test_the_compiled_model_is_compiled_again_afterwards():
+    "Other optimizers, validation and predictions of the same process use the compiled graph"
+    x,y = data(12)
+    backend = Counting()
+    model = torch.compile(mlp(), backend=backend)
+    fit(learner(model, x, y))
+    before = backend.n
+    fit(learner(model, x, y, opt_func=lambda ps,lr,**kwargs: Adam(ps, lr)))
+    assert backend.n>=before+2
+    with torch.no_grad(): model(x)
+    assert backend.n>before+2
+
+
+def test_a_compiled_loss_function():
+    x,y = data(12)
+    loss_func = torch.compile(lambda pred,y: F.cross_entropy(pred.tanh(), y), backend='aot_eager')
+    learn = fit(learner(mlp(), x, y, loss_func=loss_func, probe=given()))
+    want = plain(mlp(), [[b] for b in split(x,y,6)], loss_func=lambda pred,y: F.cross_entropy(pred.tanh(), y))
+    assert distance(learn.model, want)<ROUNDING
+
+
+@pytest.mark.parametrize('how', ['torch.compile','model.compile'])
+def test_with_mixed_precision(cpu_amp, how):
+    x,y = data(24, dtype=torch.float)
+    run = lambda model: fit(learner(model, x, y, probe=given(), update_each=2).to_fp16()).model
+    assert distance(run(compiled(mlp().float(), how, backend='aot_eager')), run(mlp().float()))<1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('how', ['torch.compile','model.compile'])
+def test_inductor(how):
+    x,y = data(24)
+    learn = fit(learner(compiled(mlp(), how), x, y, probe=given(), update_each=2))
+    assert distance(learn.model, plain(mlp(), [[b] for b in split(x,y,6)], update_each=2))<ROUNDING
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, use_reentrant, whole=False):
+        super().__init__()
+        self.net,self.use_reentrant,self.whole = mlp(),use_reentrant,whole
+    def forward(self, x):
+        if self.use_reentrant is None: return self.net(x)
+        f = partial(checkpoint, use_reentrant=self.use_reentrant)
+        return f(self.net, x) if self.whole else self.net[2:](f(self.net[:2], self.net[0].weight.new_zeros(1)+x))
+
+
+@pytest.mark.parametrize('whole', [False,True])
+def test_checkpoints_equal_the_plain_loop(whole):
+    x,y = data(24)
+    learn = fit(learner(Checkpointed(False, whole), x, y, probe=given(), update_each=2))
+    want = plain(Checkpointed(None), [[b] for b in split(x,y,6)], update_each=2)
+    assert distance(learn.model, want)<ROUNDING
+
+
+def test_checkpoints_with_dropout_and_attention():
+    "The recomputed forward pass has the same masks and the same differentiable kernel"
+    class Net(nn.Module):
+        def __init__(self, use):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.TransformerEncoderLayer(8, 2, 12, 0.1, batch_first=True, activation='gelu')
+            self.head,self.use = nn.Linear(8,3),use
+        def forward(self, x):
+            f = partial(checkpoint, self.layer, use_reentrant=False) if self.use else self.layer
+            return self.head(f(x).mean(1))
+    x,y = data(24, (5,8))
+    run = lambda use: fit(learner(Net(use).double(), x, y, probe=given())).model
+    assert distance(run(True), run(False))<ROUNDING
+
+
+@pytest.mark.parametrize('grad_input', [False,True])
+def test_reentrant_checkpoints_get_a_clear_error(grad_input):
+    "Without a gradient of its input the checkpoint hides its parameters; with one PyTorch itself objects. Both name the remedy"
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first,self.net = nn.Linear(5,5).double(),mlp()
+        def forward(self, x):
+            if grad_input: return checkpoint(self.net, self.first(x), use_reentrant=True)
+            return checkpoint(self.net, x, use_reentrant=True) + self.first(x)[:,:3]
+    x,y = data(12)
+    if not grad_input: x.requires_grad_(True)
+    with pytest.raises((ValueError,RuntimeError), match='use_reentrant=False'): fit(learner(Net(), x, y))

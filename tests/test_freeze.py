@@ -1,0 +1,256 @@
+"Parameters that join, leave, are shared, unused or flat: who moves, who waits, and by how much"
+import pytest,torch
+import torch.nn.functional as F
+from fastai.callback.core import Callback
+from fastai.torch_core import params
+from functools import partial
+from torch import nn
+from helpers_learner import HYPERS,ROUNDING,Noted,data,distance,fit,given,learner,mlp,one_loss,plain,split
+from twin import Twin
+
+def two_groups(m): return [params(m[0])+params(m[1]), params(m[3])]
+
+def grouped(*args, **kwargs):
+    learn = learner(*args, **kwargs)
+    learn.splitter = two_groups
+    return learn
+
+def copies(ps): return [p.detach().clone() for p in ps]
+
+def same(before, ps): return all(torch.equal(a,b) for a,b in zip(before,ps))
+
+
+def head_only(model, x, y, probe, twin=None):
+    "A plain loop over one epoch that moves the last layer alone"
+    twin = twin or Twin([dict(params=list(model[3].parameters()), **HYPERS)], probe)
+    for i,(a,b) in enumerate(split(x,y,6)): twin.step([partial(one_loss, model, F.cross_entropy, a, b, i)])
+    return twin
+
+
+@pytest.mark.parametrize('how', ['freeze','requires_grad_'])
+def test_frozen_parameters_do_not_move_and_the_others_train_as_if_alone(how):
+    "The norm layer is frozen too, which fastai's `freeze` does only without `train_bn`"
+    x,y = data(24)
+    learn = grouped(mlp(), x, y, probe=given())
+    learn.train_bn = False
+    if how=='freeze': learn.freeze()
+    else:
+        for p in two_groups(learn.model)[0]: p.requires_grad_(False)
+    before = copies(two_groups(learn.model)[0])
+    fit(learn)
+    want = mlp()
+    for p in two_groups(want)[0]: p.requires_grad_(False)
+    head_only(want, x, y, given())
+    assert same(before, two_groups(learn.model)[0])
+    assert distance(learn.model, want)<ROUNDING and distance(want, mlp())>0.1
+
+
+@pytest.mark.parametrize('update_each', [1,5])
+def test_thaw_in_the_middle(update_each):
+    "Frozen for an epoch, then `unfreeze`: averages begin anew, as they do in fastai, and the new parameters are estimated at once"
+    x,y = data(24)
+    learn = grouped(mlp(), x, y, probe=(probe:=given()), update_each=update_each)
+    learn.train_bn = False
+    learn.freeze()
+    fit(learn)
+    middle = copies(learn.model.parameters())
+    n = learn.opt.n_estimates
+    learn.unfreeze()
+    due = Noted('after_backward', lambda l: l.opt.n_estimates)
+    fit(learn.add_cb(due))
+    assert due.notes[0]==n+1
+    assert not any(torch.equal(a,b) for a,b in zip(middle, learn.model.parameters()))
+    if update_each==1:
+        want,p2 = mlp(),given()
+        for p in two_groups(want)[0]: p.requires_grad_(False)
+        head_only(want, x, y, p2)
+        for p in want.parameters(): p.requires_grad_(True)
+        plain(want, [[b] for b in split(x,y,6)], probe=p2)
+        assert distance(learn.model, want)<ROUNDING
+
+
+@pytest.mark.parametrize('update_each', [1,4])
+def test_thaw_by_hand_keeps_the_averages_of_the_others(update_each):
+    "`requires_grad_(True)` in the middle of an epoch: the newcomer starts at its first estimate, nobody else notices"
+    x,y = data(36)
+    class Thaw(Callback):
+        run_valid = False
+        def before_batch(self):
+            if self.train_iter==2: self.model[0].weight.requires_grad_(True)
+    model = mlp()
+    start = model[0].weight.detach().clone()
+    moved = Noted('after_batch', lambda l: not torch.equal(start, l.model[0].weight))
+    learn = learner(model, x, y, update_each=update_each, cbs=[Thaw(),moved])
+    learn.create_opt()
+    model[0].weight.requires_grad_(False)
+    fit(learn)
+    states = learn.opt.opt.state
+    assert moved.notes==[False,False,True,True,True,True]
+    assert states[model[0].weight]['step']==4 and states[model[3].weight]['step']==6
+    assert states[model[3].weight]['hess_step']==(6 if update_each==1 else 3)
+
+
+def test_gradual_unfreezing_with_mixed_precision_and_accumulation(cpu_amp):
+    "freeze, fit, freeze_to, fit, unfreeze, fit: each group moves exactly when it may"
+    x,y = data(30)
+    learn = learner(mlp(norm=nn.BatchNorm1d), x, y, n_acc=2).to_fp16()
+    learn.splitter = lambda m: [params(m[0]),params(m[1]),params(m[3])]
+    learn.train_bn = False
+    for n in (2,1,0):
+        learn.freeze_to(n)
+        before = [copies(g) for g in learn.opt.param_lists]
+        fit(learn)
+        assert [same(b,g) for b,g in zip(before, learn.opt.param_lists)]==[i<n for i in range(3)]
+
+
+def test_a_freeze_in_the_middle_of_an_accumulation_drops_it():
+    "Half of a step belongs to a model that is no more: gradient and estimate go together"
+    x,y = data(18)
+    learn = grouped(mlp(), x, y, n_acc=2)
+    fit(learn)
+    assert learn.opt.n_batches==1 and learn.opt.diags
+    learn.freeze()
+    assert learn.opt.n_batches==0 and not learn.opt.diags
+    assert all(p.grad.abs().sum()==0 for p in learn.model.parameters() if p.grad is not None)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a,self.b,self.head = nn.Linear(5,5),nn.Linear(5,5),nn.Linear(5,3)
+        self.b.weight = self.a.weight
+    def forward(self, x): return self.head(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+@pytest.mark.parametrize('in_two_groups', [False,True])
+def test_tied_weights_are_one_parameter(in_two_groups):
+    "Also where a splitter names them in two groups: one probe, one step"
+    x,y = data(24)
+    learn = learner(Tied().double(), x, y, probe=given())
+    if in_two_groups: learn.splitter = lambda m: [params(m.a), params(m.b)+params(m.head)]
+    want = plain(Tied().double(), [[b] for b in split(x,y,6)])
+    assert distance(fit(learn).model, want)<ROUNDING
+
+
+class Sometimes(nn.Module):
+    "`extra` is used only in batches whose number is odd, `never` never"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body,self.extra,self.never = nn.Linear(5,3),nn.Linear(5,3),nn.Linear(2,2)
+        self.n = 0
+    def forward(self, x):
+        out = self.body(x)
+        if self.training:
+            if self.n%2: out = out+self.extra(x).tanh()
+            self.n += 1
+        return out
+
+
+@pytest.mark.parametrize('update_each', [1,2,3])
+def test_parameters_that_some_batches_do_not_use(update_each):
+    "As in fastai, an unused parameter has the gradient 0 after its first one; its curvature of that batch is 0 too"
+    x,y = data(36)
+    model = Sometimes().double()
+    never = copies(model.never.parameters())
+    extra = Noted('after_batch', lambda l: l.model.extra.weight.detach().clone())
+    learn = fit(learner(model, x, y, probe=given(), update_each=update_each, cbs=[extra]))
+    assert same(never, model.never.parameters()) and all(p.grad is None for p in model.never.parameters())
+    assert torch.equal(extra.notes[0], Sometimes().double().extra.weight)
+    assert not torch.equal(extra.notes[-1], extra.notes[0])
+    assert learn.opt.n_estimates==-(-6//update_each)
+
+
+def test_unused_in_some_batches_equals_the_plain_loop():
+    "A parameter of zero gradient and zero curvature in the reference, where `torch.autograd` finds none"
+    x,y = data(24)
+    class Used(Sometimes):
+        def forward(self, x): return super().forward(x)+0*self.extra(x).square()+0*self.never(x[:,:2]).sum()
+    learn = fit(learner(Used().double(), x, y, probe=given()))
+    want = plain(Used().double(), [[b] for b in split(x,y,6)])
+    assert distance(want, Used().double())>0.05
+    assert distance(learn.model, want)<ROUNDING
+
+
+class Linearly(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body,self.shift = nn.Linear(5,3),nn.Parameter(torch.zeros(3))
+    def forward(self, x): return self.body(x)
+
+
+def test_zero_curvature_is_zero_and_not_an_error():
+    "A loss that is linear in `shift`: its denominator is `eps` alone"
+    x,y = data(6)
+    model = Linearly().double()
+    learn = learner(model, x, y, loss_func=lambda pred,y: F.cross_entropy(pred, y) + 1e-3*model.shift.sum())
+    fit(learn)
+    state = learn.opt.opt.state[model.shift]
+    assert state['hess_step']==1 and state['sqr_avg_diag_hessian'].abs().sum()==0
+    assert torch.allclose(model.shift, torch.full_like(model.shift, -HYPERS['lr']*1e-3/HYPERS['eps']))
+
+
+def adam_with_power(p, grads, sqr_mom=HYPERS['sqr_mom'], mom=HYPERS['mom'], lr=HYPERS['lr'], eps=HYPERS['eps']):
+    m,v = torch.zeros_like(p),torch.zeros_like(p)
+    for t,g in enumerate(grads, 1):
+        m,v = mom*m+(1-mom)*g,sqr_mom*v+(1-sqr_mom)*g**2
+        p = p - lr*(m/(1-mom**t))/((v/(1-sqr_mom**t)).sqrt()+eps)
+    return p
+
+
+def test_opt_out_trains_on_squared_gradients():
+    "The embedding as with Adam, whose second moment it has; the rest keeps its curvature. The choice survives `freeze_to`"
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Embedding(9,4), nn.Flatten(), nn.Linear(12,3)).double()
+    x = torch.randint(9, (24,3), generator=torch.Generator().manual_seed(0))
+    y = data(24)[1]
+    net = model()
+    start = net[0].weight.detach().clone()
+    grads = Noted('after_backward', lambda l: net[0].weight.grad.clone())
+    learn = learner(net, x, y, probe=given(), cbs=[grads])
+    learn.create_opt()
+    learn.opt.opt_out(net[0])
+    fit(learn)
+    assert (net[0].weight-adam_with_power(start, grads.notes)).abs().max()<ROUNDING
+    assert set(learn.opt.curved())==set(net[2].parameters())
+    learn.freeze_to(0)
+    assert set(learn.opt.curved())==set(net[2].parameters())
+
+
+def test_opt_out_of_everything_takes_no_estimate():
+    x,y = data(24)
+    learn = learner(mlp(), x, y)
+    learn.create_opt()
+    learn.opt.opt_out(learn.model)
+    fit(learn)
+    assert learn.opt.n_estimates==0 and distance(learn.model, mlp())>0.05
+
+
+def test_another_splitter_gives_other_groups():
+    "`create_opt` after a change of the splitter, discriminative rates included"
+    x,y = data(24)
+    learn = fit(learner(mlp(), x, y, probe=given()))
+    learn.splitter = two_groups
+    learn.create_opt()
+    assert len(learn.opt.param_lists)==2 and learn.opt.n_steps==0
+    before = copies(learn.model.parameters())
+    fit(learn, lr=[0.,0.1])
+    moved = [not torch.equal(a,b) for a,b in zip(before, learn.model.parameters())]
+    assert moved==[False]*4+[True]*2
+
+
+def test_a_group_added_by_hand():
+    x,y = data(24)
+    model = mlp()
+    learn = learner(model, x, y)
+    learn.splitter = lambda m: [params(m[3])]
+    learn.create_opt()
+    fit(learn)
+    learn.opt.param_lists = learn.opt.param_lists+[params(model[0])]
+    learn.opt.hypers.append({**learn.opt.hypers[0], 'lr': 0.01})
+    start = model[0].weight.detach().clone()
+    with learn.no_bar(),learn.no_logging(): learn.fit(1, lr=[0.05,0.01])
+    assert not torch.equal(start, model[0].weight) and learn.opt.opt.state[model[0].weight]['step']==4
