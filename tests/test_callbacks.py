@@ -1,0 +1,283 @@
+"fastai's callbacks around AdaHessian, each against a plain loop or against what it promises"
+import math
+import pytest,torch
+import torch.nn.functional as F
+from fastai.callback.core import Callback,CancelBackwardException,CancelBatchException,CancelFitException,CancelStepException,CancelTrainException
+from fastai.callback.mixup import CutMix,MixUp
+from fastai.callback.schedule import ParamScheduler,SchedLin
+from fastai.callback.tracker import EarlyStoppingCallback,ReduceLROnPlateau,SaveModelCallback,TerminateOnNaNCallback
+from fastai.callback.training import BnFreeze,GradientClip,ShortEpochCallback
+from fastai.losses import CrossEntropyLossFlat,LabelSmoothingCrossEntropy
+from fastai.optimizer import Adam
+from functools import partial
+from torch import nn
+from adahessian_fastai.all import adahessian
+from helpers_learner import HYPERS,ROUNDING,Noted,convnet,data,distance,fit,given,learner,mlp,one_loss,plain,split,state_of
+from twin import Twin
+
+
+def steps(x, y, bs=6): return [[b] for b in split(x,y,bs)]
+
+
+def test_gradient_clip_clips_the_gradient_and_not_the_curvature():
+    "A twin whose gradient is scaled to norm 0.1 before each step, and whose estimate is not"
+    class Clipped(Twin):
+        def curvature(self, losses):
+            g,d = super().curvature(losses)
+            norm = torch.cat([o.flatten() for o in g]).norm()
+            assert norm>0.1
+            return [o*0.1/(norm+1e-6) for o in g],d
+    x,y = data(24)
+    learn = fit(learner(mlp(), x, y, probe=given(), cbs=[GradientClip(0.1)]))
+    want = mlp()
+    twin = Clipped([dict(params=list(want.parameters()), **HYPERS)], given())
+    for i,(a,b) in enumerate(split(x,y,6)): twin.step([partial(one_loss, want, F.cross_entropy, a, b, i)])
+    assert distance(learn.model, want)<ROUNDING
+    assert distance(want, plain(mlp(), steps(x,y)))>1e-3
+
+
+class Taped(Callback):
+    "Keeps the inputs and everything that the loss of a mixed batch depends on"
+    run_valid,order = False,90
+    def __init__(self, mix): self.mix,self.tape = mix,[]
+    def before_batch(self): self.tape.append((self.x.clone(), self.y.clone(), self.mix.yb1[0].clone(), torch.as_tensor(self.mix.lam).clone()))
+
+
+@pytest.mark.parametrize('mix', [MixUp,CutMix])
+def test_mixed_batches_equal_the_plain_loop(mix):
+    x,y = data(24, (3,8,8), 10)
+    mix = mix()
+    mix.distrib = torch.distributions.Beta(*torch.tensor([0.4,0.4]).double())
+    tape = Taped(mix)
+    learn = fit(learner(convnet().double(), x, y, loss_func=CrossEntropyLossFlat(), probe=given(), cbs=[mix,tape]))
+    def mixed(i):
+        a,y0,y1,lam = tape.tape[i]
+        def loss_func(pred, _):
+            a,b = (F.cross_entropy(pred, o, reduction='none') for o in (y1,y0))
+            return (a+lam.double()*(b-a)).mean()
+        return a,y0,loss_func
+    want = convnet().double()
+    twin = Twin([dict(params=list(want.parameters()), **HYPERS)], given())
+    for i in range(4):
+        a,b,loss_func = mixed(i)
+        twin.step([partial(one_loss, want, loss_func, a, b, i)])
+    assert any((t[0]-o[0]).abs().max()>0 for t,o in zip(tape.tape, split(x,y,6)))
+    # the mixing weights are float32
+    assert distance(learn.model, want)<1e-6 and distance(want, convnet().double())>0.05
+
+
+def test_label_smoothing_equals_the_plain_loop():
+    x,y = data(24)
+    learn = fit(learner(mlp(), x, y, loss_func=LabelSmoothingCrossEntropy(), probe=given()))
+    def smooth(pred, y): return 0.9*F.cross_entropy(pred, y) + 0.1*(-F.log_softmax(pred, -1).mean())
+    assert distance(learn.model, plain(mlp(), steps(x,y), loss_func=smooth))<ROUNDING
+
+
+def test_bn_freeze_keeps_the_statistics_and_the_estimate_right():
+    "Frozen norms run on their stored statistics; the reference has them in `eval`"
+    x,y = data(24)
+    def model():
+        m = mlp(norm=nn.BatchNorm1d)
+        m[1].running_mean += 0.3
+        for p in m[1].parameters(): p.requires_grad_(False)
+        return m
+    learn = fit(learner(model(), x, y, probe=given(), cbs=[BnFreeze()]))
+    want = model().train()
+    want[1].eval()
+    plain(want, steps(x,y), params=[p for p in want.parameters() if p.requires_grad])
+    assert torch.equal(learn.model[1].running_mean, model()[1].running_mean)
+    assert distance(learn.model, want)<ROUNDING
+
+
+def test_schedules_reach_every_step():
+    "`lr`, `mom`, `sqr_mom`, `eps`, `wd` and `hessian_power` move together; the twin gets the numbers of the schedule"
+    ends = dict(lr=(0.01,0.1), mom=(0.8,0.95), sqr_mom=(0.9,0.99), eps=(1e-3,1e-1), wd=(0.,0.1), hessian_power=(1.,0.5))
+    x,y = data(36)
+    learn = learner(mlp(), x, y, probe=given(), cbs=[ParamScheduler({k: SchedLin(*v) for k,v in ends.items()})])
+    learn.wd_bn_bias = True
+    fit(learn)
+    want = mlp()
+    twin = Twin([dict(params=list(want.parameters()), **HYPERS)], given())
+    for i,(a,b) in enumerate(split(x,y,6)):
+        twin.step([partial(one_loss, want, F.cross_entropy, a, b, i)], **{k: lo+(hi-lo)*i/6 for k,(lo,hi) in ends.items()})
+    assert distance(learn.model, want)<ROUNDING
+
+
+def test_the_recorder_sees_losses_and_hypers_as_with_adam():
+    x,y = data(24)
+    ours,adam = (fit(learner(mlp(), x, y, opt_func=o)) for o in (adahessian, lambda ps,lr,**kw: Adam(ps, lr)))
+    assert ours.recorder.losses[0]==adam.recorder.losses[0] and len(ours.recorder.losses)==len(adam.recorder.losses)==4
+    assert ours.recorder.lrs==[HYPERS['lr']]*4
+
+
+def test_terminate_on_nan_leaves_weights_and_averages_finite():
+    class Poison(Callback):
+        run_valid = False
+        def after_pred(self):
+            if self.train_iter==2: self.learn.pred = self.pred*float('nan')
+    x,y = data(36)
+    kept = Noted('before_batch', state_of)
+    learn = learner(mlp(), x, y, cbs=[Poison(),TerminateOnNaNCallback(),kept])
+    with pytest.warns(UserWarning, match='step skipped'): fit(learn)
+    assert len(kept.notes)==3
+    model,opt = state_of(learn)
+    assert model==kept.notes[2][0] and opt['state']==kept.notes[2][1]['state']
+
+
+class Losses(Callback):
+    "Replaces the validation loss by the next of `values`, so that trackers have something to decide"
+    run_train,order = False,-5
+    def __init__(self, *values): self.values = iter(values)
+    def before_validate(self): self.value = next(self.values)
+    def after_loss(self): self.learn.loss = torch.tensor(self.value)
+
+
+def test_early_stopping_and_training_on():
+    x,y = data(12)
+    learn = fit(learner(mlp(), x, y, probe=given(), cbs=[Losses(1.,2.,3.), EarlyStoppingCallback(patience=2)]), 9)
+    assert learn.opt.n_steps==6
+    learn.remove_cbs([Losses,EarlyStoppingCallback])
+    fit(learn)
+    assert learn.opt.n_steps==8
+
+
+def test_save_model_with_its_optimizer_returns_to_the_best_epoch(tmp_path):
+    "The best epoch is the second of three: weights, averages and counts are those of its end"
+    x,y = data(12)
+    snaps = []
+    class Snap(Callback):
+        order = 59
+        def after_epoch(self): snaps.append(state_of(self.learn))
+    learn = learner(mlp(), x, y, cbs=[Losses(2.,1.,3.), Snap(), SaveModelCallback(with_opt=True)], path=tmp_path)
+    fit(learn, 3)
+    assert state_of(learn)==snaps[1] and snaps[1]!=snaps[2]
+
+
+def test_reduce_lr_on_plateau():
+    x,y = data(12)
+    learn = fit(learner(mlp(), x, y, cbs=[Losses(1.,2.,2.), ReduceLROnPlateau(patience=1)]), 3)
+    assert math.isclose(learn.opt.hypers[-1]['lr'], HYPERS['lr']/100)
+
+
+def norms_of(snapshot):
+    "What `lr_find` must restore: all but the learning rate, which each `fit` sets anew"
+    model,opt = snapshot
+    return model,{**opt, 'hypers': [{k: v for k,v in h.items() if k!='lr'} for h in opt['hypers']]}
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+@pytest.mark.parametrize('kwargs', [{}, dict(update_each=5), dict(n_acc=3)], ids=str)
+def test_lr_find_in_the_middle_leaves_everything_bit_for_bit(kwargs, tmp_path):
+    "Weights, buffers, averages, counts, the stream of probes; with `n_acc` a half accumulated step too"
+    x,y = data(42)
+    def run(find):
+        torch.manual_seed(3)
+        learn = fit(learner(mlp(norm=nn.BatchNorm1d), x, y, path=tmp_path, **kwargs))
+        before = norms_of(state_of(learn))
+        if find:
+            with learn.no_bar(),learn.no_logging(): learn.lr_find(num_it=20, show_plot=False)
+            assert norms_of(state_of(learn))==before
+        return state_of(fit(learn))
+    assert run(True)==run(False)
+
+
+def test_a_start_epoch_continues_the_schedule():
+    "`SkipToEpoch`: two of four epochs are skipped, and nothing was estimated in them"
+    x,y = data(24)
+    learn = learner(mlp(), x, y, probe=given())
+    seen = Noted('before_batch', lambda l: l.epoch)
+    fit(learn.add_cb(seen), 4, start_epoch=2)
+    assert set(seen.notes)=={2,3} and learn.opt.n_steps==learn.opt.n_estimates==8
+
+
+def test_short_epochs():
+    x,y = data(36)
+    learn = fit(learner(mlp(), x, y, probe=given(), cbs=[ShortEpochCallback(pct=0.5)]))
+    n = learn.opt.n_steps
+    assert 0<n<6 and distance(learn.model, plain(mlp(), steps(x,y)[:n]))<ROUNDING
+
+
+class Cancel(Callback):
+    "Raises `ex` at `when` in training batch 2"
+    run_valid,order = False,40
+    def __init__(self, when, ex):
+        def f():
+            if self.train_iter==2: raise ex
+        setattr(self, when, f)
+
+
+def run_cancelled(when, ex, **kwargs):
+    x,y = data(30)
+    return fit(learner(mlp(), x, y, probe=given(), cbs=[Cancel(when, ex)], **kwargs)),steps(x,y)
+
+
+@pytest.mark.parametrize('when,ex', [('after_pred',CancelBatchException), ('after_loss',CancelBatchException)])
+def test_a_batch_cancelled_before_its_backward_pass_never_was(when, ex):
+    learn,s = run_cancelled(when, ex)
+    want = mlp()
+    twin = Twin([dict(params=list(want.parameters()), **HYPERS)], given())
+    for i in (0,1,3,4): twin.step([partial(one_loss, want, F.cross_entropy, *s[i][0], i)])
+    assert learn.opt.n_steps==4 and distance(learn.model, want)<ROUNDING
+
+
+def test_a_cancelled_step_drops_gradient_and_estimate():
+    "The estimate was taken, so its probes are used up"
+    learn,s = run_cancelled('before_step', CancelStepException)
+    want,probe = mlp(),given()
+    twin = Twin([dict(params=list(want.parameters()), **HYPERS)], probe)
+    for i in range(5):
+        if i==2: [probe(p, None) for p in want.parameters()]
+        else: twin.step([partial(one_loss, want, F.cross_entropy, *s[i][0], i)])
+    assert learn.opt.n_steps==4 and not learn.opt.diags and distance(learn.model, want)<ROUNDING
+
+
+def test_a_batch_cancelled_at_its_step_is_added_to_the_next():
+    "As `GradientAccumulation` cancels: gradient and estimate of both batches in one step, like fastai's gradient"
+    learn,s = run_cancelled('before_step', CancelBatchException)
+    want = mlp()
+    twin = Twin([dict(params=list(want.parameters()), **HYPERS)], given())
+    loss = lambda i: partial(one_loss, want, F.cross_entropy, *s[i][0], i)
+    for group in ([0],[1],[2,3],[4]): twin.step([lambda i=i,n=len(group): loss(i)()*n for i in group])
+    assert learn.opt.n_steps==4 and distance(learn.model, want)<ROUNDING
+
+
+def test_a_cancelled_backward_pass_leaves_the_momentum():
+    "fastai still steps, with gradient zero; there is no estimate, so the average of curvature stays"
+    learn,s = run_cancelled('before_backward', CancelBackwardException)
+    assert learn.opt.n_steps==5 and learn.opt.n_estimates==4
+    want = mlp()
+    twin = Twin([dict(params=list(want.parameters()), **HYPERS)], given())
+    for i in range(5):
+        if i!=2: twin.step([partial(one_loss, want, F.cross_entropy, *s[i][0], i)])
+        else:
+            twin.t += 1
+            for j,p in enumerate(want.parameters()): twin.move(j, p, torch.zeros_like(p), None, HYPERS)
+    assert distance(learn.model, want)<ROUNDING
+
+
+@pytest.mark.parametrize('ex', [CancelTrainException,CancelFitException])
+@pytest.mark.parametrize('when', ['after_loss','before_step'])
+def test_a_cancelled_training_leaves_nothing_half_done(when, ex):
+    learn,s = run_cancelled(when, ex)
+    assert learn.opt.n_steps==2 and not learn.opt.diags and learn.opt.n_batches==0
+    assert all(p.grad.abs().sum()==0 for p in learn.model.parameters())
+    assert distance(learn.model, plain(mlp(), s[:2]))<ROUNDING
+
+
+def test_hooks_of_a_parameter_are_called_once_with_a_plain_gradient():
+    "A hook that halves the gradient, and the twin with half the gradient and the whole curvature"
+    class Halved(Twin):
+        def curvature(self, losses):
+            g,d = super().curvature(losses)
+            return [o/2 for o in g],d
+    x,y = data(24)
+    model,seen = mlp(),[]
+    def hook(g):
+        seen.append(g.requires_grad)
+        return g/2
+    for p in model.parameters(): p.register_hook(hook)
+    learn = fit(learner(model, x, y, probe=given()))
+    want = mlp()
+    twin = Halved([dict(params=list(want.parameters()), **HYPERS)], given())
+    for i,(a,b) in enumerate(split(x,y,6)): twin.step([partial(one_loss, want, F.cross_entropy, a, b, i)])
+    assert seen==[False]*4*6 and distance(learn.model, want)<ROUNDING
