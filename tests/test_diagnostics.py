@@ -142,7 +142,7 @@ def test_frozen_layers_and_modes():
     modes = [m.training for m in learn.model.modules()]
     learn.curvature_summary(n_samples=2, max_iter=4)
     assert [m.training for m in learn.model.modules()]==modes
-    assert '0 Conv2d' not in layers(learn.model) and len(learn.curvature_recorder.records)==4
+    assert '0 Conv2d' not in curved_layers(learn.model) and len(learn.curvature_recorder.records)==4
 
 def test_lr_find_and_predictions_are_left_alone():
     learn = learner(cbs=CurvatureRecorder(every=1))
@@ -270,7 +270,7 @@ def test_dropout_masks_are_those_of_the_batch():
     rec,preds = learn.curvature_recorder,[]
     original = rec.record
     def record():
-        with curvature_graph(learn, trained(learn), rng=rec.rng): preds.append((learn.pred.detach().clone(), grab.seen))
+        with curvature_graph(learn, trained_params(learn), rng=rec.rng): preds.append((learn.pred.detach().clone(), grab.seen))
         return original()
     rec.record = record
     with learn.no_bar(),learn.no_logging(): learn.fit(1, 0.)
@@ -445,7 +445,7 @@ def test_plots_draw_what_was_recorded():
 def test_scatter_is_the_dense_diagonal():
     learn = learner('no_dropout', cbs=CurvatureRecorder(every=2))
     run(learn, 1)
-    params,n = trained(learn),30
+    params,n = trained_params(learn),30
     idxs = torch.randperm(sum(p.numel() for p in params), generator=gen(42))[:n]
     with on_batch(learn, first_batches(learn.dls.train)[0]): H = literal(learn, params)
     x = learn.curvature_recorder.plot_diagonal(n_entries=n).lines[0].get_xdata()
@@ -456,11 +456,11 @@ def test_scatter_is_the_dense_diagonal():
 def test_summary_has_the_layers_numbers():
     learn = learner('no_dropout', opt_func=SGD, lr=.25)
     text = learn.curvature_summary(n_samples=60, max_iter=60)
-    params = trained(learn)
+    params = trained_params(learn)
     with on_batch(learn, first_batches(learn.dls.train)[0]): H = literal(learn, params).double()
     rows = {l.split()[0]:l for l in text.splitlines() if '±' in l}
     at = 0
-    for name,ps in layers(learn.model).items():
+    for name,ps in curved_layers(learn.model).items():
         n = sum(p.numel() for p in ps)
         block = H[at:at+n,at:at+n]
         at += n
@@ -490,7 +490,7 @@ def test_stability_limit_of_sgd(mom):
 def test_scaled_stability_is_the_dense_one(opt):
     "After training, the limit is that of the dense matrix scaled by the optimizer's own state"
     learn = run(learner('no_dropout', opt))
-    s,params = learn.stability(1, tol=1e-6, max_iter=300),trained(learn)
+    s,params = learn.stability(1, tol=1e-6, max_iter=300),trained_params(learn)
     with on_batch(learn, first_batches(learn.dls.train)[0]): H = literal(learn, params).double()
     key = 'sqr_avg' if 'sqr_avg' in learn.opt.state[params[0]] else 'sqr_avg_diag_hessian'
     h = learn.opt.hypers[-1]
@@ -502,12 +502,12 @@ def test_scaled_stability_is_the_dense_one(opt):
 
 def test_fresh_scaling_is_what_the_first_step_divides_by():
     learn = learner('no_dropout', partial(Adam, wd=0.))
-    b,params = first_batches(learn.dls.train),trained(learn)
+    b,params = first_batches(learn.dls.train),trained_params(learn)
     learn.create_opt()
     fresh = fresh_scaling(learn, learn.opt, params, b)
     with on_batch(learn, b[0]): gs = torch.autograd.grad(learn.loss_func(learn.model(*learn.xb), *learn.yb), params)
     assert all(torch.allclose(a, g.abs()+1e-5, atol=1e-6) for a,g in zip(fresh, gs))
-    assert scaling(learn.opt, params) is None
+    assert step_scaling(learn.opt, params) is None
 
 def test_suggestion_is_a_share_of_the_smallest_limit_and_says_so():
     learn = learner('no_dropout', partial(SGD, mom=.9))
