@@ -16,7 +16,7 @@ from .hutchinson import control_variate_samples,hutchinson_samples
 from .ggn import ggn_product
 from .gnb import gnb_samples,label_noise
 
-# %% ../nbs/09_estimators.ipynb #5ae559c5
+# %% ../nbs/09_estimators.ipynb #2d5d3af4
 class Evaluation:
     "A loss with what it was computed from, graphs included"
     def __init__(self,
@@ -28,18 +28,21 @@ class Evaluation:
         rescaled=noop, # `product -> product`: undoes what `loss` was multiplied by
         weight:float=1., # By how much `loss` was multiplied as a part of a mean over batches
         grads:list=None, # Gradients with their graph, where they were taken already
+        again=None, # `(twice=False) -> loss`: evaluates it anew, `twice` with a graph that can be differentiated twice
+        product=None, # `params -> (v -> Hv)`, where products with the Hessian do not come from the graph of `loss`
     ): store_attr()
 
     def __enter__(self): return self
     def __exit__(self, *args): pass
 
-# %% ../nbs/09_estimators.ipynb #82b3e976
+# %% ../nbs/09_estimators.ipynb #81288c9b
 def hessian_curvature(
     evaluation:Evaluation, # Has `loss` or `grads`; the graph is freed by the last product
     params:list, # Tensors to differentiate for
     n_products:int, # How many there will be
 ): # `v -> Hv`
     "Product with the Hessian of the loss"
+    if evaluation.product: return evaluation.product(params)
     grads = evaluation.grads or gradient(evaluation.loss, params, create_graph=True)
     return evaluation.rescaled(graph_product(grads, params, n_uses=n_products))
 
