@@ -77,8 +77,7 @@ def everything(learn):
     return leaves([learn.model.state_dict(), learn.opt.state_dict(), rng['torch_state'], rng['numpy_state'][1].tolist(), list(rng['random_state'][1]),
         [p.grad for p in learn.model.parameters()], torch.rand(3), learn.recorder.losses, getattr(learn.model, 'h', 0)])
 
-def identical(a, b):
-    return len(a)==len(b) and all(torch.equal(x, y) if isinstance(x, Tensor) else x==y for x,y in zip(a, b))
+def identical(a, b): return len(a)==len(b) and all(torch.equal(x, y) if isinstance(x, Tensor) else x==y for x,y in zip(a, b))
 
 # ---- nothing is disturbed -------------------------------------------------------------------------------------------
 
@@ -321,7 +320,9 @@ def test_autocast_does_not_reach_the_curvature():
     "Training in bfloat16, measured in single precision: the numbers are those of a run without autocast at the same weights"
     class BF16(Callback):
         order = MixedPrecision.order
-        def before_batch(self): self.cast = torch.autocast('cpu', dtype=torch.bfloat16); self.cast.__enter__()
+        def before_batch(self):
+            self.cast = torch.autocast('cpu', dtype=torch.bfloat16)
+            self.cast.__enter__()
         def after_loss(self): self.cast.__exit__(None, None, None)
     def lam(cbs):
         learn = learner(opt_func=SGD, cbs=[*cbs, CurvatureRecorder(every=1)])

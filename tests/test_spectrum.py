@@ -6,7 +6,7 @@ from scipy.linalg import eigvalsh
 from torch import nn
 from torch.nn.attention import SDPBackend,sdpa_kernel
 
-from adahessian_fastai.hutchinson import hutchinson_diag,hutchinson_trace
+from adahessian_fastai.hutchinson import hutchinson_trace
 from adahessian_fastai.hvp import gradient,graph_product,hessian_product
 from adahessian_fastai.spectrum import *
 from adahessian_fastai.spectrum import flat,unflat
@@ -118,17 +118,10 @@ def test_eigenvalues_of_one_layer(net):
     block = extreme_eigenvalues(block_product(hessian_product(loss, params), params, params[-2:]), params[-2:], which='both', generator=gen())
     for e in (eig, block): assert abs(e.values[0]-truth[-1]) <= e.bounds[0] and abs(e.values[1]-truth[0]) <= e.bounds[1]
 
-spectra = dict(
-    tiny_next_to_one=[1., 1e-6, 1e-6/2] + [0.]*30,
-    tiny_negative=[1., -1e-6] + [1e-9]*40,
-    repeated_top=[2.]*5 + [1.]*20 + [.1]*20,
-    repeated_everywhere=[1.]*30,
-    all_zero=[0.]*12,
-    plus_minus=[3., -3.] + [.5]*10 + [-.5]*10,
-    clustered_top=[1., 1-1e-3, 1-2e-3] + [i/50 for i in range(45)],
-    long_bulk=[10., 9.9] + [math.cos(i) for i in range(100)],
-    all_negative=[-float(i) for i in range(1,25)],
-    one_parameter=[7.], one_negative_parameter=[-7.], two=[1., 1.])
+spectra = dict(tiny_next_to_one=[1., 1e-6, 1e-6/2] + [0.]*30, tiny_negative=[1., -1e-6] + [1e-9]*40, repeated_everywhere=[1.]*30,
+    repeated_top=[2.]*5 + [1.]*20 + [.1]*20, all_zero=[0.]*12, all_negative=[-float(i) for i in range(1,25)],
+    plus_minus=[3., -3.] + [.5]*10 + [-.5]*10, clustered_top=[1., 1-1e-3, 1-2e-3] + [i/50 for i in range(45)],
+    long_bulk=[10., 9.9] + [math.cos(i) for i in range(100)], one_parameter=[7.], one_negative_parameter=[-7.], two=[1., 1.])
 
 def held(eig, lam, truth, tol=TOL):
     "An eigenvalue lies within each bound, and it is the right one as far as `tol` tells eigenvalues apart"
@@ -174,8 +167,10 @@ def test_start_vector_that_cannot_see_the_top():
     original = spectrum._direction
     def direction(params, probe, generator, basis):
         w = original(params, probe, generator, basis)
-        if blind.pop() if blind else False: w[0] = 0; w /= w.norm()
-        return w
+        if not blind: return w
+        blind.pop()
+        w[0] = 0
+        return w/w.norm()
     spectrum._direction = direction
     try:
         assert extreme_eigenvalues(product, params, check=False, generator=gen()).values[0] < 3
@@ -220,8 +215,7 @@ def test_products_are_counted():
     assert extreme_eigenvalues(counted, params, k=2, which='both', generator=gen()).n_products==count[0]
 
 def test_not_finite_is_an_error_of_its_own():
-    with pytest.raises(FloatingPointError, match='not finite'):
-        extreme_eigenvalues(lambda v: [v[0]*math.nan], [torch.zeros(5)])
+    with pytest.raises(FloatingPointError, match='not finite'): extreme_eigenvalues(lambda v: [v[0]*math.nan], [torch.zeros(5)])
 
 # ---- trace and density ----------------------------------------------------------------------------------------------
 
