@@ -8,8 +8,8 @@ fastai calls `loss.backward()` in `Learner._backward` and nothing else of its lo
 __all__ = ['has_rnn', 'own_statistics', 'twice_differentiable', 'check_model', 'graph_nodes', 'check_checkpoints',
            'hooks_resting', 'loss_scale', 'CurvatureScale', 'loss_weight', 'sync_group', 'cross_rank_mean']
 
-# %% ../nbs/10_learner.ipynb #5317ffcd
-import inspect,math,sys
+# %% ../nbs/10_learner.ipynb #d25dec26
+import inspect,math,sys,zipfile
 from contextlib import ExitStack,contextmanager
 from types import MethodType
 
@@ -199,7 +199,7 @@ def create_opt(self:Learner):
     self.lr = self.own_lr = own
     self.opt.set_hyper('lr', own)
 
-# %% ../nbs/10_learner.ipynb #d528d6ec
+# %% ../nbs/10_learner.ipynb #45933831
 class _Held:
     "Stands in for an optimizer while a file is read"
     sd = None
@@ -214,6 +214,10 @@ def load(self:Learner, file, device=None, **kwargs):
     opt,held = self.opt,_Held()
     self.opt = held
     try: self._orig_load(file, device=device, **kwargs)
+    except Exception as e:
+        path = join_path_file(file, self.path/self.model_dir, ext='.pth')
+        if zipfile.is_zipfile(path) or not Path(path).exists(): raise
+        raise ValueError(f"{path} is not a whole checkpoint, it may have been cut off while it was written") from e
     finally: self.opt = opt
     if held.sd is not None: opt.load_state_dict(held.sd)
     return self

@@ -34,7 +34,7 @@ def mlp(seed=0, n_in=5, n_out=3, norm=nn.LayerNorm):
 def convnet(seed=0):
     torch.manual_seed(seed)
     block = lambda i,o: [nn.Conv2d(i,o,3,2,1,bias=False), nn.BatchNorm2d(o), nn.ReLU()]
-    return nn.Sequential(*block(3,8), *block(8,16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16,10))
+    return nn.Sequential(*block(3,8), *block(8,16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16,10)).double()
 
 
 class Seeded(Callback):

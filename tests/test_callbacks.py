@@ -15,6 +15,9 @@ from adahessian_fastai.all import adahessian
 from helpers_learner import HYPERS,ROUNDING,Noted,convnet,data,distance,fit,given,learner,mlp,one_loss,plain,split,state_of
 from twin import Twin
 
+# fastai mixes in float32: four steps of a convnet with batch norm against the same in float64
+SINGLE = 1e-4
+
 
 def steps(x, y, bs=6): return [[b] for b in split(x,y,bs)]
 
@@ -45,25 +48,23 @@ class Taped(Callback):
 
 @pytest.mark.parametrize('mix', [MixUp,CutMix])
 def test_mixed_batches_equal_the_plain_loop(mix):
-    x,y = data(24, (3,8,8), 10)
+    x,y = data(24, (3,8,8), 10, dtype=torch.float)
     mix = mix()
-    mix.distrib = torch.distributions.Beta(*torch.tensor([0.4,0.4]).double())
     tape = Taped(mix)
-    learn = fit(learner(convnet().double(), x, y, loss_func=CrossEntropyLossFlat(), probe=given(), cbs=[mix,tape]))
+    learn = fit(learner(convnet().float(), x, y, loss_func=CrossEntropyLossFlat(), probe=given(), cbs=[mix,tape]))
     def mixed(i):
         a,y0,y1,lam = tape.tape[i]
         def loss_func(pred, _):
             a,b = (F.cross_entropy(pred, o, reduction='none') for o in (y1,y0))
             return (a+lam.double()*(b-a)).mean()
-        return a,y0,loss_func
+        return a.double(),y0,loss_func
     want = convnet().double()
     twin = Twin([dict(params=list(want.parameters()), **HYPERS)], given())
     for i in range(4):
         a,b,loss_func = mixed(i)
         twin.step([partial(one_loss, want, loss_func, a, b, i)])
     assert any((t[0]-o[0]).abs().max()>0 for t,o in zip(tape.tape, split(x,y,6)))
-    # the mixing weights are float32
-    assert distance(learn.model, want)<1e-6 and distance(want, convnet().double())>0.05
+    assert distance(learn.model, want)<SINGLE and distance(want, convnet().double())>0.05
 
 
 def test_label_smoothing_equals_the_plain_loop():

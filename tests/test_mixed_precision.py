@@ -25,7 +25,7 @@ class Former(nn.Module):
 
 def problem(kind):
     torch.manual_seed(0)
-    if kind=='conv': return convnet(),*data(16, (3,16,16), 10, dtype=torch.float)
+    if kind=='conv': return convnet().float(),*data(16, (3,16,16), 10, dtype=torch.float)
     return Former(),torch.randint(20, (16,6)),torch.randint(10, (16,))
 
 

@@ -1,0 +1,223 @@
+"A run that was interrupted and continued is the run that was not, bit for bit; what does not fit is refused and changes nothing"
+import copy,os,pickle,random,signal,subprocess,sys
+from pathlib import Path
+import pytest,torch
+from fastai.callback.tracker import SaveModelCallback
+from fastai.optimizer import Adam
+from torch import nn
+from helpers_learner import data,fit,learner,mlp,state_of
+
+pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')
+CASES = [dict(), dict(update_each=5), dict(n_acc=4), dict(n_acc=4, update_each=5), dict(n_samples=2, debiased=True, n_acc=3)]
+
+
+def made(tmp_path, seed=0, model=None, **kwargs):
+    "A Learner whose probes come from the optimizer's own generators; 30 items make 5 batches, so `n_acc=4` ends an epoch in the middle"
+    torch.manual_seed(seed)
+    x,y = data(30)
+    return learner(model or mlp(norm=nn.BatchNorm1d), x, y, path=tmp_path, **kwargs)
+
+
+@pytest.mark.parametrize('fp16', [False,True])
+@pytest.mark.parametrize('kwargs', CASES, ids=str)
+def test_a_file_continues_bit_for_bit(kwargs, fp16, cpu_amp, tmp_path):
+    "Two epochs, a file, another Learner with other weights and another seed, two epochs more"
+    half = lambda l: l.to_fp16() if fp16 else l
+    straight = fit(half(made(tmp_path, **kwargs)), 2)
+    straight.save('two')
+    fit(straight, 2)
+    other = half(made(tmp_path, seed=9, model=mlp(5, norm=nn.BatchNorm1d), **kwargs))
+    other.create_opt()
+    assert other.opt.seed!=straight.opt.seed
+    other.load('two')
+    assert state_of(fit(other, 2))==state_of(straight)
+
+
+@pytest.mark.parametrize('copied', [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=['deepcopy','pickle'])
+@pytest.mark.parametrize('kwargs', CASES, ids=str)
+def test_copies_continue_bit_for_bit(kwargs, copied, tmp_path):
+    "Model and optimizer copied together, in the middle of an accumulation where there is one"
+    learn = fit(made(tmp_path, **kwargs), 2)
+    model,opt = copied((learn.model,learn.opt))
+    other = made(tmp_path, seed=9, model=model, **kwargs)
+    other.create_opt()
+    other.opt = opt
+    assert {id(p) for p in model.parameters()}=={id(p) for p,*_ in opt.all_params()}
+    assert state_of(fit(other))==state_of(fit(learn))
+
+
+@pytest.mark.parametrize('weights_only', [True,False])
+def test_both_ways_in_which_fastai_loads(weights_only, tmp_path):
+    learn = fit(made(tmp_path, n_acc=4))
+    learn.save('a')
+    other = made(tmp_path, seed=1, n_acc=4)
+    other.load('a', weights_only=weights_only)
+    assert state_of(other)==state_of(learn)
+
+
+def test_save_model_callback_every_epoch(tmp_path):
+    "Continued from the file of the second epoch, with `start_epoch`"
+    straight = fit(made(tmp_path, update_each=5, cbs=[SaveModelCallback(every_epoch=True, with_opt=True)]), 4)
+    other = made(tmp_path, seed=1, update_each=5)
+    other.load('model_1')
+    fit(other, 4, start_epoch=2)
+    assert state_of(other)==state_of(straight)
+
+
+def unchanged(learn, f, match):
+    "`f` raises `ValueError`; the optimizer is as it was, to the last bit, and the very same tensors"
+    before,ids = state_of(learn)[1],[id(v) for s in learn.opt.opt.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    with pytest.raises((ValueError,RuntimeError), match=match): f()
+    assert state_of(learn)[1]==before
+    assert ids==[id(v) for s in learn.opt.opt.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+
+
+def test_the_state_of_adam_is_refused(tmp_path):
+    adam = fit(made(tmp_path, opt_func=lambda ps,lr,**kwargs: Adam(ps, lr)))
+    adam.save('adam')
+    learn = fit(made(tmp_path))
+    unchanged(learn, lambda: learn.load('adam'), 'not a state of AdaHessianWrapper')
+    learn.load('adam', with_opt=False)
+
+
+def test_the_state_of_another_model_is_refused(tmp_path):
+    "Other shapes, and another number of parameters"
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Linear(5,8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8,3)).double()
+    deep = nn.Sequential(*mlp(norm=nn.BatchNorm1d), nn.Linear(3,3).double())
+    learn = fit(made(tmp_path))
+    for name,model,match in (('wide',wide,'size mismatch'),('deep',deep,'Unexpected key')):
+        fit(made(tmp_path, model=model)).save(name)
+        unchanged(learn, lambda: learn.load(name), match)
+    for model,match in ((wide,r'has shape \(8, 5\), the parameter \(7, 5\)'),(deep,'for 8 parameters, the model has 6')):
+        sd = fit(made(tmp_path, model=model)).opt.state_dict()
+        unchanged(learn, lambda: learn.opt.load_state_dict(sd), match)
+
+
+def test_other_groups_are_refused(tmp_path):
+    other = made(tmp_path)
+    other.splitter = lambda m: [list(m[0].parameters())+list(m[1].parameters()), list(m[3].parameters())]
+    sd = fit(other).opt.state_dict()
+    learn = fit(made(tmp_path))
+    unchanged(learn, lambda: learn.opt.load_state_dict(sd), 'parameter groups')
+
+
+@pytest.mark.parametrize('share', [0.1,0.5,0.99])
+def test_a_truncated_file_is_refused(share, tmp_path):
+    learn = fit(made(tmp_path))
+    file = learn.save('whole')
+    content = file.read_bytes()
+    (tmp_path/'models/part.pth').write_bytes(content[:int(share*len(content))])
+    model = state_of(learn)[0]
+    unchanged(learn, lambda: learn.load('part'), 'not a whole checkpoint')
+    assert state_of(learn)[0]==model
+
+
+@pytest.mark.parametrize('key', ['seed','n_steps','curvature_scale','n_items'])
+def test_an_incomplete_state_is_refused(key, tmp_path):
+    learn = fit(made(tmp_path, n_acc=4))
+    sd = learn.opt.state_dict()
+    del sd['wrapper'][key]
+    unchanged(learn, lambda: learn.opt.load_state_dict(sd), f"incomplete: missing=.'{key}'")
+    sd = learn.opt.state_dict()
+    sd['wrapper']['grads'] = sd['wrapper']['grads'][:-1]
+    unchanged(learn, lambda: learn.opt.load_state_dict(sd), 'parameters, the model has 6')
+
+
+def test_a_loaded_state_shares_no_memory_with_its_source(tmp_path):
+    learn,other = fit(made(tmp_path, n_acc=4)),made(tmp_path, n_acc=4)
+    other.create_opt()
+    sd = learn.opt.state_dict()
+    other.opt.load_state_dict(sd)
+    before = state_of(learn)
+    fit(other, 2)
+    assert state_of(learn)==before
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('kwargs', CASES, ids=str)
+def test_through_the_memory_of_another_device(kwargs, tmp_path):
+    "Trained on the GPU, loaded by way of the CPU, continued on the GPU"
+    def gpu(seed):
+        learn = made(tmp_path, seed=seed, **kwargs)
+        learn.dls.cuda()
+        learn.model.cuda()
+        return learn
+    straight = fit(gpu(0), 2)
+    straight.save('two')
+    fit(straight, 2)
+    other = gpu(9)
+    other.load('two', device='cpu')
+    assert state_of(fit(other, 2))==state_of(straight)
+
+
+script = """
+import os,sys
+sys.path.insert(0, {tests!r})
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.schedule import ParamScheduler,combined_cos
+from torch import nn
+from helpers_learner import data,fit,learner,mlp
+folder,n_epoch = sys.argv[1],10
+torch.set_num_threads(1)
+torch.manual_seed(int.from_bytes(os.urandom(4), 'little') if os.path.exists(folder+'/models/last.pth') else 0)
+
+class Checkpoint(Callback):
+    order = 90
+    def after_epoch(self):
+        self.learn.save('new')
+        torch.save(dict(file=torch.load(folder+'/models/new.pth', weights_only=False), epoch=self.epoch+1), folder+'/models/both.new')
+        os.replace(folder+'/models/both.new', folder+'/models/last.pth')
+
+x,y = data(30)
+cbs = [Checkpoint(), ParamScheduler(dict(lr=combined_cos(0.25, 1e-3, 5e-2, 1e-4)))]
+learn = learner(mlp(norm=nn.BatchNorm1d), x, y, update_each=3, cbs=cbs, path=folder)
+learn.create_opt()
+start = 0
+if os.path.exists(folder+'/models/last.pth'):
+    last = torch.load(folder+'/models/last.pth', weights_only=False)
+    start = last['epoch']
+    learn.model.load_state_dict(last['file']['model'])
+    learn.opt.load_state_dict(last['file']['opt'])
+print('start', start, flush=True)
+if start<n_epoch: fit(learn, n_epoch, start_epoch=start)
+torch.save(learn.model.state_dict(), folder+'/done')
+"""
+
+
+def run(folder, kill_after=None):
+    "Run the script; kill it after so many seconds of training. Was it killed?"
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    with open(folder/'log', 'a') as log:
+        p = subprocess.Popen([sys.executable, '-c', script.format(tests=str(Path(__file__).parent)), str(folder)], stdout=subprocess.PIPE, stderr=log, env=env)
+        line = p.stdout.readline()
+        assert line.startswith(b'start'), (folder/'log').read_text()
+        if kill_after is None: p.wait(timeout=300)
+        else:
+            try: p.wait(timeout=kill_after)
+            except subprocess.TimeoutExpired:
+                p.send_signal(signal.SIGKILL)
+                p.wait()
+                return True
+    assert p.returncode==0, (folder/'log').read_text()
+    return False
+
+
+@pytest.mark.slow
+def test_twenty_kills_end_with_the_same_weights(tmp_path):
+    "SIGKILL after a random time of training, 20 times; whenever a run gets to its end, its weights are those of the run nobody killed"
+    whole = tmp_path/'whole'
+    (whole/'models').mkdir(parents=True)
+    run(whole)
+    rng,kills,n = random.Random(0),0,0
+    want = torch.load(whole/'done')
+    while kills<20:
+        folder = tmp_path/f'killed{n}'
+        (folder/'models').mkdir(parents=True)
+        n += 1
+        while kills<20 and run(folder, rng.uniform(0.02, 0.25)): kills += 1
+        if not (folder/'done').exists(): run(folder)
+        got = torch.load(folder/'done')
+        assert all(torch.equal(got[k], want[k]) for k in want)
+    assert kills==20
