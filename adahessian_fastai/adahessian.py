@@ -8,18 +8,21 @@
 __all__ = ['check_hypers', 'check_counts', 'check_choices', 'AdaHessian', 'peek_seed', 'AdaHessianWrapper', 'all_finite',
            'warn_rarely', 'adahessian']
 
-# %% ../nbs/12_adahessian.ipynb #604e9e73
+# %% ../nbs/12_adahessian.ipynb #ad206e11
 import math,warnings
 from contextlib import contextmanager,nullcontext
 
 from fastai.basics import *
 from .hvp import gradient
-from .hutchinson import get_probe,mean_and_noise,sample_mean
+from .hutchinson import draw_like,get_probe,mean_and_noise,rademacher_like,sample_mean
 from .averaging import average_diag
 from .estimators import Evaluation,check_estimator,curvatures,estimators
 from .learner import (CurvatureScale,check_checkpoints,check_model,cross_rank_mean,hooks_resting,loss_scale,
     loss_weight,sync_group,twice_differentiable)
+from .closure import rng_state
 from .foreach import update
+from .products import again_methods,against_differences,choose_product,exact_product,is_half,learner_again,refuse_difference
+from .budget import Budget,check_period,is_due
 from .steppers import adahessian_step,average_diag_hessian,average_sqr_diag_hessian,signed_adahessian_step
 from .subbatch import evaluated_rows,n_rows,targets_of
 
@@ -78,7 +81,7 @@ def peek_seed()->int:
     generator.set_state(torch.get_rng_state())
     return torch.randint(2**31, (1,), generator=generator).item()
 
-# %% ../nbs/12_adahessian.ipynb #423f7631
+# %% ../nbs/12_adahessian.ipynb #383f5b6d
 class AdaHessianWrapper(Optimizer, GetAttr):
     "Wrap `opt` so that its steppers receive an estimate of the Hessian's diagonal"
     _default,default_lr = 'opt',0.15
@@ -86,27 +89,36 @@ class AdaHessianWrapper(Optimizer, GetAttr):
         opt:Optimizer, # `Optimizer` to wrap, usually from `AdaHessian`
         block_length:int=32, # Entries averaged together in a 2-D parameter; 1 for none
         n_acc:int=1, # Batches accumulated before each step
-        update_each:int=1, # Estimate at steps 1, k+1, 2k+1, … and keep the average in between
+        update_each:int|tuple=1, # Estimate at steps 1, k+1, 2k+1, … and keep the average in between; for a pair see `is_due`
         n_samples:int=1, # Probes for each estimate
         curvature:str='hessian', # The matrix whose diagonal is estimated
         estimator:str='hutchinson', # How the diagonal is estimated
-        hvp:str='reverse', # How a product with the matrix is computed
+        hvp:str='reverse', # How a product with the Hessian is computed: 'reverse', 'forward', 'finite_difference' or 'auto'
         probe='rademacher', # 'rademacher', 'gaussian' or a callable `(p, generator) -> tensor like p`
         signed:bool=None, # Average the diagonal itself over blocks and kernels, not `|d|`? Default: where the steppers or `debiased` ask for it
         average_kernels:bool=True, # Average over the kernels of convolutions?
         debiased:bool=False, # Take the noise out of the second moment? Needs `n_samples` >= 2
         hessian_bs:int|float=None, # Rows of the batch that the estimate is taken on, a number or a fraction; `None` for all
+        budget:float|Budget=None, # Mean overhead that curvature may have; measures for 12 steps and then sets `update_each`
     ):
-        check_counts(block_length=block_length, n_acc=n_acc, update_each=update_each, n_samples=n_samples)
-        check_choices(curvature=(curvature,curvatures), estimator=(estimator,estimators), hvp=(hvp,['reverse']))
+        check_counts(block_length=block_length, n_acc=n_acc, n_samples=n_samples)
+        check_choices(curvature=(curvature,curvatures), estimator=(estimator,estimators), hvp=(hvp,['reverse', *again_methods, 'auto']))
+        check_period(update_each)
         get_probe(probe)
         linear = average_diag_hessian in opt.cbs
         check_estimator(estimator, curvature, probe, n_samples, linear, debiased)
         if hessian_bs is not None: n_rows(hessian_bs, 1)
         if signed is None: signed = linear or debiased
         if (linear or debiased) and not signed: raise ValueError(f"a signed or debiased average needs signed blocks, got {signed=}")
+        if budget is not None and update_each!=1: raise ValueError(f"budget chooses update_each: give one of them, got {budget=}, {update_each=}")
+        on_graph = estimator=='gnb' or curvature!='hessian' or hessian_bs is not None
+        if on_graph and hvp in again_methods: raise ValueError(f"hvp={hvp!r} is for products with the Hessian on the whole batch: use hvp='reverse' or 'auto'")
         store_attr()
-        self.noise_record = []
+        self.hvp_used = 'reverse' if on_graph and hvp=='auto' else None if hvp=='auto' else hvp
+        if budget is not None and not isinstance(budget, Budget): self.budget = Budget(budget)
+        if self.budget: self.update_each = (self.budget.n_measured,2)
+        self.looked_at = hvp=='auto'
+        self.rng,self.group,self.noise_record = None,None,[]
         self.seed,self.n_steps,self.n_estimates,self.n_dropped,self.n_skipped = peek_seed(),0,0,0,0
         self.curvature_scale = CurvatureScale()
         opt._keep_on_clear = [*opt._keep_on_clear, 'do_hessian']
@@ -129,7 +141,7 @@ class AdaHessianWrapper(Optimizer, GetAttr):
     @param_lists.setter
     def param_lists(self, v): self.opt.param_lists = v
 
-# %% ../nbs/12_adahessian.ipynb #2cde3c8e
+# %% ../nbs/12_adahessian.ipynb #631717ff
 @patch
 def trained(self:AdaHessianWrapper)->list:
     "The parameters that require a gradient, each once"
@@ -144,7 +156,7 @@ def curved(self:AdaHessianWrapper)->list:
 def due(self:AdaHessianWrapper)->bool:
     "Does the next backward pass take an estimate?"
     curved = self.curved()
-    return bool(curved) and (self.n_steps%self.update_each==0 or any('asked' not in self.state[p] for p in curved))
+    return bool(curved) and (is_due(self.n_steps, self.update_each) or any('asked' not in self.state[p] for p in curved))
 
 # %% ../nbs/12_adahessian.ipynb #ed19f9f5
 @patch
@@ -258,7 +270,7 @@ def spoilt(self:AdaHessianWrapper,
     self.bad_loss = cross_rank_mean([loss.new_tensor(float(bad), dtype=torch.float)], group)[0].item()>0 if group else bad
     return self.bad_loss
 
-# %% ../nbs/12_adahessian.ipynb #dc8415c7
+# %% ../nbs/12_adahessian.ipynb #ddb01d51
 @patch(as_prop=True)
 def on_gradient(self:AdaHessianWrapper)->bool:
     "Is the estimate taken on the graph of a gradient?"
@@ -273,6 +285,8 @@ def beside(self:AdaHessianWrapper,
     curved:list, # Parameters to estimate for
 )->tuple: # What `estimate` returns, and plain gradients by parameter as far as `p.grad` does not have them
     "Estimate on the graph of `loss`, and its gradient"
+    if self.hvp_used is None and at.again: self.choose(at)
+    if self.hvp_used in again_methods: return self.anew(at, scale, curved)
     if scale!=1: (loss*weight).backward(retain_graph=True)
     at = self.in_half(at, scale)
     if not self.on_gradient:
@@ -283,7 +297,44 @@ def beside(self:AdaHessianWrapper,
     at.grads = [grads[p] for p in curved]
     return self.estimate(at, curved),{p: g.detach() for p,g in grads.items() if g is not None and scale==1}
 
-# %% ../nbs/12_adahessian.ipynb #844b92f1
+# %% ../nbs/12_adahessian.ipynb #8107ae8d
+@patch
+def trial_probe(self:AdaHessianWrapper,
+    params:list, # Parameters to make a probe for
+)->list: # Tensors shaped like `params`
+    "A probe for looking at a product, which no estimate will use"
+    rng = self.generators(2)
+    return draw_like(params, lambda p,_: rademacher_like(p, rng(p.device)))
+
+@patch
+def choose(self:AdaHessianWrapper,
+    at:Evaluation, # With `again`
+):
+    "Settle what `hvp='auto'` is from now on, and say so"
+    curved = self.curved()
+    with hooks_resting(curved): self.hvp_used,why = choose_product(at, curved, self.trial_probe(curved))
+    print(f"hvp='auto' is {self.hvp_used!r} here: {why}")
+
+@patch
+def anew(self:AdaHessianWrapper,
+    at:Evaluation, # With `again`
+    scale:float, # By how much its loss was multiplied
+    curved:list, # Parameters to estimate for
+)->tuple: # As `beside`
+    "Estimate with products that evaluate the batch again, and the gradient"
+    if at.again is None: raise ValueError(f"hvp={self.hvp!r} evaluates the batch again: give `differentiate` an `Evaluation` with `again`")
+    if scale!=1: raise ValueError(f"hvp={self.hvp!r} does not go with the loss scale of fp16: use hvp='reverse', or bf16")
+    ps = self.trained()
+    with hooks_resting(ps):
+        if self.hvp_used=='finite_difference' and not self.looked_at:
+            v = self.trial_probe(curved)
+            if reason := against_differences(at, curved, v, exact_product(at, curved, v)[1]): refuse_difference(reason)
+        self.looked_at,at.product = True,again_methods[self.hvp_used](at, ps)
+        found = self.estimate(at, curved)
+    _check_dense(at.grads)
+    return found,{p: g for p,g in zip(ps, at.grads) if g is not None}
+
+# %% ../nbs/12_adahessian.ipynb #8f3c8a00
 @patch
 def differentiate(self:AdaHessianWrapper,
     loss:Tensor, # Scalar loss with its graph
@@ -293,7 +344,7 @@ def differentiate(self:AdaHessianWrapper,
     at=None, # `Evaluation` of `loss` to estimate on, or a context that yields another one; by default `loss` alone
 ):
     "Add the gradient of `loss` to `p.grad` and, when one is due, an estimate of the diagonal to what is pending"
-    due,weight = not self.spoilt(loss, n_items, group) and self.due,self.weigh(n_items)
+    self.group,due,weight = group,not self.spoilt(loss, n_items, group) and self.due,self.weigh(n_items)
     if not due: return (loss*weight).backward()
     curved,at = self.curved(),ifnone(at, Evaluation(loss))
     if isinstance(at, Evaluation): found,grads = self.beside(loss, weight, scale, at, curved)
@@ -306,7 +357,7 @@ def differentiate(self:AdaHessianWrapper,
     self.add(curved, *found)
     cross_rank_mean(self.pending(), group)
 
-# %% ../nbs/12_adahessian.ipynb #1df4028c
+# %% ../nbs/12_adahessian.ipynb #3bb85796
 @patch
 def evaluation(self:AdaHessianWrapper,
     learn:Learner, # In the middle of a batch
@@ -315,7 +366,9 @@ def evaluation(self:AdaHessianWrapper,
     "What the batch of `learn` offers to an estimate: all of it, or `hessian_bs` rows"
     if self.hessian_bs is not None:
         return evaluated_rows(learn, self.hessian_bs, self.generators(1)(torch.device('cpu')), twice=self.estimator!='gnb')
-    return Evaluation(learn.loss_grad, learn.pred, targets_of(learn), learn.loss_func, scale, weight=loss_weight(learn))
+    at = Evaluation(learn.loss_grad, learn.pred, targets_of(learn), learn.loss_func, scale, weight=loss_weight(learn), model=learn.model)
+    if self.rng: at.again,at.half = learner_again(learn, self.rng),is_half(learn)
+    return at
 
 @patch
 def backward(self:AdaHessianWrapper,
@@ -340,7 +393,8 @@ def forward_context(self:AdaHessianWrapper,
     "Make a graph that can be differentiated twice when an estimate is due; leave nothing half done"
     check_model(learn.model)
     try:
-        twice = self.due and self.hessian_bs is None and self.estimator!='gnb'
+        on_graph = self.hessian_bs is None and self.estimator!='gnb' and self.hvp_used not in again_methods
+        twice,self.rng = self.due and on_graph,rng_state() if self.due and self.hvp_used!='reverse' else None
         with twice_differentiable(learn.model) if twice else nullcontext(): yield
         self.forget()
     except CancelBatchException: raise
@@ -400,7 +454,19 @@ def usable(self:AdaHessianWrapper)->dict: # Averaged diagonals by parameter
     warn_rarely(self.n_dropped, "The estimate of the diagonal is not finite: dropped, the average stays")
     return {}
 
-# %% ../nbs/12_adahessian.ipynb #989137b9
+# %% ../nbs/12_adahessian.ipynb #639a188c
+@patch
+def keep_budget(self:AdaHessianWrapper):
+    "Note the end of a step, and choose the period when enough are known"
+    b,device = self.budget,self.trained()[0].device
+    if b.done: return
+    b.tick(bool(self.diags), partial(torch.cuda.synchronize, device) if device.type=='cuda' else None)
+    if self.n_steps<b.n_measured or not all(b.times.values()): return
+    ratio = cross_rank_mean([torch.tensor(b.ratio(), device=device)], self.group)[0].item()
+    self.update_each,b.done = b.period(ratio),True
+    print(f"budget={b.overhead}: an estimate costs {ratio:.2f} steps, so the period is {self.update_each[1]}; update_each={self.update_each} repeats this run")
+
+# %% ../nbs/12_adahessian.ipynb #00a581c3
 @patch
 def step(self:AdaHessianWrapper, closure=None):
     "Move the parameters along their gradients and the averaged diagonal"
@@ -413,6 +479,7 @@ def step(self:AdaHessianWrapper, closure=None):
     work = [(p,state,hyper,diag(p,state),noises.get(p)) for p,_,state,hyper in work]
     update([o for o in work if o[3] is not None or 'hess_step' in o[1]], self.opt.cbs)
     self.n_steps += 1
+    if self.budget: self.keep_budget()
     self.forget()
 
 # %% ../nbs/12_adahessian.ipynb #9dc55c6b
@@ -424,7 +491,7 @@ def opt_out(self:AdaHessianWrapper,
     if isinstance(params, nn.Module): params = params.parameters()
     for p in [params] if isinstance(params, Tensor) else params: self.opt.state[p]['do_hessian'] = False
 
-# %% ../nbs/12_adahessian.ipynb #9c925288
+# %% ../nbs/12_adahessian.ipynb #25fdce1b
 _counts = ['seed', 'n_steps', 'n_estimates', 'n_dropped', 'n_skipped', 'n_batches', 'n_items', 'bad_loss', 'scaled']
 
 @patch
@@ -433,9 +500,10 @@ def state_dict(self:AdaHessianWrapper)->dict:
     ps = self.all_params().itemgot(0)
     pending = dict(grads=[p.grad for p in ps], diags=[self.diags.get(p) for p in ps], noises=[self.noises.get(p) for p in ps]) if self.n_batches else {}
     own = {**{k: getattr(self, k) for k in _counts}, 'curvature_scale': {k: getattr(self.curvature_scale, k) for k in ('c','n_good')}}
+    own['measured'] = dict(update_each=self.update_each, hvp_used=self.hvp_used, done=bool(self.budget and self.budget.done))
     return {**self.opt.state_dict(), 'wrapper': {**own, **pending}}
 
-# %% ../nbs/12_adahessian.ipynb #5c7c66a5
+# %% ../nbs/12_adahessian.ipynb #ba1af95d
 @patch
 def check_state(self:AdaHessianWrapper,
     sd:dict, # From `state_dict`
@@ -444,7 +512,7 @@ def check_state(self:AdaHessianWrapper,
     ps = self.all_params().itemgot(0)
     if not {'state','hypers','wrapper'} <= set(sd): raise ValueError(f"not a state of AdaHessianWrapper: {list(sd)=}")
     names,own = [set(o) for o in sd['hypers']],sd['wrapper']
-    missing = {*_counts, 'curvature_scale'}-set(own)
+    missing = {*_counts, 'curvature_scale', 'measured'}-set(own)
     if missing: raise ValueError(f"the state of AdaHessianWrapper is incomplete: {missing=}")
     if names != [set(o) for o in self.hypers]: raise ValueError(f"other parameter groups or hyperparameters: {names=}")
     grads,diags,noises = (own.get(k, [None]*len(ps)) for k in ('grads','diags','noises'))
@@ -467,6 +535,8 @@ def load_state_dict(self:AdaHessianWrapper,
     self.opt.state = defaultdict(dict, {p: {k: copied(v,p) for k,v in s.items()} for p,s in zip(ps, sd['state'])})
     self.forget()
     for k in _counts: setattr(self, k, own[k])
+    if self.budget: self.update_each,self.budget.done = own['measured']['update_each'],own['measured']['done']
+    if self.hvp=='auto': self.hvp_used = own['measured']['hvp_used']
     vars(self.curvature_scale).update(own['curvature_scale'])
     if 'grads' not in own: return
     self.diags,self.noises = ({p: copied(d,p) for p,d in zip(ps, own[k]) if d is not None} for k in ('diags','noises'))
@@ -484,7 +554,7 @@ def __setstate__(self:AdaHessianWrapper, state):
     self.__dict__.update(state)
     for (p,*_),g in zip(self.all_params(), grads): p.grad = g
 
-# %% ../nbs/12_adahessian.ipynb #75608e08
+# %% ../nbs/12_adahessian.ipynb #0d1e831f
 def adahessian(
     params:Tensor|Iterable, # Model parameters, or lists of them as groups
     lr:float|slice=0.15, # Learning rate, η; about 100 times Adam's
@@ -496,19 +566,20 @@ def adahessian(
     decouple_wd:bool=True, # Apply true weight decay or L2 regularization?
     n_acc:int=1, # Batches accumulated before each step
     block_length:int=32, # Entries averaged together in a 2-D parameter; 1 for none
-    update_each:int=1, # Estimate at steps 1, k+1, 2k+1, … and keep the average in between
+    update_each:int|tuple=1, # Estimate at steps 1, k+1, 2k+1, … and keep the average in between; for a pair see `is_due`
     n_samples:int=1, # Probes for each estimate
     curvature:str='hessian', # The matrix whose diagonal is estimated: 'hessian' or 'ggn'
     estimator:str='hutchinson', # How the diagonal is estimated: 'hutchinson', 'control_variate' or 'gnb'
-    hvp:str='reverse', # How a product with the matrix is computed
+    hvp:str='reverse', # How a product with the Hessian is computed: 'reverse', 'forward', 'finite_difference' or 'auto'
     probe='rademacher', # 'rademacher', 'gaussian' or a callable `(p, generator) -> tensor like p`
     average_kernels:bool=True, # Average over the kernels of convolutions?
     signed:bool=False, # Average the signed diagonal over time and not its square?
     debiased:bool=False, # Take the noise of the estimate out of its square? Needs `n_samples` >= 2
     signed_blocks:bool=None, # Average the signed diagonal over blocks and kernels and not `|d|`? Default: with `signed` or `debiased`
     hessian_bs:int|float=None, # Rows of the batch that the estimate is taken on, a number or a fraction; `None` for all
+    budget:float=None, # Mean overhead over plain training that curvature may have, such as 0.25; chooses `update_each`
 )->AdaHessianWrapper: # Raises `ValueError` for an argument outside its range
     "AdaHessian as `opt_func` of a `Learner`"
     opt = AdaHessian(params, lr, mom, sqr_mom, eps, wd, hessian_power, decouple_wd, signed)
     return AdaHessianWrapper(opt, block_length, n_acc, update_each, n_samples, curvature, estimator, hvp, probe,
-        signed_blocks, average_kernels, debiased, hessian_bs)
+        signed_blocks, average_kernels, debiased, hessian_bs, budget)

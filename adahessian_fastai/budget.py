@@ -27,7 +27,7 @@ def is_due(
     n,k = update_each if isinstance(update_each, (tuple,list)) else (0,update_each)
     return n_steps%(2 if n_steps<n else k)==0
 
-# %% ../nbs/11e_budget.ipynb #e16ab8f1
+# %% ../nbs/11e_budget.ipynb #42b32beb
 class Budget:
     "Measures steps with and without estimate in turn, and chooses the period from that"
     def __init__(self,
@@ -36,7 +36,8 @@ class Budget:
         clock=time.perf_counter, # Gives the time in seconds
     ):
         if not (isinstance(overhead, (int,float)) and 0<overhead<math.inf): raise ValueError(f"budget must be a number > 0, got budget={overhead!r}")
-        self.overhead,self.n_measured,self.clock,self.last,self.times = overhead,n_measured,clock,None,{True: [], False: []}
+        self.overhead,self.n_measured,self.clock = overhead,n_measured,clock
+        self.last,self.times,self.done = None,{True: [], False: []},False
 
     def tick(self,
         estimated:bool, # Did the step that ends now have an estimate?

@@ -6,12 +6,16 @@ The double backward works on the graph that a batch leaves behind. The other pro
 
 # %% auto #0
 __all__ = ['kinked_modules', 'kinked_functions', 'max_error', 'again_methods', 'kinks', 'graph_kinks', 'relative_error',
-           'refuse_difference', 'forward_again', 'difference_again', 'first_working', 'choose_product']
+           'refuse_difference', 'forward_again', 'difference_again', 'learner_again', 'is_half', 'first_working',
+           'exact_product', 'against_differences', 'choose_product']
 
-# %% ../nbs/11d_products.ipynb #ce90577f
+# %% ../nbs/11d_products.ipynb #85a4f224
+from contextlib import nullcontext
+
 from fastai.basics import *
 from .hvp import difference_product,dual_gradient,gradient,hessian_product,total_norm
-from .learner import graph_nodes
+from .learner import graph_nodes,twice_differentiable
+from .closure import batch_closure
 
 # %% ../nbs/11d_products.ipynb #07256713
 kinked_modules = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.SELU, nn.Threshold, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish,
@@ -92,7 +96,25 @@ def difference_again(
 
 again_methods = dict(forward=forward_again, finite_difference=difference_again)
 
-# %% ../nbs/11d_products.ipynb #fde6887e
+# %% ../nbs/11d_products.ipynb #d991ffc6
+def learner_again(
+    learn:Learner, # In the middle of a batch
+    rng:tuple, # `rng_state` from before its forward pass
+): # `(twice=False) -> loss`
+    "The loss of the present batch of `learn` as a function, for `Evaluation.again`"
+    again = batch_closure(learn, rng)
+    def loss(twice=False):
+        with twice_differentiable(learn.model) if twice else nullcontext(): return again()[0].as_subclass(Tensor)
+    return loss
+
+def is_half(
+    learn:Learner, # In the middle of a batch
+)->bool:
+    "Is something computed in half precision?"
+    halves = (torch.float16,torch.bfloat16)
+    return hasattr(learn, 'mixed_precision') or any(p.dtype in halves for p in learn.model.parameters())
+
+# %% ../nbs/11d_products.ipynb #24ee753e
 def first_working(
     methods:dict, # Products by name, in the order of preference
     v:list, # Direction to try them in
@@ -103,18 +125,37 @@ def first_working(
         except (RuntimeError,NotImplementedError):
             if i==len(methods)-1: raise
 
+def exact_product(
+    evaluation, # `Evaluation` with `again`
+    params:list, # Tensors to differentiate for
+    v:list, # Direction to try a product in
+)->tuple: # Method and product
+    "The exact product that works, the double backward if it does"
+    again = partial(evaluation.again, twice=True)
+    return first_working({k: hessian_product(again, params, k) for k in ('reverse','forward')}, v)
+
+# %% ../nbs/11d_products.ipynb #44a0c15b
+def against_differences(
+    evaluation, # `Evaluation` with `again`
+    params:list, # Tensors to differentiate for
+    v:list, # A probe
+    exact, # Exact product to compare with
+)->str: # Empty where nothing speaks against them
+    "What speaks against finite differences"
+    e = evaluation
+    if e.half: return 'something is computed in half precision'
+    found = (kinks(e.model, e.loss_func) if e.model is not None else []) or graph_kinks(e.loss)
+    if found: return f"{found[0]} has a kink"
+    error = relative_error(difference_product(e.again, params), exact, v)
+    return '' if error<=max_error else f"a finite difference was off by {error:.2g} on the first batch"
+
 def choose_product(
     evaluation, # `Evaluation` with `again`
-    model:nn.Module, # The model
     params:list, # Parameters that curvature is wanted of
     v:list, # A probe
-    half:bool=False, # Is something computed in half precision?
 )->tuple: # Method and reason
-    "The cheapest method for products with the Hessian that works for `model`"
-    again,found = partial(evaluation.again, twice=True),kinks(model, evaluation.loss_func) or graph_kinks(evaluation.loss)
-    exact,product = first_working({k: hessian_product(again, params, k) for k in ('reverse','forward')}, v)
-    if half: return exact,'half precision is too coarse for finite differences'
-    if found: return exact,f"{found[0]} has a kink, which rules out finite differences"
-    error = relative_error(difference_product(evaluation.again, params), product, v)
-    if not error<=max_error: return exact,f"a finite difference was off by {error:.2g} on the first batch"
-    return 'finite_difference',f"nothing has a kink, and a finite difference was off by {error:.1g} only"
+    "The cheapest method for products with the Hessian that works here"
+    method,exact = exact_product(evaluation, params, v)
+    reason = against_differences(evaluation, params, v, exact)
+    if not reason: return 'finite_difference','the network is smooth, so one more gradient is enough'
+    return method,f"no finite differences, because {reason}" + (', and something has no double backward' if method=='forward' else '')
