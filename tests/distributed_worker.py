@@ -1,0 +1,136 @@
+"One rank of `test_distributed.py`: runs every case and writes down what it ended with. The loaders are plain, because fastai's broadcast CUDA tensors"
+import sys
+import torch,torch.distributed as dist,torch.nn.functional as F
+import fastai.callback.fp16 as fp16
+from fastai.callback.core import Callback
+from fastai.callback.training import GradientAccumulation
+from fastai.data.core import DataLoaders
+from fastai.distributed import DistributedTrainer,rank_distrib
+from fastai.learner import Learner
+from functools import partial
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from adahessian_fastai.all import adahessian
+from helpers_learner import HYPERS,Seeded,data,given,mlp
+
+DistributedTrainer._wrap_dl = lambda self,dl: dl
+# It says that synchronised norms need a GPU; their own forward pass says so too, on every step without an estimate
+DistributedDataParallel._passing_sync_batchnorm_handle = lambda self,module: None
+fp16.autocast = lambda device,**kw: torch.amp.autocast('cpu', **kw)
+fp16.GradScaler = lambda device,**kw: torch.amp.GradScaler('cpu', **kw)
+
+
+def shards(n_ranks, n_batches=4, bs=6):
+    "The batches of each rank"
+    x,y = data(n_ranks*n_batches*bs)
+    return [list(zip(a.split(bs), b.split(bs))) for a,b in zip(x.chunk(n_ranks), y.chunk(n_ranks))]
+
+
+def uneven(batches, rank):
+    "The last rank has 2 items in batch 1 and none in batch 2"
+    if rank: batches[1],batches[2] = [tuple(o[:n] for o in batches[i]) for i,n in ((1,2),(2,0))]
+    return batches
+
+
+class NoSync(Callback):
+    "Local gradients in all but the last of `n` batches"
+    run_valid,order = False,30
+    def __init__(self, n): self.n = n
+    def before_batch(self):
+        if self.train_iter%self.n==self.n-1: return
+        self.context = self.model.no_sync()
+        self.context.__enter__()
+    def after_batch(self):
+        if hasattr(self, 'context'): self.context.__exit__(None, None, None), delattr(self, 'context')
+
+
+class Overflow(Callback):
+    "On the last rank, batch `at` has an infinite loss or an infinite gradient"
+    run_valid,order = False,20
+    def __init__(self, what, at=2): self.what,self.at = what,at
+    @property
+    def on(self): return self.train_iter==self.at and rank_distrib()>0
+    def after_loss(self):
+        if self.what=='loss' and self.on: self.learn.loss_grad = self.loss_grad*float('inf')
+    def before_backward(self):
+        if self.what=='scaled' and self.on: self.learn.loss_grad = self.loss_grad*float('inf')
+
+
+def broken_probe():
+    "An infinite probe in the second estimate of the last rank"
+    probe,n = given(),[0]
+    def draw(p, g):
+        n[0] += 1
+        z = probe(p, g)
+        return z*float('inf') if rank_distrib() and n[0]==8 else z
+    return draw
+
+
+def train(batches, n_epoch=1, model=None, cbs=(), mode='accelerate', sync_bn=False, amp=False, **kwargs):
+    model = model or mlp()
+    opt_func = partial(adahessian, **HYPERS, **kwargs)
+    dls = DataLoaders(batches, [])
+    torch.manual_seed(5)
+    learn = Learner(dls, model, F.cross_entropy, opt_func=opt_func, cbs=[Seeded(),*cbs])
+    learn.remove_cb(learn.recorder)
+    if amp: learn.to_fp16()
+    with learn.no_bar(),learn.no_logging():
+        if mode=='accelerate':
+            with learn.distrib_ctx(sync_bn=sync_bn, cpu=True): learn.fit(n_epoch)
+        else:
+            if mode!='none': learn.model = DistributedDataParallel(model)
+            if mode=='compiled': learn.model = torch.compile(learn.model, backend='aot_eager')
+            learn.fit(n_epoch)
+    opt = learn.opt
+    averages = [s['sqr_avg_diag_hessian'] for s in opt.opt.state.values() if 'sqr_avg_diag_hessian' in s]
+    counts = {k: getattr(opt, k) for k in ('n_steps','n_estimates','n_skipped','n_dropped')}
+    return dict(weights=[p.detach() for p in model.parameters()], averages=averages, **counts)
+
+
+def sharded(batches):
+    "What a model of FSDP gets to hear"
+    mesh = dist.device_mesh.init_device_mesh('cpu', (dist.get_world_size(),))
+    try: train(batches, model=fully_shard(mlp(), mesh=mesh), mode='none')
+    except Exception as e: return f'{type(e).__name__}: {e}'
+
+
+def first_probe(batches):
+    seen = []
+    def draw(p, g):
+        seen.append(torch.empty_like(p).bernoulli_(0.5, generator=g))
+        return seen[-1]*2-1
+    train(batches, probe=draw)
+    return seen[0]
+
+
+def main(folder, rank, n_ranks):
+    mine = lambda: shards(n_ranks)[rank]
+    cases = dict(fifty=lambda: train(shards(n_ranks, 10)[rank], 5),
+        given=lambda: train(mine(), probe=given()),
+        plain_ddp=lambda: train(mine(), probe=given(), mode='ddp'),
+        norm=lambda: train(mine(), 2, model=mlp(norm=nn.BatchNorm1d)),
+        synced_norm=lambda: train(mine(), 2, model=mlp(norm=nn.BatchNorm1d), sync_bn=True),
+        uneven=lambda: train(uneven(mine(), rank), probe=given()),
+        no_sync=lambda: train(mine(), probe=given(), cbs=[GradientAccumulation(12),NoSync(2)]),
+        n_acc=lambda: train(mine(), probe=given(), n_acc=2),
+        amp=lambda: train(mine(), probe=given(), amp=True),
+        overflow=lambda: train(mine(), probe=given(), cbs=[Overflow('loss')]),
+        overflow_amp=lambda: train(mine(), probe=given(), cbs=[Overflow('scaled')], amp=True),
+        overflow_no_sync=lambda: train(mine(), probe=given(), cbs=[GradientAccumulation(12),NoSync(2),Overflow('loss')]),
+        broken=lambda: train(mine(), probe=broken_probe()),
+        first_probe=lambda: first_probe(mine()),
+        sharded=lambda: sharded(mine()))
+    if n_ranks>2: cases['compiled'] = lambda: train(mine(), probe=given(), update_each=2, mode='compiled')
+    found = {}
+    for name,case in cases.items():
+        found[name] = case()
+        torch.save(found, f'{folder}/{rank}.pt')
+
+
+if __name__=='__main__':
+    torch.set_num_threads(1)
+    rank,n_ranks = int(sys.argv[2]),int(sys.argv[3])
+    dist.init_process_group('gloo', rank=rank, world_size=n_ranks)
+    main(sys.argv[1], rank, n_ranks)
+    dist.destroy_process_group()

@@ -1,0 +1,155 @@
+"Two and four gloo processes on one machine: the same weights on every rank, and those of one process on the whole batch"
+import os,socket,subprocess,sys
+from pathlib import Path
+import pytest,torch
+import torch.nn.functional as F
+from functools import partial
+from torch import nn
+from helpers_learner import HYPERS,ROUNDING,data,distance,fit,given,learner,mlp,plain,split
+from twin import Twin
+
+# `MixedPrecision` turns predictions into float32
+FLOAT_PRED = 1e-6
+worker = Path(__file__).with_name('distributed_worker.py')
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        return s.getsockname()[1]
+
+
+def launch(n_ranks, folder, timeout):
+    "Run all cases on `n_ranks` processes; a process that hangs is ended and named"
+    env = {**os.environ, 'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(free_port()), 'WORLD_SIZE': str(n_ranks), 'OMP_NUM_THREADS': '1'}
+    logs = [open(folder/f'{r}.log', 'w+') for r in range(n_ranks)]
+    ps = [subprocess.Popen([sys.executable, worker, folder, str(r), str(n_ranks)], env={**env, 'RANK': str(r), 'LOCAL_RANK': str(r)},
+        stdout=log, stderr=subprocess.STDOUT) for r,log in enumerate(logs)]
+    try:
+        for p in ps: p.wait(timeout=timeout)
+    finally:
+        for p in ps: p.kill()
+        for log in logs: log.close()
+    assert all(p.returncode==0 for p in ps), (folder/'0.log').read_text()[-3000:]+(folder/'1.log').read_text()[-3000:]
+    return [torch.load(folder/f'{r}.pt') for r in range(n_ranks)]
+
+
+@pytest.fixture(scope='module', params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def ranks(request, tmp_path_factory): return launch(request.param, tmp_path_factory.mktemp('ranks'), 150*request.param)
+
+
+CASES = ['fifty','given','plain_ddp','norm','synced_norm','uneven','no_sync','n_acc','amp','overflow','overflow_amp','overflow_no_sync','broken']
+
+@pytest.mark.parametrize('case', CASES)
+def test_all_ranks_end_with_the_same_bits(ranks, case):
+    "Also the counts, except that after an overflow inside `no_sync` one rank takes no estimate and the others cannot know yet"
+    first,*others = [r[case] for r in ranks]
+    assert all(p.isfinite().all() for p in first['weights'])
+    for o in others:
+        for k in first:
+            if case=='overflow_no_sync' and k=='n_estimates': continue
+            if k in ('weights','averages'): assert all(torch.equal(a,b) for a,b in zip(first[k], o[k]))
+            else: assert first[k]==o[k]
+
+
+def test_fifty_steps_were_taken(ranks):
+    found = ranks[0]['fifty']
+    assert (found['n_steps'],found['n_estimates'],found['n_skipped'],found['n_dropped'])==(50,50,0,0)
+    assert max((p-q).abs().max() for p,q in zip(found['weights'], mlp().parameters()))>0.1
+
+
+def whole(n_ranks, cut=lambda shards: shards):
+    "For each batch, the batches of all ranks"
+    x,y = data(n_ranks*24)
+    return list(zip(*cut([split(a,b,6) for a,b in zip(x.chunk(n_ranks), y.chunk(n_ranks))])))
+
+
+def mean_loss(model, batches):
+    "The mean of the ranks' means, where an empty batch counts as zero"
+    return sum(F.cross_entropy(model(x), y) if len(y) else 0 for x,y in batches)/len(batches)
+
+
+def together(steps, update_each=1):
+    "One process that sees the batches of all ranks: `steps` of lists of what the ranks see at a time"
+    model = mlp()
+    twin = Twin([dict(params=list(model.parameters()), **HYPERS)], given(), update_each=update_each)
+    for step in steps: twin.step([partial(mean_loss, model, o) for o in step])
+    return list(model.parameters())
+
+
+def far(a, b): return max((p-q).abs().max().item() for p,q in zip(a,b))
+
+
+@pytest.mark.parametrize('case,update_each', [('given',1), ('plain_ddp',1), pytest.param('compiled', 2, marks=pytest.mark.slow)])
+def test_given_probes_equal_one_process_on_the_whole_batch(ranks, case, update_each):
+    if case not in ranks[0]: pytest.skip('compiled on four ranks only')
+    steps = [[o] for o in whole(len(ranks))]
+    assert far(ranks[0][case]['weights'], together(steps, update_each))<ROUNDING
+    if case=='given':
+        x,y = data(len(ranks)*24)
+        concatenated = [[(torch.cat([x for x,_ in o]),torch.cat([y for _,y in o]))] for o in whole(len(ranks))]
+        assert far(ranks[0][case]['weights'], plain(mlp(), concatenated).parameters())<ROUNDING
+
+
+def test_a_shorter_and_an_empty_batch(ranks):
+    def cut(shards):
+        for s in shards[1:]: s[1],s[2] = [tuple(o[:n] for o in s[i]) for i,n in ((1,2),(2,0))]
+        return shards
+    want = together([[o] for o in whole(len(ranks), cut)])
+    assert ranks[0]['uneven']['n_skipped']==0 and far(ranks[0]['uneven']['weights'], want)<ROUNDING
+
+
+@pytest.mark.parametrize('case', ['no_sync','n_acc'])
+def test_accumulation(ranks, case):
+    batches = whole(len(ranks))
+    assert far(ranks[0][case]['weights'], together([batches[:2],batches[2:]]))<ROUNDING
+
+
+def test_mixed_precision(ranks):
+    assert far(ranks[0]['amp']['weights'], together([[o] for o in whole(len(ranks))]))<FLOAT_PRED
+
+
+@pytest.mark.parametrize('case,bound', [('overflow',ROUNDING), ('overflow_amp',FLOAT_PRED)])
+def test_an_overflow_on_one_rank_skips_the_step_of_all(ranks, case, bound):
+    found,batches = ranks[0][case],whole(len(ranks))
+    want = together([[o] for o in batches[:2]+batches[3:]])
+    assert found['n_steps']==3 and far(found['weights'], want)<bound
+
+
+def test_synchronised_norms_use_the_statistics_of_their_rank_on_estimate_steps(ranks):
+    "fastai's `distrib_ctx` makes them of every batch norm; with an estimate on each step they equal ordinary ones"
+    assert all(torch.equal(a,b) for a,b in zip(ranks[0]['norm']['weights'], ranks[0]['synced_norm']['weights']))
+
+
+def test_an_overflow_inside_no_sync_skips_the_step_of_all(ranks):
+    "In the first half of the second step: no rank waits for an estimate that another does not take"
+    found = ranks[0]['overflow_no_sync']
+    assert (found['n_steps'],found['n_skipped'])==(1,1)
+    assert far(found['weights'], together([whole(len(ranks))[:2]]))<ROUNDING
+
+
+def test_a_broken_estimate_on_one_rank_is_dropped_by_all(ranks):
+    assert (ranks[0]['broken']['n_dropped'],ranks[0]['broken']['n_steps'])==(1,4)
+
+
+def test_ranks_draw_different_probes(ranks):
+    "As many agreements as two coins have: 35 entries, within four standard deviations"
+    a,b = (r['first_probe'] for r in ranks[:2])
+    assert abs((a==b).double().mean()-0.5)<4*0.5/a.numel()**0.5
+
+
+def test_a_sharded_model_is_refused(ranks): assert 'ValueError: curvature is not available for parameters sharded by' in ranks[0]['sharded']
+
+
+def test_data_parallel_on_one_device_works():
+    x,y = data(24)
+    learn = fit(learner(nn.DataParallel(mlp()), x, y, probe=given()))
+    assert distance(learn.model.module, plain(mlp(), [[b] for b in split(x,y,6)]))<ROUNDING
+
+
+def test_data_parallel_on_several_devices_is_refused():
+    "Before the first batch is computed"
+    x,y = data(12)
+    model = nn.DataParallel(mlp())
+    model.device_ids = [0,1]
+    with pytest.raises(ValueError, match='use `learn.distrib_ctx'): fit(learner(model, x, y))
