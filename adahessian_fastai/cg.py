@@ -69,7 +69,7 @@ def grid_iterations(
     js = range(math.ceil(math.log(max_iter+1, base))+1)
     return sorted({i for j in js if (i := math.ceil(base**j)-1) <= max_iter})
 
-# %% ../nbs/04_cg.ipynb #b7253378
+# %% ../nbs/04_cg.ipynb #347dcfe7
 def _cg_length(ry, pAp, alive, first, neg_curv):
     "The length `α` along `p`, zero where there is none, and whether the iteration lives on"
     finite = alive & pAp.isfinite()
@@ -78,7 +78,7 @@ def _cg_length(ry, pAp, alive, first, neg_curv):
     return torch.where(curved, ry/pAp.abs(), once.to(ry)), curved
 
 def cg_steps(
-    A, # `v -> Av`, linear and symmetric
+    A, # `v -> Av`, linear and symmetric; `Av` may be overwritten
     b:Tensor, # Right-hand side, flat
     x:Tensor, # Start, changed in place
     r:Tensor, # Residual `b-Ax` at the start, changed in place
@@ -95,7 +95,8 @@ def cg_steps(
         pAp = p@Ap
         a,alive = _cg_length(ry, pAp, alive, first, neg_curv)
         x.addcmul_(p, a)
-        r.addcmul_(torch.where(a==0, 0., Ap), -a)
+        r.addcmul_(Ap.masked_fill_(a==0, 0.), -a)
+        del Ap
         m = torch.where(a==0, m, m - a*ry + a*a*pAp/2)
         yield torch.stack([m, r.norm(), pAp])
         y,old,first = M(r),ry,False
@@ -125,7 +126,7 @@ def _cg_look(rows, new, bound, max_iter, eps, neg_curv):
     if eps and martens_stop([o[0] for o in rows], eps): return 'martens'
     if len(rows)>max_iter:          return 'max_iter'
 
-# %% ../nbs/04_cg.ipynb #3059e8d1
+# %% ../nbs/04_cg.ipynb #c2e4dfe7
 def cg(
     A, # `v -> Av` on flat vectors, linear and symmetric
     b:Tensor, # Right-hand side, flat
@@ -146,6 +147,7 @@ def cg(
     max_iter,every = ifnone(max_iter, b.numel()), ifnone(check_every, 1 if b.device.type=='cpu' else 5)
     if min(max_iter, every)<1: raise ValueError(f"max_iter and check_every must be >= 1, got {max_iter=} {check_every=}")
     x,r = (torch.zeros_like(b), b.clone()) if x0 is None else (x0.clone(), b-A(x0))
+    del x0
     marks,bound = grid_iterations(max_iter, grid) if grid else [], max(tol*b.norm().item(), atol)
     rows,new,kept = [],[],{}
     for i,row in enumerate(cg_steps(A, b, x, r, M, neg_curv)):

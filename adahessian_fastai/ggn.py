@@ -36,7 +36,7 @@ def graph_vjp(
     "Transposed Jacobian of `outputs`, from their graph"
     return lambda u: _dense(torch.autograd.grad(outputs, params, u, retain_graph=True, allow_unused=True), params)
 
-# %% ../nbs/06_ggn.ipynb #3569ac30
+# %% ../nbs/06_ggn.ipynb #ad5abf55
 def check_twice(
     grads:list # From `torch.autograd.grad(..., create_graph=True)`, may hold `None`
 ):
@@ -58,6 +58,7 @@ def reverse_jvp(
     JTw = torch.autograd.grad(outputs, params, ws, create_graph=True, allow_unused=True)
     check_twice(JTw)
     on = [i for i,g in enumerate(JTw) if g is not None and g.requires_grad]
+    for i in on: JTw[i].data = JTw[i].new_zeros(()).expand(JTw[i].shape)
     def _jvp(v):
         if not on: return [torch.zeros_like(w) for w in ws]
         return _dense(torch.autograd.grad([JTw[i] for i in on], ws, [v[i] for i in on], retain_graph=True, allow_unused=True), ws)

@@ -189,7 +189,7 @@ class Trial:
         "Parameters := start"
         for p,o in zip(self.params, ifnone(self.start, [])): p.copy_(o)
 
-# %% ../nbs/13_hessian_free.ipynb #ef06a5a6
+# %% ../nbs/13_hessian_free.ipynb #c1635f70
 class HessianFree(Optimizer):
     "Hessian-free optimizer of Martens"
     default_lr = 1.
@@ -217,7 +217,7 @@ class HessianFree(Optimizer):
         check_every:int=None, # CG iterations between two looks of the host
         backtracking:bool=True, # Choose among the iterates of CG?
         grid:float=1.3, # Base of the grid of kept iterates
-        keep_iterates:int=6, # Keep at most so many; None: the whole grid
+        keep_iterates:int=4, # Keep at most so many; None: the whole grid
         line_search:bool=True, # Armijo's rule along the step?
         ls_beta:float=0.8, # Shrinks the length
         ls_c:float=1e-2, # Share of the linear decrease that is asked for
@@ -310,11 +310,11 @@ def zero_grad(self:HessianFree):
     Optimizer.zero_grad(self)
     self.pending = []
 
-# %% ../nbs/13_hessian_free.ipynb #6b8035a4
+# %% ../nbs/13_hessian_free.ipynb #d1bd7f3b
 @patch
 def _newton_step(self:HessianFree, obj, ps, trial):
     "Product, damp, CG, backtrack, line search, move"
-    b,f0 = -self._gradient(ps),obj.loss0() + self._decay(ps)
+    b,f0 = self._gradient(ps).neg_(),obj.loss0() + self._decay(ps)
     if not math.isfinite(f0) or not b.isfinite().all(): raise FloatingPointError("the loss or its gradient is not finite")
     if not b.any(): raise FloatingPointError("the gradient is zero")
     sol = self._solve(obj, ps, b)
@@ -334,7 +334,7 @@ def _newton_step(self:HessianFree, obj, ps, trial):
     self._note(loss=f0, loss_after=f1, damping=lams[-1], rho=rho, reason=sol.reason, n_iter=sol.n_iter, best_iter=best, alpha=alpha, n_evals=obj.n_evals)
     return f1
 
-# %% ../nbs/13_hessian_free.ipynb #b3614dd2
+# %% ../nbs/13_hessian_free.ipynb #f4498912
 @patch
 def _hyper(self:HessianFree, ps, name):
     "Hyper `name` for each of `ps`"
@@ -345,7 +345,7 @@ def _hyper(self:HessianFree, ps, name):
 @torch.no_grad()
 def _gradient(self:HessianFree, ps):
     "Gradient of loss and weight decay, flat"
-    return flat([p.grad.as_subclass(Tensor).add(p, alpha=wd) for p,wd in zip(ps, self._hyper(ps, 'wd'))])
+    return flat([p.grad.as_subclass(Tensor).add(p, alpha=wd) if wd else p.grad for p,wd in zip(ps, self._hyper(ps, 'wd'))])
 
 @patch
 @torch.no_grad()
@@ -353,7 +353,7 @@ def _decay(self:HessianFree, ps):
     "½wd‖θ‖²"
     return sum(wd/2*p.double().pow(2).sum().item() for p,wd in zip(ps, self._hyper(ps, 'wd')) if wd)
 
-# %% ../nbs/13_hessian_free.ipynb #351023f7
+# %% ../nbs/13_hessian_free.ipynb #6ba95833
 @patch
 def _scaled(self:HessianFree, ps, x):
     "Step `x` times the `lr` of each parameter, and whether that is all of it"
@@ -366,27 +366,32 @@ def _adapt(self:HessianFree, rho):
     for h in self.hypers:
         if h['damping']: h['damping'] = lm_damping(h['damping'], rho, *self.lm_bounds, *self.lm_factors, self.damping_bounds)
 
+# %% ../nbs/13_hessian_free.ipynb #95ac8f29
+@patch
+def _start(self:HessianFree, ps):
+    "Where CG starts, taken out of the state"
+    x0s = [self.state[p].pop('x0', None) for p in ps]
+    return None if all(o is None for o in x0s) else flat([torch.zeros_like(p) if o is None else o for o,p in zip(x0s, ps)])
+
 @patch
 def _warm(self:HessianFree, ps, x):
     "Remember where CG starts next time"
     if self.x0_decay:
         for p,o in zip(ps, unflat(x*self.x0_decay, ps)): self.state[p]['x0'] = o
 
-# %% ../nbs/13_hessian_free.ipynb #46cae049
+# %% ../nbs/13_hessian_free.ipynb #2bf49632
 @patch
 def _solve(self:HessianFree, obj, ps, b):
     "CG on the damped curvature"
     lams = [a+w for a,w in zip(self._hyper(ps, 'damping'), self._hyper(ps, 'wd'))]
-    x0s = [self.state[p].get('x0') for p in ps] if self.x0_decay else [None]
-    x0 = None if all(o is None for o in x0s) else flat([torch.zeros_like(p) if o is None else o for o,p in zip(x0s, ps)])
     M = self._preconditioner(obj, ps, lams) if self.precondition else noop
     grid = self.grid if self.backtracking else None
-    kwargs = dict(eps=self.martens_eps, grid=grid, keep=self.keep_iterates, neg_curv=self.neg_curv, check_every=self.check_every)
     for how in self._ways(obj):
         try:
             with hooks_resting(ps):
                 obj.build(ps, how)
-                return cg(flat_product(obj.product, ps, lams), b, x0, M, self.cg_max_iter, self.cg_tol, progress=self._progress(), **kwargs)
+                return cg(flat_product(obj.product, ps, lams), b, self._start(ps), M, self.cg_max_iter, self.cg_tol, eps=self.martens_eps, grid=grid,
+                    keep=self.keep_iterates, neg_curv=self.neg_curv, check_every=self.check_every, progress=self._progress())
         except RuntimeError as e:
             if how=='none' or isinstance(e, torch.OutOfMemoryError): raise
             self.failed.add(how)
