@@ -72,7 +72,8 @@ def run(data, variant, lr, seed, epochs):
     seconds = time.perf_counter()-start
     with learn.no_bar(),learn.no_logging():
         valid = learn.validate()[1]
-        loss,acc = learn.validate(dl=test.to(learn.dls.device))
+        test.to(learn.dls.device)
+        loss,acc = learn.validate(dl=test)
     return dict(data=data, variant=variant, lr=lr, seed=seed, valid=valid, test=acc, loss=loss, seconds=round(seconds,2))
 
 
