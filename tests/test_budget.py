@@ -1,0 +1,96 @@
+"A budget for curvature, on a clock of the test's own"
+import math
+
+import pytest,torch
+from fastai.basics import CrossEntropyLossFlat,DataLoaders,Learner,partial,set_seed
+from torch import nn
+
+from adahessian_fastai.adahessian import adahessian
+from adahessian_fastai.budget import Budget,check_period,is_due
+
+class Clock:
+    "Seconds as `opt` would spend them: `cost` for a step with an estimate, 1 for another"
+    def __init__(self, cost, noise=lambda n: 0.): self.now,self.cost,self.noise,self.n,self.opt = 0.,cost,noise,0,None
+    def __call__(self):
+        self.now += (self.cost if self.opt.diags else 1.)+self.noise(self.n)
+        self.n += 1
+        return self.now
+
+def learner(clock=None, budget=0.25, **kwargs):
+    set_seed(1)
+    ds = list(zip(torch.randn(160,4), torch.randint(2, (160,))))
+    dls = DataLoaders.from_dsets(ds, ds[:8], bs=8, shuffle=False, num_workers=0)
+    if clock: kwargs['budget'] = Budget(budget, clock=clock)
+    learn = Learner(dls, nn.Sequential(nn.Linear(4,8), nn.Tanh(), nn.Linear(8,2)), CrossEntropyLossFlat(), opt_func=partial(adahessian, lr=0.05, **kwargs))
+    learn.create_opt()
+    if clock: clock.opt = learn.opt
+    return learn
+
+def fit(learn, n=2):
+    with learn.no_bar(),learn.no_logging(): learn.fit(n)
+    return learn
+
+def estimates(update_each, n): return sum(is_due(i, update_each) for i in range(n))
+
+@pytest.mark.parametrize('cost,budget,k', [(3.,0.25,8), (2.1,0.25,5), (3.,2.,1), (3.,1.9,2), (1.,0.1,1), (0.9,0.1,1), (4.,0.05,60)])
+def test_period(cost, budget, k, capsys):
+    learn = fit(learner(Clock(cost), budget))
+    assert learn.opt.update_each==(12,k)
+    assert learn.opt.n_estimates==estimates((12,k), 40)
+    assert f"update_each={(12,k)}" in capsys.readouterr().out
+    assert (cost-1)/k <= budget+1e-9 and (k==1 or (cost-1)/(k-1) > budget)
+
+def test_outliers_and_the_first_step_do_not_matter():
+    "A validation epoch in between, a cold start"
+    clock = Clock(3., noise=lambda n: {0: 100., 1: 5., 6: 50.}.get(n, 0.))
+    assert fit(learner(clock)).opt.update_each==(12,8)
+
+def test_repeats_bit_by_bit():
+    first = fit(learner(Clock(2.6)))
+    again = fit(learner(update_each=first.opt.update_each))
+    other = fit(learner(update_each=first.opt.update_each[1]))
+    same = lambda a,b: all(map(torch.equal, a.model.parameters(), b.model.parameters()))
+    assert same(first, again) and not same(first, other)
+
+def test_measures_only_once():
+    clock = Clock(3.)
+    learn = fit(learner(clock), 3)
+    assert clock.n==12
+    before = learn.opt.update_each
+    clock.cost = 30.
+    assert fit(learn).opt.update_each==before and clock.n==12
+
+def test_period_is_in_the_state():
+    learn = fit(learner(Clock(3.)))
+    clock = Clock(30.)
+    other = learner(clock)
+    other.opt.load_state_dict(learn.opt.state_dict())
+    fit(other)
+    assert other.opt.update_each==(12,8) and clock.n==0
+
+def test_saved_in_the_middle_of_the_measurement():
+    learn = learner(Clock(3.))
+    batches = [b for b in learn.dls.train][:7]
+    for x,y in batches: learn.opt.differentiate(learn.loss_func(learn.model(x), y)), learn.opt.step(), learn.opt.zero_grad()
+    other = learner(Clock(3.))
+    other.opt.load_state_dict(learn.opt.state_dict())
+    assert fit(other).opt.update_each==(12,8)
+
+def test_plain_loop():
+    torch.manual_seed(0)
+    p,clock = nn.Parameter(torch.randn(5)),Clock(2.)
+    opt = adahessian([p], lr=0.01, budget=Budget(0.5, clock=clock))
+    clock.opt = opt
+    for _ in range(13): opt.differentiate((p**4).sum()), opt.step(), opt.zero_grad()
+    assert opt.update_each==(12,2)
+
+@pytest.mark.parametrize('budget', [0, -0.5, math.nan, math.inf, '0.25'])
+def test_budgets_that_are_none(budget):
+    with pytest.raises(ValueError, match='budget'): adahessian([nn.Parameter(torch.ones(1))], budget=budget)
+
+def test_one_of_both():
+    with pytest.raises(ValueError, match='update_each'): adahessian([nn.Parameter(torch.ones(1))], budget=0.25, update_each=4)
+
+@pytest.mark.parametrize('update_each', [0, -1, 1.5, True, (3,0), (3,), (1,2,3), '4', None])
+def test_periods_that_are_none(update_each):
+    with pytest.raises(ValueError, match='update_each'): check_period(update_each)

@@ -1,0 +1,114 @@
+"The step on lists of tensors against the loop over steppers that defines it"
+import itertools,math
+
+import pytest,torch
+from fastai.basics import partial,set_seed
+from fastai.optimizer import Optimizer,average_grad,step_stat,weight_decay
+from torch import nn
+
+import adahessian_fastai.foreach as room
+from adahessian_fastai.adahessian import AdaHessian,AdaHessianWrapper,adahessian,all_finite
+from adahessian_fastai.foreach import foreach_step,loop_step,portions,standard_kind,update
+from adahessian_fastai.steppers import adahessian_step,average_sqr_diag_hessian
+
+ROUNDING = 1e-8 # Relative, double precision: rounding that 20 steps of training amplify (measured up to 1e-10); a wrong term shows at 1e-3
+
+def net(): return nn.Sequential(nn.Conv2d(2,3,3,bias=False), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(27,5), nn.Tanh(), nn.Linear(5,2)).double()
+
+def split(m): return [list(m[:2].parameters()), list(m[2:].parameters())]
+
+def run(loop, n=20, out=(), freeze=(), twist=None, **kwargs):
+    "Train for `n` steps, by the loop where `loop` says so; returns optimizer and parameters"
+    torch.manual_seed(0)
+    m,x,y = net(),torch.randn(8,2,5,5).double(),torch.randint(2, (8,))
+    opt = adahessian(split(m), **{'lr': 0.05, 'eps': 1e-3, **kwargs})
+    opt.set_hyper('lr', slice(0.01,0.05))
+    for p in [list(m.parameters())[i] for i in out]: opt.opt_out(p)
+    if loop: opt.opt.cbs.append(lambda p,**kw: None) # a stepper that nobody knows
+    assert (standard_kind(opt.opt.cbs) is None)==loop
+    for i in range(n):
+        for j,p in enumerate(m.parameters()): p.requires_grad_(j not in freeze or i>=3)
+        if twist: twist(i, opt)
+        opt.differentiate(nn.functional.cross_entropy(m(x), y))
+        opt.step()
+        opt.zero_grad()
+    return opt,list(m.parameters())
+
+def compare(**kwargs):
+    (a,ps),(b,qs) = run(False, **kwargs),run(True, **kwargs)
+    for p,q in zip(ps, qs):
+        assert (p-q).norm() <= ROUNDING*q.norm()
+        s,t = a.state[p],b.state[q]
+        assert set(s)==set(t)
+        for k in s:
+            if isinstance(s[k], torch.Tensor): assert (s[k]-t[k]).norm() <= ROUNDING*t[k].norm(), k
+            else: assert s[k]==t[k], k
+
+@pytest.mark.parametrize('decouple_wd,hessian_power,kind', itertools.product((True,False), (1.,0.5,0.), ({},dict(signed=True),dict(debiased=True, n_samples=2))), ids=str)
+def test_parity(decouple_wd, hessian_power, kind): compare(decouple_wd=decouple_wd, hessian_power=hessian_power, wd=0.05, **kind)
+
+@pytest.mark.parametrize('kwargs', [dict(update_each=3), dict(out=(0,5)), dict(freeze=(0,1)), dict(freeze=(2,), update_each=4, out=(1,)), dict(wd=0.),
+    dict(update_each=(6,5)), dict(signed=True, update_each=3, out=(3,)), dict(block_length=1, average_kernels=False)], ids=str)
+def test_parity_of_missing_estimates_and_opt_outs(kwargs): compare(**kwargs)
+
+def test_parity_under_schedules_and_without_decay_of_some():
+    def twist(i, opt):
+        for k,v in dict(lr=0.02*(1+math.sin(i)), mom=0.8+0.005*i, sqr_mom=0.9+0.004*i, eps=1e-3*(1+i), wd=0.01*i, hessian_power=1-0.04*i).items(): opt.set_hyper(k, v)
+        if i==0: opt.state[opt.all_params()[1][0]]['do_wd'] = False
+    compare(twist=twist)
+
+@pytest.mark.parametrize('size', [1,7,10**9])
+def test_portions_do_not_matter(size, monkeypatch):
+    "One operation per entry is the same however tensors are cut"
+    _,ref = run(False)
+    monkeypatch.setattr(room, 'cpu_portion', size)
+    for p,q in zip(run(False)[1], ref): assert torch.equal(p, q)
+
+def test_portions_cover_every_entry_once():
+    rows = [(torch.arange(n),)*4+(torch.arange(n),None) for n in (5,1,12,0,3)]
+    got = [row for part in portions(rows, 4) for row in part]
+    assert torch.cat([r[0] for r in got]).tolist()==torch.cat([r[0] for r in rows]).tolist()
+    assert all(torch.equal(r[0], r[4]) and r[5] is None for r in got)
+    assert max(sum(r[0].numel() for r in part) for part in portions(rows, 4)) < 8
+
+def test_layouts_that_cannot_be_cut():
+    "Channels last and transposed parameters, with gradients of another layout"
+    def build():
+        torch.manual_seed(0)
+        ps = [nn.Parameter(torch.randn(4,3,5,5).to(memory_format=torch.channels_last)), nn.Parameter(torch.randn(6,8).T)]
+        for p in ps: p.grad = torch.randn(p.shape)
+        hyper = dict(lr=0.1, mom=0.9, sqr_mom=0.99, eps=1e-3, wd=0.1, hessian_power=1.)
+        return ps,[(p,{},hyper,torch.rand(p.shape),None) for p in ps]
+    (ps,a),(qs,b) = build(),build()
+    cbs = AdaHessian([nn.Parameter(torch.ones(1))], lr=0.1).cbs
+    for _ in range(3): update(a, cbs), loop_step(b, cbs)
+    for p,q in zip(ps, qs): torch.testing.assert_close(p, q) # float32: the default tolerance of its rounding
+
+def test_which_steppers_are_standard():
+    for signed,decouple_wd in itertools.product((True,False), repeat=2):
+        cbs = AdaHessian([nn.Parameter(torch.ones(1))], lr=0.1, signed=signed, decouple_wd=decouple_wd).cbs
+        assert standard_kind(cbs)==dict(signed=signed, decouple_wd=decouple_wd)
+        assert standard_kind(cbs[:-1]) is None and standard_kind([*cbs, step_stat]) is None and standard_kind(cbs[::-1]) is None
+    undamped = [weight_decay, partial(average_grad, dampening=False), step_stat, average_sqr_diag_hessian, adahessian_step]
+    assert standard_kind(undamped) is None
+
+def test_steppers_of_the_user_are_called():
+    seen = []
+    def spy(p, **kwargs): seen.append(p)
+    p = nn.Parameter(torch.tensor([3.,1.]))
+    base = AdaHessian([p], lr=0.1, wd=0.)
+    opt = AdaHessianWrapper(Optimizer([p], [*base.cbs, spy], **base.hypers[0]))
+    opt.differentiate((p**3).sum())
+    opt.step()
+    assert seen==[p] or seen[0] is p
+    assert torch.allclose(p.detach(), torch.tensor([2.85,0.95]), atol=1e-4)
+
+def test_state_goes_on_with_either():
+    (a,_),(b,_) = run(False, n=5),run(True, n=5)
+    assert {k for s in a.state.values() for k in s}=={k for s in b.state.values() for k in s}
+
+def test_finite():
+    assert all_finite([torch.ones(3), torch.zeros(0)]) and all_finite([]) and all_finite([torch.full((4,), 3e38)])
+    for bad in (math.nan, math.inf, -math.inf):
+        for dtype in (torch.float, torch.double, torch.bfloat16): assert not all_finite([torch.ones(3), torch.tensor([1.,bad], dtype=dtype)])
+    assert all_finite([torch.full((4,), 6e4, dtype=torch.float16)])

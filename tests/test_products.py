@@ -1,0 +1,233 @@
+"The products of the room `hvp` and how the optimizers use them"
+import pytest,torch,torch.nn.functional as F
+from fastai.basics import CrossEntropyLossFlat,DataLoaders,L1LossFlat,Learner,partial,set_seed
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.training import GradientAccumulation
+from torch import nn
+
+from adahessian_fastai.adahessian import AdaHessian,AdaHessianWrapper,adahessian
+from adahessian_fastai.estimators import Evaluation
+from adahessian_fastai.hvp import difference_product,dual_gradient,gradient,hessian_product,moved,step_size,total_norm
+from adahessian_fastai.learner import twice_differentiable
+from adahessian_fastai.products import graph_kinks,kinks
+
+EXACT = 1e-10 # Relative, double precision: a dozen layers of rounding
+CENTRAL = 1e-7 # Relative, double precision: the square of the step size 1e-6 times a third derivative
+ONE_SIDED = 1e-4 # Relative, double precision: the step size 1e-8 times a third derivative, rounding and some room
+SINGLE = 0.02 # Relative, float32, one-sided; measured 0.001 to 0.003
+
+class Block(nn.Module):
+    def __init__(self, act):
+        super().__init__()
+        self.conv,self.bn,self.drop,self.act = nn.Conv2d(3,4,3),nn.BatchNorm2d(4),nn.Dropout(0.3),act
+        self.attend,self.head = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.1, activation='gelu', batch_first=True),nn.Linear(4,3)
+    def forward(self, x): return self.head(self.attend(self.drop(self.act(self.bn(self.conv(x)))).flatten(2).transpose(1,2)).mean(1))
+
+def batch(dtype=torch.double): return torch.randn(6,3,5,5, dtype=dtype),torch.randint(3, (6,))
+
+def problem(act, dtype=torch.double, seed=0):
+    torch.manual_seed(seed)
+    net,(x,y) = Block(act).to(dtype),batch(dtype)
+    def loss():
+        torch.manual_seed(7)
+        with twice_differentiable(net): return F.cross_entropy(net(x), y)
+    return net,list(net.parameters()),loss
+
+def relative(a, b): return (total_norm([x-y for x,y in zip(a,b)])/total_norm(b)).item()
+def probe(ps): return [torch.randn_like(p).sign() for p in ps]
+
+@pytest.mark.parametrize('act', [nn.GELU(), nn.ReLU(), nn.Tanh()], ids=lambda a: type(a).__name__)
+def test_forward_is_reverse(act):
+    net,ps,loss = problem(act)
+    v = probe(ps)
+    g,Hv = dual_gradient(loss, ps, v)
+    assert relative(Hv, hessian_product(loss, ps)(v)) < EXACT
+    assert relative(g, gradient(loss(), ps)) < EXACT
+
+def test_reverse_is_the_dense_hessian():
+    torch.manual_seed(0)
+    net,x = nn.Sequential(nn.Linear(2,3), nn.Tanh(), nn.Linear(3,1)).double(),torch.randn(5,2).double()
+    ps = list(net.parameters())
+    def at(flat):
+        values = {n: o.view_as(p) for (n,p),o in zip(net.named_parameters(), flat.split([p.numel() for p in ps]))}
+        return torch.func.functional_call(net, values, (x,)).square().mean()
+    H = torch.func.hessian(at)(torch.cat([p.detach().flatten() for p in ps]))
+    for method,tol in (('reverse',EXACT),('forward',EXACT),('finite_difference',CENTRAL)):
+        product = hessian_product(lambda: net(x).square().mean(), ps, method)
+        for row in torch.eye(len(H)).double():
+            v = [o.view_as(p) for p,o in zip(ps, row.split([p.numel() for p in ps]))]
+            got = torch.cat([o.flatten() for o in product(v)])
+            assert (got-H@row).norm() < tol*H.norm()
+
+def test_dual_leaves_no_trace():
+    net,ps,loss = problem(nn.GELU())
+    before,versions = [p.detach().clone() for p in ps],[p._version for p in ps]
+    pending = loss()
+    dual_gradient(loss, ps, probe(ps))
+    assert all(map(torch.equal, before, [p.detach() for p in ps]))
+    assert versions==[p._version for p in ps]
+    pending.backward() # would raise had a saved parameter changed
+    with torch.autograd.forward_ad.dual_level():
+        assert all(torch.autograd.forward_ad.unpack_dual(p).tangent is None for p in ps)
+
+def test_dual_without_tangent():
+    net,ps,loss = problem(nn.GELU())
+    v = probe(ps)
+    some = [o if i%2 else None for i,o in enumerate(v)]
+    zeros = [o if i%2 else torch.zeros_like(o) for i,o in enumerate(v)]
+    assert relative(dual_gradient(loss, ps, some)[1], dual_gradient(loss, ps, zeros)[1]) < EXACT
+
+@pytest.mark.parametrize('act', [nn.GELU(), nn.SiLU(), nn.Tanh(), nn.Softplus()], ids=lambda a: type(a).__name__)
+def test_differences_of_smooth_networks(act):
+    for dtype,central,one_sided in ((torch.double,CENTRAL,ONE_SIDED),(torch.float,SINGLE,SINGLE)):
+        net,ps,loss = problem(act, dtype)
+        v,exact = probe(ps),hessian_product(loss, ps)
+        assert relative(difference_product(loss, ps)(v), exact(v)) < central
+        assert relative(difference_product(loss, ps, gradient(loss(), ps))(v), exact(v)) < one_sided
+
+def test_differences_of_kinks_are_meaningless():
+    torch.manual_seed(0)
+    net,x,y = nn.Sequential(nn.Linear(20,300), nn.ReLU(), nn.Linear(300,300), nn.ReLU(), nn.Linear(300,3)),torch.randn(64,20),torch.randint(3, (64,))
+    ps,loss = list(net.parameters()),lambda: F.cross_entropy(net(x), y)
+    v = probe(ps)
+    assert relative(difference_product(loss, ps)(v), hessian_product(loss, ps)(v)) > 1
+
+def test_moved_returns_bit_by_bit():
+    p = torch.randn(1000, requires_grad=True)
+    before = p.detach().clone()
+    with pytest.raises(ZeroDivisionError):
+        with moved([p], [torch.ones(1000)], 1e-3):
+            assert not torch.equal(p, before)
+            1/0
+    assert torch.equal(p, before)
+
+def test_step_size_follows_dtype_and_norm():
+    p,v = torch.full((4,), 3.),torch.full((4,), 2.)
+    assert step_size([p], [v])==pytest.approx(torch.finfo(torch.float).eps**0.5*7/4)
+    assert step_size([p], [v], central=True)==pytest.approx(0.3*torch.finfo(torch.float).eps**(1/3)*7/4)
+    assert step_size([p.double()], [v.double()]) < 1e-4*step_size([p], [v])
+    assert step_size([p], [torch.zeros(4)])==1.
+
+# In a Learner
+
+def data(n=3, bs=8):
+    torch.manual_seed(3)
+    ds = list(zip(torch.randn(n*bs,3,5,5), torch.randint(3, (n*bs,))))
+    return DataLoaders.from_dsets(ds, ds, bs=bs, shuffle=False, num_workers=0)
+
+def trained(act=None, cbs=(), model=None, loss_func=None, epochs=2, **kwargs):
+    set_seed(5)
+    net = model or Block(act or nn.GELU())
+    learn = Learner(data(), net, loss_func or CrossEntropyLossFlat(), opt_func=partial(adahessian, lr=0.02, **kwargs), cbs=list(cbs))
+    with learn.no_bar(),learn.no_logging(): learn.fit(epochs)
+    return learn
+
+def values(learn): return [*(p.detach() for p in learn.model.parameters()), *(b.float() for b in learn.model.buffers())]
+
+SAME_RUN = 1e-4 # Relative, six steps of float32 whose products differ by rounding
+NEAR_RUN = 0.05 # Relative, six steps whose products differ by 0.3%; most in parameters without curvature, such as a key's bias; measured 0.027
+
+@pytest.mark.parametrize('kwargs', [{}, dict(n_samples=2), dict(update_each=2), dict(n_acc=3)], ids=str)
+def test_methods_train_alike(kwargs):
+    "Batch norm statistics, dropout masks and the probes are the same, so the runs are, too"
+    ref = trained(**kwargs)
+    assert relative(values(trained(hvp='forward', **kwargs)), values(ref)) < SAME_RUN
+    assert relative(values(trained(hvp='finite_difference', **kwargs)), values(ref)) < NEAR_RUN
+    other = trained(hvp='reverse', probe='gaussian', **kwargs)
+    assert relative(values(other), values(ref)) > SAME_RUN # the comparison sees a difference
+
+def test_with_accumulation_callback():
+    ref,fwd = (trained(hvp=h, cbs=[GradientAccumulation(16)]) for h in ('reverse','forward'))
+    assert relative(values(fwd), values(ref)) < SAME_RUN
+
+def test_global_random_state_is_the_same_as_with_reverse():
+    states = []
+    for hvp in ('reverse','forward','finite_difference'):
+        trained(hvp=hvp)
+        states.append(torch.get_rng_state())
+    assert torch.equal(states[0], states[1]) and torch.equal(states[0], states[2])
+
+def test_opt_out_and_frozen():
+    def run(hvp):
+        set_seed(5)
+        learn = Learner(data(), Block(nn.GELU()), CrossEntropyLossFlat(), opt_func=partial(adahessian, lr=0.02, hvp=hvp))
+        learn.create_opt()
+        learn.model.conv.requires_grad_(False)
+        learn.opt.opt_out(learn.model.head)
+        with learn.no_bar(),learn.no_logging(): learn.fit(1)
+        return learn
+    ref = run('reverse')
+    assert relative(values(run('forward')), values(ref)) < SAME_RUN
+    assert relative(values(run('finite_difference')), values(ref)) < NEAR_RUN
+
+# Refusals
+
+def test_kinked_modules_are_named():
+    with pytest.raises(ValueError, match=r"`act` \(ReLU\) has a kink.*hvp='reverse'"): trained(nn.ReLU(), hvp='finite_difference')
+    with pytest.raises(ValueError, match='L1Loss'):
+        trained(model=nn.Sequential(nn.Flatten(), nn.Linear(75,1)), loss_func=L1LossFlat(), hvp='finite_difference')
+
+class Functional(nn.Module):
+    "A kink that no module shows"
+    def __init__(self, f): super().__init__(); self.f,self.lin,self.out = [f],nn.Linear(75,64),nn.Linear(64,3)
+    def forward(self, x): return self.out(self.f[0](self.lin(x.flatten(1))))
+
+@pytest.mark.parametrize('f,name', [(F.relu,'Relu'),(torch.abs,'Abs'),(lambda x: x.clamp(min=-0.1),'Clamp')])
+def test_kinked_functions_are_found_in_the_graph(f, name):
+    with pytest.raises(ValueError, match=rf"{name}Backward\d has a kink"): trained(model=Functional(f), hvp='finite_difference')
+
+class Stairs(torch.autograd.Function):
+    "A kink that neither modules nor graph show"
+    @staticmethod
+    def forward(ctx, x): ctx.save_for_backward(x); return x.relu()
+    @staticmethod
+    def backward(ctx, g): return g*(ctx.saved_tensors[0]>0)
+
+def test_self_check_finds_the_rest():
+    with pytest.raises(ValueError, match='was off by'): trained(model=Functional(Stairs.apply), hvp='finite_difference')
+
+def test_half_precision_is_refused():
+    with pytest.raises(ValueError, match='half precision'): trained(cbs=[MixedPrecision(amp_mode='bf16')] , hvp='finite_difference')
+
+def test_needs_the_closure():
+    p = nn.Parameter(torch.ones(2))
+    opt = AdaHessianWrapper(AdaHessian([p], lr=0.1), hvp='forward')
+    with pytest.raises(ValueError, match="hvp='forward'"): opt.differentiate((p**3).sum())
+    opt.differentiate((p**3).sum(), at=Evaluation((p**3).sum(), again=lambda twice=False: (p**3).sum()))
+    assert torch.allclose(opt.diags[p], torch.full((2,), 6.)) and torch.allclose(p.grad, torch.full((2,), 3.))
+
+@pytest.mark.parametrize('kwargs', [dict(estimator='gnb'), dict(curvature='ggn'), dict(hessian_bs=2)], ids=str)
+def test_what_does_not_go_together(kwargs):
+    p = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="hvp='forward'"): adahessian([p], hvp='forward', **kwargs)
+    assert adahessian([p], hvp='auto', **kwargs).hvp_used=='reverse'
+
+# The choice
+
+class NoDouble(torch.autograd.Function):
+    "Smooth, with forward derivatives and without a double backward"
+    @staticmethod
+    def forward(x): return x.tanh()
+    @staticmethod
+    def setup_context(ctx, inputs, output): ctx.save_for_backward(output); ctx.save_for_forward(output)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g): return g*(1-ctx.saved_tensors[0]**2)
+    @staticmethod
+    def jvp(ctx, t): return t*(1-ctx.saved_tensors[0]**2)
+
+@pytest.mark.parametrize('act,cbs,want,why', [(nn.GELU(),[],'finite_difference','smooth'), (nn.ReLU(),[],'reverse','ReLU'),
+    (nn.GELU(),[MixedPrecision(amp_mode='bf16')],'reverse','half precision')], ids=['smooth','kink','half'])
+def test_auto(act, cbs, want, why, capsys):
+    learn = trained(act, hvp='auto', cbs=cbs)
+    said = capsys.readouterr().out
+    assert learn.opt.hvp_used==want and said.count("hvp='auto'")==1 and repr(want) in said and why in said
+    assert learn.opt.state_dict()['wrapper']['measured']['hvp_used']==want
+    if not cbs: assert relative(values(learn), values(trained(act, hvp=want))) < SAME_RUN
+
+def test_auto_on_a_part_of_the_graph_kinds():
+    "Graph nodes of a whole network: the kinks and nothing else"
+    net,ps,loss = problem(nn.GELU())
+    assert graph_kinks(loss())==[] and kinks(net)==[]
+    net,ps,loss = problem(nn.ReLU())
+    assert graph_kinks(loss())==['ReluBackward0'] and kinks(net)==['`act` (ReLU)']
