@@ -7,6 +7,8 @@ from .cg import *
 from .toys import *
 from .ggn import *
 from .inverse import *
+from .gnb import *
+from .estimators import *
 from .learner import *
 from .steppers import *
 from .adahessian import *
