@@ -270,7 +270,7 @@ def spoilt(self:AdaHessianWrapper,
     self.bad_loss = cross_rank_mean([loss.new_tensor(float(bad), dtype=torch.float)], group)[0].item()>0 if group else bad
     return self.bad_loss
 
-# %% ../nbs/12_adahessian.ipynb #ddb01d51
+# %% ../nbs/12_adahessian.ipynb #04d422d1
 @patch(as_prop=True)
 def on_gradient(self:AdaHessianWrapper)->bool:
     "Is the estimate taken on the graph of a gradient?"
@@ -287,11 +287,12 @@ def beside(self:AdaHessianWrapper,
     "Estimate on the graph of `loss`, and its gradient"
     if self.hvp_used is None and at.again: self.choose(at)
     if self.hvp_used in again_methods: return self.anew(at, scale, curved)
-    if scale!=1: (loss*weight).backward(retain_graph=True)
+    ahead = scale!=1 and self.estimator!='gnb'
+    if ahead: (loss*weight).backward(retain_graph=True)
     at = self.in_half(at, scale)
     if not self.on_gradient:
         found = self.estimate(at, curved)
-        if scale==1: (loss*weight).backward()
+        if not ahead: (loss*weight).backward()
         return found,{}
     grads = self.graph_gradient(at.loss)
     at.grads = [grads[p] for p in curved]
