@@ -446,3 +446,35 @@ def test_a_wrapper_reads_from_its_steppers_what_they_average():
     assert AdaHessianWrapper(AdaHessian([p], lr=0.1, signed=True)).signed is True
     assert AdaHessianWrapper(AdaHessian([p], lr=0.1)).signed is False
     assert average_sqr_diag_hessian in AdaHessian([p], lr=0.1).cbs
+
+
+DISTRIBUTED = dict(gnb=dict(estimator='gnb'), part=dict(hessian_bs=0.5), debiased=dict(debiased=True, n_samples=2), ggn=dict(curvature='ggn'),
+    control=dict(estimator='control_variate', probe='gaussian', signed=True))
+
+def one_rank(rank, folder):
+    "Train each variant on this rank's own data; write the weights and what was estimated"
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    found = {}
+    for name,kw in DISTRIBUTED.items():
+        torch.manual_seed(0)
+        net = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(3,8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8,2)), broadcast_buffers=False)
+        x = torch.randn(64,3, generator=torch.Generator().manual_seed(rank))
+        dls = DataLoaders.from_dsets(list(zip(x, (x[:,0]>0).long())), [], bs=16, num_workers=0)
+        learn = Learner(dls, net, CrossEntropyLossFlat(), opt_func=partial(adahessian, lr=0.01, **kw))
+        quiet_fit(learn, 2)
+        states = [[s[k] for k in ('sqr_avg_diag_hessian','avg_diag_hessian') if k in s][0] for s in learn.opt.state_dict()['state']]
+        found[name] = [p.detach() for p in net.parameters()],states,learn.opt.n_estimates,[r for _,r in learn.opt.noise_record]
+    torch.save(found, f'{folder}/{rank}.pt')
+    torch.distributed.destroy_process_group()
+
+
+def test_all_variants_keep_two_processes_together(tmp_path):
+    "Each rank has data, probes, labels and rows of its own; weights and averages stay equal bit by bit"
+    torch.multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
+    a,b = (torch.load(tmp_path/f'{i}.pt') for i in range(2))
+    for name in DISTRIBUTED:
+        assert a[name][2]==b[name][2]==8
+        for i in (0,1,3): assert all(torch.equal(p, q) for p,q in zip(a[name][i], b[name][i])), name
+        assert all((s!=0).any() for s in a[name][1])
+    assert len(a['debiased'][3])==8

@@ -215,3 +215,17 @@ def test_other_losses_get_a_clear_error(loss, match):
 def test_several_outputs_get_a_clear_error():
     net,x = setup()
     with pytest.raises(ValueError, match='one output'): label_noise(nn.MSELoss(), (net(x),net(x)), REAL)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_stays_compiled():
+    "Its backward pass runs twice on one graph; nothing is differentiated twice, so nothing has to run uncompiled"
+    seen = []
+    class Look(nn.Module):
+        def forward(self, x):
+            seen.append(torch.compiler.is_compiling())
+            return x
+    net = nn.Sequential(nn.Linear(2,4), Look(), nn.Linear(4,2))
+    learn = learner(CrossEntropyLossFlat(), 2, lambda x: (x[:,0]>0).long(), partial(adahessian, estimator='gnb'), net=torch.compile(net))
+    with learn.no_bar(),learn.no_logging(): learn.fit(1)
+    assert learn.opt.n_estimates==4 and seen and all(seen)
