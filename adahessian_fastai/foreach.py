@@ -57,22 +57,22 @@ def standard_kind(
         for decouple_wd,head in ((True,weight_decay), (False,l2_reg)):
             if bare==[head, average_grad, step_stat, *tail] and bare[1] is not cbs[1]: return dict(signed=signed, decouple_wd=decouple_wd)
 
-# %% ../nbs/11c_foreach.ipynb #38f343ec
+# %% ../nbs/11c_foreach.ipynb #169a2062
 def _cut(row, size):
     "`row` in rows of at most `size` entries, if its first four tensors can be cut in place"
-    if not all(t.is_contiguous() for t in row[:4]): return [row]
+    if row[0].numel()<=size or not all(t.is_contiguous() for t in row[:4]): return [row]
     flat = [t if t is None else t.view(-1) if i<4 else t.reshape(-1) for i,t in enumerate(row)]
-    if flat[0].numel()<=size: return [flat]
     return zip(*(itertools.repeat(None) if t is None else t.split(size) for t in flat))
 
 def portions(
     rows:list, # Tuples of tensors of the same size; from the fifth on `None` stands for a missing one
     size:int, # Entries in a portion; longer tensors are cut, shorter ones collected
 ): # Yields lists of rows
-    "Rows of flat tensors in portions of about `size` entries"
+    "Rows in portions of about `size` entries"
     part,n = [],0
     for row in itertools.chain.from_iterable(_cut(row, size) for row in rows):
-        part,n = [*part,row],n+row[0].numel()
+        part.append(row)
+        n += row[0].numel()
         if n<size: continue
         yield part
         part,n = [],0
