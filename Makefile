@@ -17,7 +17,7 @@ test: install ## Run everything that CI checks
 	$(bin)/python tools/in_step.py
 	$(bin)/chkstyle nbs adahessian_fastai tests tools docs $(wildcard benchmarks) setup.py
 	$(bin)/nbdev-test --timing
-	$(bin)/python -m pytest $(ARGS)
+	$(bin)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 	@[ -z "$$CI" ] || ($(tree)) | diff .venv/.tree - || { echo "make test has changed the work tree, see above"; exit 1; }
 
 sync: install ## Clean the notebooks, write the package and the README from them
