@@ -469,6 +469,7 @@ def one_rank(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_all_variants_keep_two_processes_together(tmp_path):
     "Each rank has data, probes, labels and rows of its own; weights and averages stay equal bit by bit"
     torch.multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
