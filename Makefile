@@ -35,7 +35,7 @@ docs: install-docs ## Build the documentation site in _docs/html
 	$(bin)/sphinx-build -q -W --keep-going -n -c docs -d _proc/.doctrees _proc _docs/html
 	@echo "Open _docs/html/index.html"
 
-bench: install ## Run the benchmarks, which write their results to benchmarks/results
+bench: install-bench ## Run the benchmarks, which write their results to benchmarks/results
 	@for f in benchmarks/[0-9a-z]*.py; do echo "$$f"; $(bin)/python $$f $(ARGS) || exit 1; done
 
 clean: ## Remove what was built; .venv and results stay
@@ -44,7 +44,10 @@ clean: ## Remove what was built; .venv and results stay
 install:
 	@sh tools/install.sh dev $(PYTHON)
 
+install-bench:
+	@sh tools/install.sh dev,bench $(PYTHON)
+
 install-docs:
 	@sh tools/install.sh dev,docs $(PYTHON)
 
-.PHONY: help demo test sync outputs docs bench clean install install-docs
+.PHONY: help demo test sync outputs docs bench clean install install-bench install-docs
