@@ -467,17 +467,18 @@ def keep_budget(self:AdaHessianWrapper):
     self.update_each,b.done = b.period(ratio),True
     print(f"budget={b.overhead}: an estimate costs {ratio:.2f} steps, so the period is {self.update_each[1]}; update_each={self.update_each} repeats this run")
 
-# %% ../nbs/12_adahessian.ipynb #00a581c3
+# %% ../nbs/12_adahessian.ipynb #fa839761
 @patch
 def step(self:AdaHessianWrapper, closure=None):
     "Move the parameters along their gradients and the averaged diagonal"
     if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
-    work = {o[0]: o for o in reversed(self.all_params(with_grad=True)) if o[0].requires_grad}.values()
-    if self.skips([p.grad for p,*_ in work]): return self.forget()
+    groups = reversed(list(zip(self.param_lists, self.hypers)))
+    work = {p: hyper for ps,hyper in groups for p in reversed(ps) if p.grad is not None and p.requires_grad}
+    if self.skips([p.grad for p in work]): return self.forget()
     diags = self.usable()
     noises = {p: average_diag(self.noises[p], self.block_length, True, self.average_kernels) for p in diags} if self.debiased else {}
     def diag(p, state): return diags.get(p) if state.get('do_hessian', True) else p.grad.abs()
-    work = [(p,state,hyper,diag(p,state),noises.get(p)) for p,_,state,hyper in work]
+    work = [(p,state,hyper,diag(p,state),noises.get(p)) for p,hyper in work.items() for state in [self.opt.state[p]]]
     update([o for o in work if o[3] is not None or 'hess_step' in o[1]], self.opt.cbs)
     self.n_steps += 1
     if self.budget: self.keep_budget()
