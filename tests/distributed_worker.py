@@ -69,7 +69,7 @@ def broken_probe():
 
 def train(batches, n_epoch=1, model=None, cbs=(), mode='accelerate', sync_bn=False, amp=False, **kwargs):
     model = model or mlp()
-    opt_func = partial(adahessian, **HYPERS, **kwargs)
+    opt_func = partial(adahessian, **{**HYPERS, **kwargs})
     dls = DataLoaders(batches, [])
     torch.manual_seed(5)
     learn = Learner(dls, model, F.cross_entropy, opt_func=opt_func, cbs=[Seeded(),*cbs])
@@ -119,6 +119,10 @@ def main(folder, rank, n_ranks):
         overflow_amp=lambda: train(mine(), probe=given(), cbs=[Overflow('scaled')], amp=True),
         overflow_no_sync=lambda: train(mine(), probe=given(), cbs=[GradientAccumulation(12),NoSync(2),Overflow('loss')]),
         broken=lambda: train(mine(), probe=broken_probe()),
+        hessian_bs=lambda: train(mine(), hessian_bs=3),
+        ggn=lambda: train(mine(), curvature='ggn'),
+        debiased=lambda: train(mine(), n_samples=2, debiased=True),
+        noise=lambda: train(shards(n_ranks)[0][:1], 60, lr=0., block_length=1),
         first_probe=lambda: first_probe(mine()),
         sharded=lambda: sharded(mine()))
     if n_ranks>2: cases['compiled'] = lambda: train(mine(), probe=given(), update_each=2, mode='compiled')

@@ -152,3 +152,18 @@ def test_awd_lstm_with_its_callbacks_equals_the_plain_loop(kind):
     plain(want, [[b] for b in split(x,y,6)], loss_func=regularized)
     assert distance(want, model())>1e-2
     assert distance(learn.model, want)<ROUNDING
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('kind', ['lstm','gru','encoder','causal'])
+def test_on_a_gpu(kind):
+    "cuDNN and the fused kernels of the GPU, with an estimate on every second step, against the plain loop on the CPU"
+    def model():
+        torch.manual_seed(0)
+        return Recurrent(nn.LSTM if kind=='lstm' else nn.GRU).double() if kind in ('lstm','gru') else made(kind)
+    x,y = data(24, (6,4) if kind in ('lstm','gru') else (5,8))
+    probe = given()
+    on_gpu = lambda p,g: probe(p.cpu(), g).to(p.device)
+    learn = fit(learner(model().cuda(), x.cuda(), y.cuda(), probe=on_gpu, update_each=2))
+    with sdpa_kernel(SDPBackend.MATH): want = plain(model(), [[b] for b in split(x,y,6)], update_each=2)
+    assert distance(learn.model.cpu(), want)<1e-8

@@ -67,11 +67,11 @@ def test_with_accumulation_and_clipping(cpu_amp):
     assert distance(learn.model, other.model)<FLOAT_PRED
 
 
-def errors(kind, mode, device='cpu'):
+def errors(kind, mode, device='cpu', **kwargs):
     "Relative error of diagonal and gradient after one batch, against float32 with the same probe"
     def one(mode):
         model,x,y = problem(kind)
-        learn = learner(model.float().to(device), x.to(device), y.to(device), bs=16, probe=given())
+        learn = learner(model.float().to(device), x.to(device), y.to(device), bs=16, probe=given(), **kwargs)
         return pending(amp(learn, mode) if mode else learn)
     (learn,d,g),(_,d32,g32) = one(mode),one(None)
     assert learn.opt.n_estimates==1 and learn.opt.n_dropped==0
@@ -85,6 +85,13 @@ def test_the_estimate_is_as_good_as_the_gradient(cpu_amp, kind, mode, record_pro
     record_property('relative errors', (d,g))
     bound = (FP16 if mode=='fp16' else BF16)*(KINKS if kind=='conv' else 1)
     assert 1e-5<g<bound and 1e-5<d<2*bound
+
+
+@pytest.mark.parametrize('kind', ['conv','former'])
+@pytest.mark.parametrize('mode', ['fp16','bf16'])
+def test_gauss_newton_in_half_precision(cpu_amp, kind, mode):
+    d,_ = errors(kind, mode, curvature='ggn')
+    assert 1e-5<d<2*(FP16 if mode=='fp16' else BF16)*(KINKS if kind=='conv' else 1)
 
 
 def naive(model, x, y, scale):
