@@ -1,0 +1,235 @@
+"""Hessian-free: cost of products, evaluations, memory, and a deep autoencoder against Adam and L-BFGS
+
+    python benchmarks/hessian_free.py products evaluations memory autoencoder --seconds 30
+
+Writes `results/hessian_free_*.csv` and `.png` beside this file. One thread. `backpack-for-pytorch` and `curvlinops-for-pytorch` are compared where they are installed.
+The committed results were measured on a shared machine of two cores while other jobs ran (load 5 to 9): so times are processor times of
+the one thread, not of the clock, and ratios of interleaved timings mean more than milliseconds.
+"""
+import argparse, csv, os, subprocess, sys, time, warnings
+from pathlib import Path
+import torch, torch.nn.functional as F
+from torch import nn
+
+out_dir = Path(__file__).parent/'results'
+
+def write(name, rows):
+    "Write `rows`, dicts with the same keys, as CSV, and show them"
+    out_dir.mkdir(exist_ok=True)
+    with open(out_dir/f'hessian_free_{name}.csv', 'w', newline='') as f:
+        w = csv.DictWriter(f, list(rows[0]))
+        w.writeheader()
+        w.writerows(rows)
+    for r in rows: print(name, r, flush=True)
+
+# --- products
+
+def mlp(*sizes, act=nn.Tanh):
+    "Linear layers with `act` between them"
+    layers = [o for a,b in zip(sizes, sizes[1:]) for o in (nn.Linear(a, b), act())]
+    return nn.Sequential(*layers[:-1])
+
+def cnn():
+    convs = [o for a,b,s in ((3,32,1),(32,64,2),(64,128,2)) for o in (nn.Conv2d(a, b, 3, stride=s, padding=1), nn.ReLU())]
+    return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+
+problems = dict(mlp_26k=(lambda: mlp(64, 128, 128, 10), (512,64)), mlp_1_8M=(lambda: mlp(784, 1000, 1000, 10), (512,784)), cnn_95k=(cnn, (64,3,32,32)))
+
+def our_products(model, params, x, y):
+    "Products of this package, by name"
+    from adahessian_fastai.ggn import best_jvp, dual_jvp, ggn_product, linear_jvp, model_forward
+    from adahessian_fastai.hvp import gradient, graph_product
+    fwd,z = model_forward(model, params, x),model(x)
+    loss = F.cross_entropy(z, y)
+    tic = time.perf_counter()
+    linear = linear_jvp(fwd, params)
+    print(f'linearising once: {time.perf_counter()-tic:.2f} s')
+    ways = dict(reverse=None, dual=dual_jvp(fwd, params), linearize=linear)
+    res = {f'ggn {k}':ggn_product(z, loss, params, jvp=v) for k,v in ways.items()}
+    res['ggn by the model'] = res[f'ggn {best_jvp(model)}']
+    z2 = model(x)
+    res['hessian'] = graph_product(gradient(F.cross_entropy(z2, y), params, create_graph=True), params)
+    return res
+
+def other_products(model, params, x, y):
+    "Products of other packages, where they are installed"
+    res,loss_func = {},nn.CrossEntropyLoss()
+    try:
+        from backpack.hessianfree.ggnvp import ggn_vector_product
+        z = model(x)
+        loss = loss_func(z, y)
+        res['backpack ggn'] = lambda v: ggn_vector_product(loss, z, model, v)
+    except ImportError: pass
+    try:
+        from curvlinops import GGNLinearOperator
+        G = GGNLinearOperator(model, loss_func, params, [(x,y)], check_deterministic=False)
+        res['curvlinops ggn'] = lambda v: G@v
+    except ImportError: pass
+    return res
+
+def products(args):
+    "Median cost of a product in gradients, timings interleaved"
+    rows = []
+    for name,(make,shape) in problems.items():
+        torch.manual_seed(0)
+        model,x = make(),torch.randn(*shape)
+        params,y = list(model.parameters()),torch.randint(0, 10, shape[:1])
+        runs = {**our_products(model, params, x, y), **other_products(model, params, x, y)}
+        v,times = [torch.randn_like(p) for p in params],{k:[] for k in ['gradient',*runs]}
+        want = torch.cat([o.flatten() for o in runs['ggn reverse'](v)])
+        for k,run in runs.items():
+            got = torch.cat([o.flatten() for o in run(v)])
+            if k!='hessian': assert torch.allclose(got, want, rtol=1e-3, atol=1e-5), k
+        for _ in range(args.repeats):
+            for k in times:
+                tic = time.process_time()
+                torch.autograd.grad(F.cross_entropy(model(x), y), params) if k=='gradient' else runs[k](v)
+                times[k].append(time.process_time()-tic)
+        mid = lambda k: sorted(times[k])[args.repeats//2]
+        rows += [dict(problem=name, parameters=sum(p.numel() for p in params), product=k, gradients=round(mid(k)/mid('gradient'), 2), ms=round(1e3*mid(k), 2)) for k in times]
+    write('products', rows)
+
+# --- evaluations of the loss
+
+def digits():
+    from sklearn.datasets import load_digits
+    X,y = load_digits(return_X_y=True)
+    return torch.tensor(X/16).float(),torch.tensor(y)
+
+def evaluations(args):
+    "Evaluations and CG iterations of 25 full-batch steps on digits"
+    from adahessian_fastai.hessian_free import hessian_free
+    x,y = digits()
+    rows = []
+    for kwargs in (dict(), dict(x0_decay=0.), dict(precondition=True), dict(curvature='hessian'), dict(keep_iterates=None)):
+        torch.manual_seed(0)
+        model = mlp(64, 128, 128, 10)
+        opt,calls = hessian_free(model.parameters(), **kwargs),[]
+        model.register_forward_hook(lambda *a: calls.append(1))
+        def closure():
+            z = model(x)
+            return F.cross_entropy(z, y), z
+        for _ in range(25): loss = opt.step(closure, module=model)
+        rs = opt.record
+        rows.append(dict(settings=str(kwargs), loss=f'{loss:.1e}', forwards_per_step=len(calls)/25, cg_iterations=sum(r['n_iter'] for r in rs), max_damping=max(r['damping'] for r in rs)))
+    write('evaluations', rows)
+
+# --- memory
+
+def resident(): return int(Path('/proc/self/statm').read_text().split()[1])*4096
+
+def memory_of(kind, kwargs):
+    "Peak of resident memory over that after a warm-up at a hundredth of the size, in sizes of the parameters; runs in a process of its own"
+    import threading
+    from adahessian_fastai.hessian_free import hessian_free
+    def hf(params, lr): return hessian_free(params, lr=lr, cg_max_iter=28, martens_eps=0, cg_tol=0., **kwargs)
+    make = dict(hf=hf, sgd=torch.optim.SGD, adam=torch.optim.Adam)[kind]
+    def train(width, steps):
+        model,x,y = mlp(784, width, width, 10),torch.randn(512, 784),torch.randint(0, 10, (512,))
+        opt = make(model.parameters(), lr=1. if kind=='hf' else 1e-3)
+        def closure():
+            z = model(x)
+            return F.cross_entropy(z, y), z
+        for _ in range(steps):
+            if kind=='hf': opt.step(closure, module=model)
+            else:
+                opt.zero_grad()
+                closure()[0].backward()
+                opt.step()
+        return sum(p.numel() for p in model.parameters())
+    train(20, 2)
+    base,peak,stop = resident(),[0],threading.Event()
+    def watch():
+        while not stop.wait(.001): peak[0] = max(peak[0], resident())
+    t = threading.Thread(target=watch)
+    t.start()
+    n = train(2000, 3)
+    stop.set()
+    t.join()
+    return (peak[0]-base)/4/n
+
+def memory(args):
+    "Peak memory of training steps on 5.6M parameters, 28 CG iterations"
+    rows = []
+    for kind,kwargs in (('sgd',{}), ('adam',{}), ('hf',{}), ('hf',dict(keep_graph=False)), ('hf',dict(keep_iterates=None)), ('hf',dict(precondition=True)), ('hf',dict(x0_decay=0., keep_iterates=3))):
+        cmd = [sys.executable, '-W', 'ignore', __file__, 'memory_of', '--kind', kind, '--kwargs', repr(kwargs)]
+        out = subprocess.run(cmd, capture_output=True, text=True, env={**os.environ, 'MALLOC_MMAP_THRESHOLD_':'1000000'})
+        rows.append(dict(optimizer=kind, settings=str(kwargs), parameter_sizes=round(float(out.stdout.split()[-1]), 1)))
+    write('memory', rows)
+
+# --- autoencoder
+
+def autoencoder(): return mlp(64, 200, 100, 50, 30, 50, 100, 200, 64, act=nn.Sigmoid)
+
+@torch.no_grad()
+def sparse_init(model):
+    "Martens 2010, section 5: 15 weights into each unit from a unit normal, the rest and the biases zero"
+    for l in model:
+        if not isinstance(l, nn.Linear): continue
+        l.weight.zero_()
+        l.bias.zero_()
+        for r in l.weight: r[torch.randperm(len(r))[:15]] = torch.randn(min(15, len(r)))
+
+def train_autoencoder(name, seed, x, seconds):
+    "Reconstruction error over time: `[(seconds, error)]`"
+    from adahessian_fastai.hessian_free import hessian_free
+    torch.manual_seed(seed)
+    model = autoencoder()
+    sparse_init(model)
+    params,curve,spent = list(model.parameters()),[],0.
+    def loss(o, t): return F.binary_cross_entropy_with_logits(o, t, reduction='sum')/len(t)
+    if name.startswith('hf'): opt = hessian_free(params, precondition='fisher' in name, x0_decay=0. if 'cold' in name else .95)
+    elif name=='lbfgs': opt = torch.optim.LBFGS(params, max_iter=20, history_size=20, line_search_fn='strong_wolfe')
+    else: opt = torch.optim.Adam(params, lr=float(name.split()[1]))
+    def closure():
+        z = model(x)
+        return loss(z, x), z
+    def backward(xb):
+        opt.zero_grad()
+        l = loss(model(xb), xb)
+        l.backward()
+        return l
+    def one():
+        if name.startswith('hf'): opt.step(closure, module=model)
+        elif name=='lbfgs': opt.step(lambda: backward(x))
+        else:
+            for i in torch.randperm(len(x)).split(128):
+                backward(x[i])
+                opt.step()
+    while spent<seconds:
+        tic = time.process_time()
+        one()
+        spent += time.process_time()-tic
+        with torch.no_grad(): curve.append((spent, ((model(x).sigmoid()-x)**2).sum(1).mean().item()))
+    return curve
+
+def autoencoder_runs(args):
+    "Reconstruction error of a deep autoencoder on digits for the same processor time, and its plot"
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    x,_ = digits()
+    names = ['hf fisher', 'adam 1e-3', 'adam 3e-3', 'lbfgs']
+    curves = {(n,s):train_autoencoder(n, s, x, args.seconds) for s in range(args.seeds) for n in names}
+    write('autoencoder', [dict(optimizer=n, seed=s, cpu_seconds=args.seconds, steps=len(c), error=round(c[-1][1], 4), half_time_error=round(next(e for t,e in c if t>=args.seconds/2), 4))
+        for (n,s),c in sorted(curves.items())])
+    fig,ax = plt.subplots(figsize=(7,4))
+    for (n,s),c in curves.items(): ax.plot(*zip(*c), color=f'C{names.index(n)}', label=n if s==0 else None, lw=1)
+    ax.set(yscale='log', xlabel='processor seconds, one thread', ylabel='squared error per image', title='Autoencoder 64-200-100-50-30-…-64 on digits')
+    ax.legend()
+    fig.savefig(out_dir/'hessian_free_autoencoder.png', dpi=80, bbox_inches='tight')
+
+if __name__=='__main__':
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('parts', nargs='+', choices=['products','evaluations','memory','autoencoder','memory_of'])
+    parser.add_argument('--seconds', type=float, default=30, help='processor time of each autoencoder run')
+    parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument('--repeats', type=int, default=15, help='timings of each product')
+    parser.add_argument('--kind', default='hf')
+    parser.add_argument('--kwargs', default='{}')
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter('ignore')
+    for part in args.parts:
+        if part=='memory_of': print(memory_of(args.kind, eval(args.kwargs)))
+        else: dict(products=products, evaluations=evaluations, memory=memory, autoencoder=autoencoder_runs)[part](args)
