@@ -17,7 +17,7 @@ def write(name, rows):
     "Write `rows`, dicts with the same keys, as CSV, and show them"
     out_dir.mkdir(exist_ok=True)
     with open(out_dir/f'hessian_free_{name}.csv', 'w', newline='') as f:
-        w = csv.DictWriter(f, list(rows[0]))
+        w = csv.DictWriter(f, list(rows[0]), lineterminator='\n')
         w.writeheader()
         w.writerows(rows)
     for r in rows: print(name, r, flush=True)
