@@ -81,7 +81,7 @@ def peek_seed()->int:
     generator.set_state(torch.get_rng_state())
     return torch.randint(2**31, (1,), generator=generator).item()
 
-# %% ../nbs/12_adahessian.ipynb #383f5b6d
+# %% ../nbs/12_adahessian.ipynb #023b55bf
 class AdaHessianWrapper(Optimizer, GetAttr):
     "Wrap `opt` so that its steppers receive an estimate of the Hessian's diagonal"
     _default,default_lr = 'opt',0.15
@@ -129,7 +129,8 @@ class AdaHessianWrapper(Optimizer, GetAttr):
         self.diags,self.noises,self.n_batches,self.n_items,self.bad_loss,self.scaled = {},{},0,0,False,False
 
     def zero_grad(self):
-        super().zero_grad()
+        "Drop the gradients, which have no room beside an estimate, and what is pending"
+        for p,*_ in self.all_params(): p.grad = None
         self.forget()
 
     def clear_state(self):
@@ -141,7 +142,7 @@ class AdaHessianWrapper(Optimizer, GetAttr):
     @param_lists.setter
     def param_lists(self, v): self.opt.param_lists = v
 
-# %% ../nbs/12_adahessian.ipynb #631717ff
+# %% ../nbs/12_adahessian.ipynb #d460d39b
 @patch
 def trained(self:AdaHessianWrapper)->list:
     "The parameters that require a gradient, each once"
@@ -156,7 +157,7 @@ def curved(self:AdaHessianWrapper)->list:
 def due(self:AdaHessianWrapper)->bool:
     "Does the next backward pass take an estimate?"
     curved = self.curved()
-    return bool(curved) and (is_due(self.n_steps, self.update_each) or any('asked' not in self.state[p] for p in curved))
+    return bool(curved) and (is_due(self.n_steps, self.update_each) or any(not self.state[p].get('asked') for p in curved))
 
 # %% ../nbs/12_adahessian.ipynb #ed19f9f5
 @patch
@@ -431,7 +432,7 @@ def note_noise(self:AdaHessianWrapper):
     ratios = [ratio([p for p in ps if p in self.noises]) for ps in self.param_lists]
     self.noise_record.append((self.n_steps, torch.stack([r.to(ratios[0].device) for r in ratios])))
 
-# %% ../nbs/12_adahessian.ipynb #4a49409b
+# %% ../nbs/12_adahessian.ipynb #86b23e28
 @patch
 def skips(self:AdaHessianWrapper,
     grads:list, # What the step would use
@@ -448,7 +449,8 @@ def usable(self:AdaHessianWrapper)->dict: # Averaged diagonals by parameter
     finite = all_finite(self.diags.values())
     if self.scaled: self.curvature_scale.update(finite)
     if finite:
-        for p in self.diags: self.opt.state[p]['asked'] = True
+        for p in self.diags:
+            if p.grad is not None or 'asked' not in self.opt.state[p]: self.opt.state[p]['asked'] = True
         self.note_noise()
         return {p: average_diag(d, self.block_length, self.signed, self.average_kernels) for p,d in self.diags.items()}
     self.n_dropped += 1
@@ -467,7 +469,7 @@ def keep_budget(self:AdaHessianWrapper):
     self.update_each,b.done = b.period(ratio),True
     print(f"budget={b.overhead}: an estimate costs {ratio:.2f} steps, so the period is {self.update_each[1]}; update_each={self.update_each} repeats this run")
 
-# %% ../nbs/12_adahessian.ipynb #fa839761
+# %% ../nbs/12_adahessian.ipynb #7fa8abf2
 @patch
 def step(self:AdaHessianWrapper, closure=None):
     "Move the parameters along their gradients and the averaged diagonal"
@@ -479,6 +481,8 @@ def step(self:AdaHessianWrapper, closure=None):
     noises = {p: average_diag(self.noises[p], self.block_length, True, self.average_kernels) for p in diags} if self.debiased else {}
     def diag(p, state): return diags.get(p) if state.get('do_hessian', True) else p.grad.abs()
     work = [(p,state,hyper,diag(p,state),noises.get(p)) for p,hyper in work.items() for state in [self.opt.state[p]]]
+    for p,state,_,d,_ in work:
+        if d is None and 'hess_step' not in state: state['asked'] = False
     update([o for o in work if o[3] is not None or 'hess_step' in o[1]], self.opt.cbs)
     self.n_steps += 1
     if self.budget: self.keep_budget()
