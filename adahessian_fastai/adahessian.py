@@ -8,7 +8,7 @@
 __all__ = ['check_hypers', 'check_counts', 'check_choices', 'AdaHessian', 'peek_seed', 'AdaHessianWrapper', 'all_finite',
            'warn_rarely', 'adahessian']
 
-# %% ../nbs/12_adahessian.ipynb #ad206e11
+# %% ../nbs/12_adahessian.ipynb #8fff439b
 import math,warnings
 from contextlib import contextmanager,nullcontext
 
@@ -21,7 +21,7 @@ from .learner import (CurvatureScale,check_checkpoints,check_model,cross_rank_me
     loss_weight,sync_group,twice_differentiable)
 from .closure import rng_state
 from .foreach import update
-from .products import again_methods,against_differences,choose_product,exact_product,is_half,learner_again,refuse_difference
+from .products import again_methods,against_differences,check_compilable,choose_product,exact_product,is_half,learner_again,refuse_difference
 from .budget import Budget,check_period,is_due
 from .steppers import adahessian_step,average_diag_hessian,average_sqr_diag_hessian,signed_adahessian_step
 from .subbatch import evaluated_rows,n_rows,targets_of
@@ -81,7 +81,7 @@ def peek_seed()->int:
     generator.set_state(torch.get_rng_state())
     return torch.randint(2**31, (1,), generator=generator).item()
 
-# %% ../nbs/12_adahessian.ipynb #023b55bf
+# %% ../nbs/12_adahessian.ipynb #13d78322
 class AdaHessianWrapper(Optimizer, GetAttr):
     "Wrap `opt` so that its steppers receive an estimate of the Hessian's diagonal"
     _default,default_lr = 'opt',0.15
@@ -93,7 +93,7 @@ class AdaHessianWrapper(Optimizer, GetAttr):
         n_samples:int=1, # Probes for each estimate
         curvature:str='hessian', # The matrix whose diagonal is estimated
         estimator:str='hutchinson', # How the diagonal is estimated
-        hvp:str='reverse', # How a product with the Hessian is computed: 'reverse', 'forward', 'finite_difference' or 'auto'
+        hvp:str='reverse', # How a product with the Hessian is computed: 'reverse', 'forward', 'compiled', 'finite_difference' or 'auto'
         probe='rademacher', # 'rademacher', 'gaussian' or a callable `(p, generator) -> tensor like p`
         signed:bool=None, # Average the diagonal itself over blocks and kernels, not `|d|`? Default: where the steppers or `debiased` ask for it
         average_kernels:bool=True, # Average over the kernels of convolutions?
@@ -359,7 +359,7 @@ def differentiate(self:AdaHessianWrapper,
     self.add(curved, *found)
     cross_rank_mean(self.pending(), group)
 
-# %% ../nbs/12_adahessian.ipynb #3bb85796
+# %% ../nbs/12_adahessian.ipynb #de22b4cc
 @patch
 def evaluation(self:AdaHessianWrapper,
     learn:Learner, # In the middle of a batch
@@ -368,8 +368,9 @@ def evaluation(self:AdaHessianWrapper,
     "What the batch of `learn` offers to an estimate: all of it, or `hessian_bs` rows"
     if self.hessian_bs is not None:
         return evaluated_rows(learn, self.hessian_bs, self.generators(1)(torch.device('cpu')), twice=self.estimator!='gnb')
-    at = Evaluation(learn.loss_grad, learn.pred, targets_of(learn), learn.loss_func, scale, weight=loss_weight(learn), model=learn.model)
+    at = Evaluation(learn.loss_grad, learn.pred, targets_of(learn), learn.loss_func, scale, weight=loss_weight(learn), model=learn.model, inputs=learn.xb)
     if self.rng: at.again,at.half = learner_again(learn, self.rng),is_half(learn)
+    if self.hvp=='compiled': check_compilable(learn)
     return at
 
 @patch
@@ -560,7 +561,7 @@ def __setstate__(self:AdaHessianWrapper, state):
     self.__dict__.update(state)
     for (p,*_),g in zip(self.all_params(), grads): p.grad = g
 
-# %% ../nbs/12_adahessian.ipynb #0d1e831f
+# %% ../nbs/12_adahessian.ipynb #0373d378
 def adahessian(
     params:Tensor|Iterable, # Model parameters, or lists of them as groups
     lr:float|slice=0.15, # Learning rate, η; about 100 times Adam's
@@ -576,7 +577,7 @@ def adahessian(
     n_samples:int=1, # Probes for each estimate
     curvature:str='hessian', # The matrix whose diagonal is estimated: 'hessian' or 'ggn'
     estimator:str='hutchinson', # How the diagonal is estimated: 'hutchinson', 'control_variate' or 'gnb'
-    hvp:str='reverse', # How a product with the Hessian is computed: 'reverse', 'forward', 'finite_difference' or 'auto'
+    hvp:str='reverse', # How a product with the Hessian is computed: 'reverse', 'forward', 'compiled', 'finite_difference' or 'auto'
     probe='rademacher', # 'rademacher', 'gaussian' or a callable `(p, generator) -> tensor like p`
     average_kernels:bool=True, # Average over the kernels of convolutions?
     signed:bool=False, # Average the signed diagonal over time and not its square?

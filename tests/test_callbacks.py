@@ -242,18 +242,13 @@ def test_a_batch_cancelled_at_its_step_is_added_to_the_next():
     assert learn.opt.n_steps==4 and distance(learn.model, want)<ROUNDING
 
 
-def test_a_cancelled_backward_pass_leaves_the_momentum():
-    "fastai still steps, with gradient zero; there is no estimate, so the average of curvature stays"
+def test_a_cancelled_backward_pass_moves_nothing():
+    "There is no gradient, so no parameter has a step; fastai's Adam would take one with its momentum, because it keeps gradients of zero"
     learn,s = run_cancelled('before_backward', CancelBackwardException)
-    assert learn.opt.n_steps==5 and learn.opt.n_estimates==4
     want = mlp()
     twin = Twin([dict(params=list(want.parameters()), **HYPERS)], given())
-    for i in range(5):
-        if i!=2: twin.step([partial(one_loss, want, F.cross_entropy, *s[i][0], i)])
-        else:
-            twin.t += 1
-            for j,p in enumerate(want.parameters()): twin.move(j, p, torch.zeros_like(p), None, HYPERS)
-    assert distance(learn.model, want)<ROUNDING
+    for i in (0,1,3,4): twin.step([partial(one_loss, want, F.cross_entropy, *s[i][0], i)])
+    assert learn.opt.n_estimates==4 and distance(learn.model, want)<ROUNDING
 
 
 @pytest.mark.parametrize('ex', [CancelTrainException,CancelFitException])
@@ -261,7 +256,7 @@ def test_a_cancelled_backward_pass_leaves_the_momentum():
 def test_a_cancelled_training_leaves_nothing_half_done(when, ex):
     learn,s = run_cancelled(when, ex)
     assert learn.opt.n_steps==2 and not learn.opt.diags and learn.opt.n_batches==0
-    assert all(p.grad.abs().sum()==0 for p in learn.model.parameters())
+    assert all(p.grad is None for p in learn.model.parameters())
     assert distance(learn.model, plain(mlp(), s[:2]))<ROUNDING
 
 
