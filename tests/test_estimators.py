@@ -1,6 +1,7 @@
 "Estimators against dense Hessians in float64, the arguments that choose among them, and what a step makes of them"
 import copy
 
+import fastai.callback.fp16 as fp16
 import pytest,torch
 import torch.nn.functional as F
 from fastai.basics import DataLoaders,Learner,MSELossFlat,nn,partial,set_seed
@@ -479,3 +480,26 @@ def test_all_variants_keep_two_processes_together(tmp_path):
         for i in (0,1,3): assert all(torch.equal(p, q) for p,q in zip(a[name][i], b[name][i])), name
         assert all((s!=0).any() for s in a[name][1])
     assert len(a['debiased'][3])==8
+
+
+# Half precision keeps 11 bits; squares of sums of some hundred products
+HALF = 5e-3
+
+@pytest.mark.parametrize('kw', [{}, *DISTRIBUTED.values()], ids=['default', *DISTRIBUTED])
+def test_the_loss_scale_leaves_every_estimate_as_it_is(kw, monkeypatch):
+    "float16 on the CPU, loss scale 65536: the averages of the same parameters are those of float32"
+    monkeypatch.setattr(fp16, 'autocast', lambda device,**kw: torch.amp.autocast('cpu', **kw))
+    monkeypatch.setattr(fp16, 'GradScaler', lambda device,**kw: torch.amp.GradScaler('cpu', **kw))
+    found = []
+    for half in (False,True):
+        torch.manual_seed(0)
+        x = torch.randn(64,3)
+        net = nn.Sequential(nn.Linear(3,8), nn.Tanh(), nn.Linear(8,2))
+        dls = DataLoaders.from_dsets(list(zip(x, (x[:,0]>0).long())), [], bs=16, num_workers=0, shuffle=False)
+        learn = Learner(dls, net, CrossEntropyLossFlat(), opt_func=partial(adahessian, lr=0., wd=0., **kw))
+        if half: learn.to_fp16()
+        quiet_fit(learn)
+        s = learn.opt.state[net[0].weight]
+        found.append(s.get('sqr_avg_diag_hessian', s.get('avg_diag_hessian')))
+        assert (learn.opt.n_estimates,learn.opt.n_dropped,learn.opt.n_skipped)==(4,0,0)
+    assert (found[0]-found[1]).norm()/found[0].norm()<HALF
