@@ -8,7 +8,7 @@
 __all__ = ['check_hypers', 'check_counts', 'check_choices', 'AdaHessian', 'peek_seed', 'AdaHessianWrapper', 'all_finite',
            'warn_rarely', 'adahessian']
 
-# %% ../nbs/12_adahessian.ipynb #8fff439b
+# %% ../nbs/12_adahessian.ipynb #9f8d734e
 import math,warnings
 from contextlib import contextmanager,nullcontext
 
@@ -81,7 +81,7 @@ def peek_seed()->int:
     generator.set_state(torch.get_rng_state())
     return torch.randint(2**31, (1,), generator=generator).item()
 
-# %% ../nbs/12_adahessian.ipynb #13d78322
+# %% ../nbs/12_adahessian.ipynb #119af1f5
 class AdaHessianWrapper(Optimizer, GetAttr):
     "Wrap `opt` so that its steppers receive an estimate of the Hessian's diagonal"
     _default,default_lr = 'opt',0.15
@@ -271,7 +271,7 @@ def spoilt(self:AdaHessianWrapper,
     self.bad_loss = cross_rank_mean([loss.new_tensor(float(bad), dtype=torch.float)], group)[0].item()>0 if group else bad
     return self.bad_loss
 
-# %% ../nbs/12_adahessian.ipynb #04d422d1
+# %% ../nbs/12_adahessian.ipynb #dea2e83a
 @patch(as_prop=True)
 def on_gradient(self:AdaHessianWrapper)->bool:
     "Is the estimate taken on the graph of a gradient?"

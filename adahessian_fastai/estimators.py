@@ -16,7 +16,7 @@ from .hutchinson import control_variate_samples,hutchinson_samples
 from .ggn import ggn_product
 from .gnb import gnb_samples,label_noise
 
-# %% ../nbs/09_estimators.ipynb #0171de25
+# %% ../nbs/09_estimators.ipynb #ccaade19
 class Evaluation:
     "A loss with what it was computed from, graphs included"
     def __init__(self,
@@ -30,7 +30,8 @@ class Evaluation:
         grads:list=None, # Gradients with their graph, where they were taken already
         again=None, # `(twice=False) -> loss`: evaluates it anew, `twice` with a graph that can be differentiated twice
         product=None, # `params -> (v -> Hv)`, where products with the Hessian do not come from the graph of `loss`
-        model=None, # The model, to be looked through
+        model=None, # The model, to be looked through or called
+        inputs:tuple=None, # What the model is called with
         half:bool=False, # Is something computed in half precision?
     ): store_attr()
 

@@ -6,12 +6,17 @@ The double backward works on the graph that a batch leaves behind. The other pro
 
 # %% auto #0
 __all__ = ['kinked_modules', 'kinked_functions', 'max_error', 'again_methods', 'kinks', 'graph_kinks', 'relative_error',
-           'refuse_difference', 'forward_again', 'difference_again', 'learner_again', 'is_half', 'first_working',
-           'exact_product', 'against_differences', 'choose_product']
+           'refuse_difference', 'forward_again', 'difference_again', 'batch_statistics', 'compile_product',
+           'compiled_again', 'learner_again', 'check_compilable', 'is_half', 'first_working', 'exact_product',
+           'against_differences', 'choose_product']
 
-# %% ../nbs/11d_products.ipynb #85a4f224
-from contextlib import nullcontext
+# %% ../nbs/11d_products.ipynb #bc5cc268
+import weakref
+from contextlib import contextmanager,nullcontext
 
+from torch.func import functional_call,grad,jvp
+from torch.nn.attention import SDPBackend,sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 from fastai.basics import *
 from .hvp import difference_product,dual_gradient,gradient,hessian_product,total_norm
 from .learner import graph_nodes,twice_differentiable
@@ -96,7 +101,52 @@ def difference_again(
 
 again_methods = dict(forward=forward_again, finite_difference=difference_again)
 
-# %% ../nbs/11d_products.ipynb #d991ffc6
+# %% ../nbs/11d_products.ipynb #1fd5d350
+@contextmanager
+def batch_statistics(
+    model:nn.Module, # Looked through with all its children
+):
+    "Context in which each batch norm that trains leaves its running statistics alone"
+    on = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    for m in on: m.track_running_stats = False
+    try: yield
+    finally:
+        for m in on: m.track_running_stats = True
+
+def compile_product(
+    model:nn.Module, # A model that is not compiled itself
+    loss_func, # `(outputs, *targets) -> scalar tensor`
+): # `(values, tangents, inputs, targets) -> (gradients, products)`; values and tangents are dicts by parameter name
+    "One compiled function for the gradient of a batch's loss and its derivative along `tangents`"
+    def both(values, tangents, xb, yb):
+        def loss(values): return loss_func(functional_call(model, values, xb), *yb)
+        return jvp(grad(loss), (values,), (tangents,))
+    return torch.compile(both)
+
+# %% ../nbs/11d_products.ipynb #7f6ad410
+_compiled = weakref.WeakKeyDictionary()
+
+def compiled_again(
+    evaluation, # `Evaluation` with `model`, `inputs`, `targets` and `loss_func`; its `grads` are set by the first product
+    trained:list, # Parameters that the step needs gradients of
+): # `params -> (v -> Hv)`
+    "Products by one compiled function, each with the gradient beside it"
+    e,evaluation.loss = evaluation,None
+    names = {p: n for n,p in e.model.named_parameters()}
+    plain = lambda ts: tuple(t.as_subclass(Tensor) if isinstance(t, Tensor) else t for t in (ts if isinstance(ts, tuple) else (ts,)))
+    if e.model not in _compiled: _compiled[e.model] = compile_product(e.model, e.loss_func)
+    def along(v, params):
+        of,values = dict(zip(params, v)),{names[p]: p.detach() for p in trained}
+        tangents = {names[p]: of[p] if p in of else torch.zeros_like(p) for p in trained}
+        with torch.random.fork_rng(),batch_statistics(e.model),sdpa_kernel(SDPBackend.MATH):
+            gs,hs = _compiled[e.model](values, tangents, plain(e.inputs), plain(e.targets))
+        e.grads = [gs[names[p]]*e.weight for p in trained]
+        return [hs[names[p]]*e.weight for p in trained if p in of]
+    return lambda params: partial(along, params=params)
+
+again_methods['compiled'] = compiled_again
+
+# %% ../nbs/11d_products.ipynb #c468657d
 def learner_again(
     learn:Learner, # In the middle of a batch
     rng:tuple, # `rng_state` from before its forward pass
@@ -106,6 +156,15 @@ def learner_again(
     def loss(twice=False):
         with twice_differentiable(learn.model) if twice else nullcontext(): return again()[0].as_subclass(Tensor)
     return loss
+
+def check_compilable(
+    learn:Learner, # In the middle of a batch; raises `ValueError`
+):
+    "Refuse what a function of the parameters, compiled, would not see"
+    at_work = [type(cb).__name__ for cb in learn.cbs if (hasattr(cb, 'after_pred') or hasattr(cb, 'after_loss'))]
+    if at_work: raise ValueError(f"hvp='compiled' evaluates model and loss without the callbacks {at_work}: use hvp='forward'")
+    if hasattr(learn.model, '_orig_mod') or isinstance(learn.model, nn.parallel.DistributedDataParallel):
+        raise ValueError(f"hvp='compiled' needs the bare model and compiles it itself, got {type(learn.model).__name__}: use hvp='auto'")
 
 def is_half(
     learn:Learner, # In the middle of a batch
