@@ -15,4 +15,4 @@ from .adahessian import *
 from .hessian_free import *
 from .sophia import *
 from .diagnostics import *
-from .compare import compare_optimizers,comparison_table,plot_comparison
+from .compare import compare_optimizers,comparison_table,plot_comparison  # chkstyle: ignore

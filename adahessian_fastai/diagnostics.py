@@ -10,7 +10,7 @@ __all__ = ['loss_cbs', 'undisturbed', 'borrowed', 'unwrapped', 'batch_loss', 'cu
            'CurvatureRecorder', 'diag_entries', 'step_rule', 'step_scaling', 'fresh_scaling', 'Stability',
            'SuggestedLR', 'cautious_lr', 'rehearsal']
 
-# %% ../nbs/20_diagnostics.ipynb #3027e721
+# %% ../nbs/20_diagnostics.ipynb #105be9b6
 import sys,time
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from contextlib import ExitStack,contextmanager
@@ -20,10 +20,10 @@ from fastai.basics import *
 from fastai.callback.rnn import RNNCallback,RNNRegularizer
 from fastai.optimizer import debias
 from torch.nn.parallel import DataParallel,DistributedDataParallel
-from .hvp import gradient,graph_product
+from .hvp import flat,gradient,graph_product,unflat
 from .hutchinson import hutchinson_diag,hutchinson_samples
 from .averaging import average_diag
-from .spectrum import confidence_interval,extreme_eigenvalues,flat,mean_product,spectral_density,unflat
+from .spectrum import confidence_interval,extreme_eigenvalues,mean_product,spectral_density
 from .ggn import ggn_product
 from .learner import hooks_resting,twice_differentiable
 

@@ -7,11 +7,11 @@
 # %% auto #0
 __all__ = ['Solution', 'solve']
 
-# %% ../nbs/07_inverse.ipynb #082c70e8
+# %% ../nbs/07_inverse.ipynb #3b48998d
 import torch
 from typing import NamedTuple
 from .cg import cg
-from .spectrum import flat,unflat
+from .hvp import flat,unflat
 
 # %% ../nbs/07_inverse.ipynb #a38dc4a9
 class Solution(NamedTuple):

@@ -7,11 +7,10 @@ What an optimizer does is easiest to see where its path can be drawn. The functi
 # %% auto #0
 __all__ = ['rosenbrock', 'rastrigin', 'quadratic', 'descend', 'plot_paths']
 
-# %% ../nbs/05_toys.ipynb #e0edd772
+# %% ../nbs/05_toys.ipynb #9d3d5448
 import math
 
-import matplotlib.pyplot as plt
-import torch
+import matplotlib.pyplot as plt, torch
 from torch import Tensor,nn
 
 # %% ../nbs/05_toys.ipynb #ed2b687b

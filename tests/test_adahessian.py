@@ -4,7 +4,7 @@ import copy,gc,math,weakref
 import pytest,torch
 import torch.nn.functional as F
 from fastai.basics import Callback,DataLoaders,Learner,nn,partial,set_seed
-import fastai.callback.all
+import fastai.callback.all  # chkstyle: ignore
 from adahessian_fastai.all import adahessian
 from twin import Twin
 
@@ -31,8 +31,7 @@ def prober(seed=2):
     return lambda p,_: torch.randint(2, p.shape, generator=g).to(p)*2-1
 
 
-def distance(model, other):
-    return max((a-b).abs().max().item() for a,b in zip(model.parameters(), other.parameters()))
+def distance(model, other): return max((a-b).abs().max().item() for a,b in zip(model.parameters(), other.parameters()))
 
 
 CASES = [dict(), dict(update_each=3), dict(n_samples=4), dict(hessian_power=0.5), dict(decouple_wd=False), dict(n_acc=3),

@@ -1,6 +1,5 @@
 "The command line, as a user calls it"
 import subprocess,sys
-from pathlib import Path
 
 import pandas as pd,pytest
 from PIL import Image

@@ -27,7 +27,8 @@ from torch.utils.data import TensorDataset
 from adahessian_fastai.adahessian import adahessian
 from adahessian_fastai.diagnostics import *
 from adahessian_fastai.hessian_free import hessian_free
-from adahessian_fastai.spectrum import dense_hessian,dense_matrix,flat
+from adahessian_fastai.hvp import flat
+from adahessian_fastai.spectrum import dense_hessian,dense_matrix
 
 SAME = 1e-5   # float32 curvature of small networks, relative to its largest entry
 

@@ -2,13 +2,13 @@
 import itertools,math
 
 import pytest,torch
-from fastai.basics import partial,set_seed
+from fastai.basics import partial
 from fastai.optimizer import Optimizer,average_grad,step_stat,weight_decay
 from torch import nn
 
 import adahessian_fastai.foreach as room
 from adahessian_fastai.adahessian import AdaHessian,AdaHessianWrapper,adahessian,all_finite
-from adahessian_fastai.foreach import foreach_step,loop_step,portions,standard_kind,update
+from adahessian_fastai.foreach import loop_step,portions,standard_kind,update
 from adahessian_fastai.steppers import adahessian_step,average_sqr_diag_hessian
 
 ROUNDING = 1e-8 # Relative, double precision: rounding that 20 steps of training amplify (measured up to 1e-10); a wrong term shows at 1e-3
@@ -53,7 +53,8 @@ def test_parity_of_missing_estimates_and_opt_outs(kwargs): compare(**kwargs)
 
 def test_parity_under_schedules_and_without_decay_of_some():
     def twist(i, opt):
-        for k,v in dict(lr=0.02*(1+math.sin(i)), mom=0.8+0.005*i, sqr_mom=0.9+0.004*i, eps=1e-3*(1+i), wd=0.01*i, hessian_power=1-0.04*i).items(): opt.set_hyper(k, v)
+        hypers = dict(lr=0.02*(1+math.sin(i)), mom=0.8+0.005*i, sqr_mom=0.9+0.004*i, eps=1e-3*(1+i), wd=0.01*i, hessian_power=1-0.04*i)
+        opt.set_hypers(**hypers)
         if i==0: opt.state[opt.all_params()[1][0]]['do_wd'] = False
     compare(twist=twist)
 

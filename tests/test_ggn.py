@@ -1,7 +1,7 @@
 "Gauss-Newton products and the Fisher diagonal, against dense matrices in float64"
 import pytest, torch, torch.nn.functional as F
 from torch import nn
-from adahessian_fastai.cg import flat, unflat
+from adahessian_fastai.hvp import flat, unflat
 from adahessian_fastai.ggn import *
 
 EXACT = dict(rtol=1e-9, atol=1e-11)  # float64, two orders of summation
@@ -29,7 +29,7 @@ def mlp(): return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
 def bn_net(): return nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
 y7 = torch.tensor([0,1,2,2,1,0,1])
 onehot = F.one_hot(y7, 3).to(F64)
-cases = dict(ce=(mlp, (7,5), lambda zs: F.cross_entropy(zs[0], y7)),
+cases = dict(ce=(mlp, (7,5), lambda zs: F.cross_entropy(zs[0], y7)),  # chkstyle: ignore-node
     ce_sum=(mlp, (7,5), lambda zs: F.cross_entropy(zs[0], y7, reduction='sum')),
     mse=(mlp, (7,5), lambda zs: F.mse_loss(zs[0], onehot)),
     huber=(mlp, (7,5), lambda zs: F.huber_loss(zs[0], onehot, delta=.3)),
@@ -63,7 +63,7 @@ def dense(product, params):
     n = sum(p.numel() for p in params)
     return torch.stack([flat(product(unflat(e, params))) for e in torch.eye(n, dtype=F64)], 1)
 
-jvps = dict(reverse=lambda m,ps,x: None,
+jvps = dict(reverse=lambda m,ps,x: None,  # chkstyle: ignore-node
     dual=lambda m,ps,x: dual_jvp(model_forward(m, ps, x), ps),
     linear=lambda m,ps,x: linear_jvp(model_forward(m, ps, x), ps))
 

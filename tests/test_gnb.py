@@ -41,7 +41,7 @@ YI = torch.tensor([0,-100,1,1,-100])
 SOFT = torch.tensor([[.2,.3,.5],[1,0,0],[0,.5,.5],[.1,.8,.1],[0,0,1]]).double()
 REAL = torch.linspace(-1,1,15).double().view(5,3)
 BITS = (REAL>0).double()
-CASES = {
+CASES = {  # chkstyle: ignore-node
     'cross-entropy': (nn.CrossEntropyLoss(), Y), 'sum': (nn.CrossEntropyLoss(reduction='sum'), Y),
     'class weights': (nn.CrossEntropyLoss(W3), Y), 'ignored rows': (nn.CrossEntropyLoss(), YI),
     'another ignore_index': (nn.CrossEntropyLoss(ignore_index=2), Y),
@@ -107,8 +107,8 @@ def test_sequences_count_tokens_and_not_sentences():
     torch.manual_seed(0)
     z = torch.randn(2,4,3).double()
     y = torch.tensor([[0,1,2,-100],[1,-100,-100,-100]])
-    for out,loss,target in ((z, CrossEntropyLossFlat(), y), (z.transpose(1,2).reshape(2,3,2,2), CrossEntropyLossFlat(axis=1), y.view(2,2,2)),
-            (z.transpose(1,2).reshape(2,3,2,2), nn.CrossEntropyLoss(), y.view(2,2,2))):
+    image,mask = z.transpose(1,2).reshape(2,3,2,2),y.view(2,2,2)
+    for out,loss,target in ((z, CrossEntropyLossFlat(), y), (image, CrossEntropyLossFlat(axis=1), mask), (image, nn.CrossEntropyLoss(), mask)):
         H = torch.func.hessian(lambda o: loss(o.view_as(out), target))(out.flatten())
         draw,gen = label_noise(loss, out, target),torch.Generator().manual_seed(0)
         us = torch.stack([draw(gen).flatten() for _ in range(N_DRAWS)])

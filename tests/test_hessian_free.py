@@ -8,7 +8,7 @@ from torch import nn, tensor
 from fastai.basics import CancelFitException, Callback, CrossEntropyLossFlat, DataLoaders, L, Learner, Module, SGD, noop, set_seed
 from fastai.callback.all import GradientAccumulation, GradientClip, MixUp
 from sklearn.datasets import load_digits
-from adahessian_fastai.cg import flat
+from adahessian_fastai.hvp import flat
 from adahessian_fastai.hessian_free import *
 
 torch.set_num_threads(1)
@@ -511,8 +511,7 @@ def run_hard(**kwargs):
 def hard(): return run_hard()
 
 @pytest.mark.parametrize('name', list(changes))
-def test_every_argument_changes_something(name, hard):
-    assert run_hard(**{name:changes[name]}) != hard
+def test_every_argument_changes_something(name, hard): assert run_hard(**{name:changes[name]}) != hard
 
 @pytest.mark.parametrize('name,value,company', [('neg_curv','abs',dict(curvature='hessian')), ('curv_batches',1,dict(n_acc=2)), ('reduction','sum',dict(n_acc=2)), ('held_out',1,dict(n_acc=2)),
     ('fisher_exponent',.3,dict(precondition=True)), ('fisher_probes',2,dict(precondition=True))])
@@ -520,7 +519,8 @@ def test_arguments_that_need_company_change_something(name, value, company):
     assert run_hard(**company, **{name:value}) != run_hard(**company)
 
 @pytest.mark.parametrize('kwargs', [dict(curvature='x'), dict(jvp='x'), dict(reduction='x'), dict(neg_curv='x'), dict(n_acc=0), dict(cg_max_iter=0), dict(ls_max_iter=0),
-    dict(curv_batches=0), dict(keep_iterates=0), dict(fisher_probes=0), dict(check_every=0), dict(cg_tol=-1), dict(ls_c=-1), dict(held_out=1), dict(x0_decay=2.),
+    dict(curv_batches=0), dict(keep_iterates=0), dict(fisher_probes=0), dict(check_every=0), dict(cg_tol=-1), dict(ls_c=-1),
+    dict(held_out=1), dict(x0_decay=2.),
     dict(ls_beta=1.), dict(grid=1.), dict(lr=-1.), dict(damping=-1.), dict(wd=-1.)], ids=str)
 def test_wrong_settings_are_named(kwargs):
     with pytest.raises(ValueError, match=list(kwargs)[0]): hessian_free([nn.Parameter(torch.zeros(1))], **kwargs)

@@ -16,7 +16,9 @@ N_SIGMA = 5          # false alarm of one entry among thousands: below 1e-3
 
 
 class Attention(nn.Module):
-    def __init__(self): super().__init__(); self.att,self.out = nn.MultiheadAttention(4, 2, batch_first=True),nn.Linear(4,2)
+    def __init__(self):
+        super().__init__()
+        self.att,self.out = nn.MultiheadAttention(4, 2, batch_first=True),nn.Linear(4,2)
     def forward(self, x): return self.out(self.att(x,x,x, need_weights=False)[0].mean(1))
 
 

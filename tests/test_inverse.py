@@ -4,7 +4,8 @@ from torch import nn
 
 from adahessian_fastai.hvp import hessian_product
 from adahessian_fastai.inverse import *
-from adahessian_fastai.spectrum import dense_hessian,extreme_eigenvalues,flat,hessian_times_gradient
+from adahessian_fastai.hvp import flat
+from adahessian_fastai.spectrum import dense_hessian,extreme_eigenvalues,hessian_times_gradient
 
 TOL = 1e-10  # asked of conjugate gradients in float64; the solution is then good to TOL times the condition number
 

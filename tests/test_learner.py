@@ -1,5 +1,5 @@
 "The route that fastai's users take, and that other optimizers do not notice"
-import copy,gc,math,warnings,weakref
+import copy,gc,warnings,weakref
 from functools import partial
 
 import numpy as np,pandas as pd,pytest,torch
@@ -9,11 +9,11 @@ from fastai.learner import Callback,Learner,defaults,load_learner
 from fastai.data.core import DataLoaders
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
-from fastai.optimizer import Adam,Lookahead,OptimWrapper,SGD
+from fastai.optimizer import Adam,Lookahead,OptimWrapper
 from fastai.torch_core import params,set_seed
 from torch import nn
-import fastai.callback.all
-from adahessian_fastai.all import AdaHessian,AdaHessianWrapper,adahessian
+import fastai.callback.all  # chkstyle: ignore
+from adahessian_fastai.all import adahessian
 
 
 def data(n=256, bs=16, seed=0):

@@ -66,10 +66,10 @@ def distance(a, b): return max((p-q).abs().max().item() for p,q in zip(a.paramet
 def moved(m): return distance(m, net())
 
 
-TIMM = {'defaults': ({}, dict(eps=1e-4)), 'betas': (dict(mom=0.7, sqr_mom=0.9), dict(betas=(0.7,0.9), eps=1e-4)),
-    'power': (dict(hessian_power=0.5), dict(hessian_power=0.5, eps=1e-4)), 'decay': (dict(wd=0.1), dict(weight_decay=0.1, eps=1e-4)),
-    'samples': (dict(n_samples=3), dict(n_samples=3, eps=1e-4)), 'kernels': (dict(average_kernels=True), dict(avg_conv_kernel=True, eps=1e-4)),
-    'groups': (dict(n_groups=2), dict(n_groups=2, eps=1e-4)), 'eps': (dict(eps=1e-2), dict(eps=1e-2))}
+TIMM = dict(defaults=({}, dict(eps=1e-4)), betas=(dict(mom=0.7, sqr_mom=0.9), dict(betas=(0.7,0.9), eps=1e-4)),  # chkstyle: ignore-node
+    power=(dict(hessian_power=0.5), dict(hessian_power=0.5, eps=1e-4)), decay=(dict(wd=0.1), dict(weight_decay=0.1, eps=1e-4)),
+    samples=(dict(n_samples=3), dict(n_samples=3, eps=1e-4)), kernels=(dict(average_kernels=True), dict(avg_conv_kernel=True, eps=1e-4)),
+    groups=(dict(n_groups=2), dict(n_groups=2, eps=1e-4)), eps=(dict(eps=1e-2), dict(eps=1e-2)))
 
 @pytest.mark.filterwarnings('ignore:Using backward')
 @pytest.mark.parametrize('case', TIMM)
@@ -81,8 +81,8 @@ def test_fifty_steps_equal_timm(case):
     assert moved(ours)>0.1 and distance(ours, theirs)<FLOAT32*max(1, moved(ours))
 
 
-JETTIFY = {'defaults': (dict(hessian_power=0.5), {}), 'power': ({}, dict(hessian_power=1.)),
-    'decay': (dict(hessian_power=0.5, wd=0.1), dict(weight_decay=0.1)), 'betas': (dict(hessian_power=0.5, mom=0.7, sqr_mom=0.9), dict(betas=(0.7,0.9)))}
+JETTIFY = dict(defaults=(dict(hessian_power=0.5), {}), power=({}, dict(hessian_power=1.)),  # chkstyle: ignore-node
+    decay=(dict(hessian_power=0.5, wd=0.1), dict(weight_decay=0.1)), betas=(dict(hessian_power=0.5, mom=0.7, sqr_mom=0.9), dict(betas=(0.7,0.9))))
 
 @pytest.mark.filterwarnings('ignore:Using backward')
 @pytest.mark.parametrize('case', JETTIFY)
@@ -94,8 +94,8 @@ def test_fifty_steps_equal_torch_optimizer(case):
     assert moved(ours)>0.1 and distance(ours, theirs_after(50, make, **other))<FLOAT32
 
 
-KOZISTR = {'defaults': ({}, {}), 'decay': (dict(wd=0.1), dict(weight_decay=0.1)), 'l2': (dict(wd=0.1, decouple_wd=False), dict(weight_decay=0.1, weight_decouple=False)),
-    'samples': (dict(n_samples=3), dict(num_samples=3)), 'power': (dict(hessian_power=0.5), dict(hessian_power=0.5))}
+KOZISTR = dict(defaults=({}, {}), decay=(dict(wd=0.1), dict(weight_decay=0.1)), l2=(dict(wd=0.1, decouple_wd=False), dict(weight_decay=0.1, weight_decouple=False)),  # chkstyle: ignore-node
+    samples=(dict(n_samples=3), dict(num_samples=3)), power=(dict(hessian_power=0.5), dict(hessian_power=0.5)))
 
 @pytest.mark.filterwarnings('ignore:Using backward')
 @pytest.mark.parametrize('case', KOZISTR)

@@ -67,8 +67,7 @@ def test_dual_leaves_no_trace():
     assert all(map(torch.equal, before, [p.detach() for p in ps]))
     assert versions==[p._version for p in ps]
     pending.backward() # would raise had a saved parameter changed
-    with torch.autograd.forward_ad.dual_level():
-        assert all(torch.autograd.forward_ad.unpack_dual(p).tangent is None for p in ps)
+    with torch.autograd.forward_ad.dual_level(): assert all(torch.autograd.forward_ad.unpack_dual(p).tangent is None for p in ps)
 
 def test_dual_without_tangent():
     net,ps,loss = problem(nn.GELU())
@@ -169,7 +168,9 @@ def test_kinked_modules_are_named():
 
 class Functional(nn.Module):
     "A kink that no module shows"
-    def __init__(self, f): super().__init__(); self.f,self.lin,self.out = [f],nn.Linear(75,64),nn.Linear(64,3)
+    def __init__(self, f):
+        super().__init__()
+        self.f,self.lin,self.out = [f],nn.Linear(75,64),nn.Linear(64,3)
     def forward(self, x): return self.out(self.f[0](self.lin(x.flatten(1))))
 
 @pytest.mark.parametrize('f,name', [(F.relu,'Relu'),(torch.abs,'Abs'),(lambda x: x.clamp(min=-0.1),'Clamp')])
@@ -179,7 +180,9 @@ def test_kinked_functions_are_found_in_the_graph(f, name):
 class Stairs(torch.autograd.Function):
     "A kink that neither modules nor graph show"
     @staticmethod
-    def forward(ctx, x): ctx.save_for_backward(x); return x.relu()
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.relu()
     @staticmethod
     def backward(ctx, g): return g*(ctx.saved_tensors[0]>0)
 
@@ -209,7 +212,9 @@ class NoDouble(torch.autograd.Function):
     @staticmethod
     def forward(x): return x.tanh()
     @staticmethod
-    def setup_context(ctx, inputs, output): ctx.save_for_backward(output); ctx.save_for_forward(output)
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g): return g*(1-ctx.saved_tensors[0]**2)

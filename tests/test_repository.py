@@ -99,7 +99,7 @@ def test_upward_imports_are_seen():
     assert not list(upward_imports({'10_low.ipynb': low.format(lib), '00_high.ipynb': high}))
 
 def test_ground_floor_knows_nothing_of_fastai(sources):
-    allowed = {'torch', 'fastcore', 'numpy', 'scipy', 'matplotlib', lib, *sys.stdlib_module_names}
+    allowed = {'torch', 'fastcore', 'fastprogress', 'numpy', 'scipy', 'matplotlib', lib, *sys.stdlib_module_names}
     for nm,s in sources.items():
         if nm >= '10': continue
         lines = re.findall(r'^\s*(?:from ([\w.]+) import|import ([^\n#]+))', s, re.M)

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend,sdpa_kernel
 from adahessian_fastai.hutchinson import hutchinson_trace
 from adahessian_fastai.hvp import gradient,graph_product,hessian_product
 from adahessian_fastai.spectrum import *
-from adahessian_fastai.spectrum import flat,unflat
+from adahessian_fastai.hvp import flat,unflat
 
 EXACT = 1e-9   # float64 products of networks with a few hundred parameters, relative to entries of order 1
 TOL = 1e-4     # the default tolerance of `extreme_eigenvalues`, relative to the largest absolute eigenvalue
