@@ -20,7 +20,7 @@ from adahessian_fastai.sophia import sophia
 FIELDS = ['data', 'variant', 'lr', 'seed', 'valid', 'test', 'loss', 'seconds']
 NEWTON = [0.003, 0.01, 0.03, 0.1, 0.3, 1., 3.]
 ADAM = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1]
-VARIANTS = {
+VARIANTS = {  # chkstyle: ignore-node
     'Adam': (Adam, ADAM),
     'default': (adahessian, NEWTON),
     'n_samples=4': (partial(adahessian, n_samples=4), NEWTON),
@@ -79,7 +79,7 @@ def run(data, variant, lr, seed, epochs):
 
 def read(path):
     if not path.exists(): return []
-    num = {'lr': float, 'seed': int, 'valid': float, 'test': float, 'loss': float, 'seconds': float}
+    num = dict(lr=float, seed=int, valid=float, test=float, loss=float, seconds=float)  # chkstyle: ignore-node
     return [{k: num.get(k, str)(v) for k,v in o.items()} for o in csv.DictReader(path.open())]
 
 
