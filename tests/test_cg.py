@@ -1,7 +1,7 @@
 "Conjugate gradients and what surrounds it, against dense solutions in float64"
 import math, pytest, torch
 from adahessian_fastai.cg import *
-from adahessian_fastai.hvp import unflat
+from adahessian_fastai.hvp import flat, unflat
 
 DRIFT = 5e-6    # the recursively updated residual may differ from `b - A@x` by this much
 EXACT = 1e-7    # one quadratic form computed in two orders, float64
