@@ -8,7 +8,7 @@
 __all__ = ['check_hypers', 'check_counts', 'check_choices', 'AdaHessian', 'peek_seed', 'AdaHessianWrapper', 'all_finite',
            'warn_rarely', 'adahessian']
 
-# %% ../nbs/12_adahessian.ipynb #9f8d734e
+# %% ../nbs/12_adahessian.ipynb #885a3b43
 import math,warnings
 from contextlib import contextmanager,nullcontext
 
@@ -21,7 +21,8 @@ from .learner import (CurvatureScale,check_checkpoints,check_model,cross_rank_me
     loss_weight,sync_group,twice_differentiable)
 from .closure import rng_state
 from .foreach import update
-from .products import again_methods,against_differences,check_compilable,choose_product,exact_product,is_half,learner_again,refuse_difference
+from .products import (Ride,again_methods,against_differences,check_compilable,choose_product,exact_product,is_half,
+    learner_again,refuse_difference)
 from .budget import Budget,check_period,is_due
 from .steppers import adahessian_step,average_diag_hessian,average_sqr_diag_hessian,signed_adahessian_step
 from .subbatch import evaluated_rows,n_rows,targets_of
@@ -81,7 +82,7 @@ def peek_seed()->int:
     generator.set_state(torch.get_rng_state())
     return torch.randint(2**31, (1,), generator=generator).item()
 
-# %% ../nbs/12_adahessian.ipynb #119af1f5
+# %% ../nbs/12_adahessian.ipynb #70d43a7d
 class AdaHessianWrapper(Optimizer, GetAttr):
     "Wrap `opt` so that its steppers receive an estimate of the Hessian's diagonal"
     _default,default_lr = 'opt',0.15
@@ -112,13 +113,15 @@ class AdaHessianWrapper(Optimizer, GetAttr):
         if (linear or debiased) and not signed: raise ValueError(f"a signed or debiased average needs signed blocks, got {signed=}")
         if budget is not None and update_each!=1: raise ValueError(f"budget chooses update_each: give one of them, got {budget=}, {update_each=}")
         on_graph = estimator=='gnb' or curvature!='hessian' or hessian_bs is not None
-        if on_graph and hvp in again_methods: raise ValueError(f"hvp={hvp!r} is for products with the Hessian on the whole batch: use hvp='reverse' or 'auto'")
+        self.rides = hvp=='forward' and estimator!='gnb' and curvature=='ggn' and hessian_bs is None
+        if on_graph and hvp in again_methods and not self.rides:
+            raise ValueError(f"hvp={hvp!r} is for products with the Hessian on the whole batch: use hvp='reverse' or 'auto'")
         store_attr()
         self.hvp_used = 'reverse' if on_graph and hvp=='auto' else None if hvp=='auto' else hvp
         if budget is not None and not isinstance(budget, Budget): self.budget = Budget(budget)
         if self.budget: self.update_each = (self.budget.n_measured,2)
         self.looked_at = hvp=='auto'
-        self.rng,self.group,self.noise_record = None,None,[]
+        self.rng,self.ride,self.group,self.noise_record = None,None,None,[]
         self.seed,self.n_steps,self.n_estimates,self.n_dropped,self.n_skipped = peek_seed(),0,0,0,0
         self.curvature_scale = CurvatureScale()
         opt._keep_on_clear = [*opt._keep_on_clear, 'do_hessian']
@@ -271,7 +274,7 @@ def spoilt(self:AdaHessianWrapper,
     self.bad_loss = cross_rank_mean([loss.new_tensor(float(bad), dtype=torch.float)], group)[0].item()>0 if group else bad
     return self.bad_loss
 
-# %% ../nbs/12_adahessian.ipynb #dea2e83a
+# %% ../nbs/12_adahessian.ipynb #d0117b09
 @patch(as_prop=True)
 def on_gradient(self:AdaHessianWrapper)->bool:
     "Is the estimate taken on the graph of a gradient?"
@@ -287,7 +290,7 @@ def beside(self:AdaHessianWrapper,
 )->tuple: # What `estimate` returns, and plain gradients by parameter as far as `p.grad` does not have them
     "Estimate on the graph of `loss`, and its gradient"
     if self.hvp_used is None and at.again: self.choose(at)
-    if self.hvp_used in again_methods: return self.anew(at, scale, curved)
+    if self.hvp_used in again_methods and not self.rides: return self.anew(at, scale, curved)
     ahead = scale!=1 and self.estimator!='gnb'
     if ahead: (loss*weight).backward(retain_graph=True)
     at = self.in_half(at, scale)
@@ -359,7 +362,7 @@ def differentiate(self:AdaHessianWrapper,
     self.add(curved, *found)
     cross_rank_mean(self.pending(), group)
 
-# %% ../nbs/12_adahessian.ipynb #de22b4cc
+# %% ../nbs/12_adahessian.ipynb #f44c516a
 @patch
 def evaluation(self:AdaHessianWrapper,
     learn:Learner, # In the middle of a batch
@@ -369,6 +372,7 @@ def evaluation(self:AdaHessianWrapper,
     if self.hessian_bs is not None:
         return evaluated_rows(learn, self.hessian_bs, self.generators(1)(torch.device('cpu')), twice=self.estimator!='gnb')
     at = Evaluation(learn.loss_grad, learn.pred, targets_of(learn), learn.loss_func, scale, weight=loss_weight(learn), model=learn.model, inputs=learn.xb)
+    if self.ride: at.jvp = self.ride.read(learn.pred)
     if self.rng: at.again,at.half = learner_again(learn, self.rng),is_half(learn)
     if self.hvp=='compiled': check_compilable(learn)
     return at
@@ -388,6 +392,13 @@ def backward(self:AdaHessianWrapper,
     learn('after_backward')
     raise CancelBatchException
 
+# %% ../nbs/12_adahessian.ipynb #90bd685f
+@patch
+def ride_along(self:AdaHessianWrapper)->Ride:
+    "Dual numbers for the next forward pass, along the first probe of the next estimate"
+    curved = self.curved()
+    return Ride(curved, draw_like(curved, self.drawer()))
+
 @patch
 @contextmanager
 def forward_context(self:AdaHessianWrapper,
@@ -396,9 +407,10 @@ def forward_context(self:AdaHessianWrapper,
     "Make a graph that can be differentiated twice when an estimate is due; leave nothing half done"
     check_model(learn.model)
     try:
-        on_graph = self.hessian_bs is None and self.estimator!='gnb' and self.hvp_used not in again_methods
+        on_graph = self.hessian_bs is None and self.estimator!='gnb' and (self.rides or self.hvp_used not in again_methods)
         twice,self.rng = self.due and on_graph,rng_state() if self.due and self.hvp_used!='reverse' else None
-        with twice_differentiable(learn.model) if twice else nullcontext(): yield
+        self.ride = self.ride_along() if self.due and self.rides and not hasattr(learn, 'mixed_precision') else None
+        with twice_differentiable(learn.model) if twice else nullcontext(),self.ride or nullcontext(): yield
         self.forget()
     except CancelBatchException: raise
     except BaseException:

@@ -16,7 +16,7 @@ from .hutchinson import control_variate_samples,hutchinson_samples
 from .ggn import ggn_product
 from .gnb import gnb_samples,label_noise
 
-# %% ../nbs/09_estimators.ipynb #ccaade19
+# %% ../nbs/09_estimators.ipynb #786006de
 class Evaluation:
     "A loss with what it was computed from, graphs included"
     def __init__(self,
@@ -29,6 +29,7 @@ class Evaluation:
         weight:float=1., # By how much `loss` was multiplied as a part of a mean over batches
         grads:list=None, # Gradients with their graph, where they were taken already
         again=None, # `(twice=False) -> loss`: evaluates it anew, `twice` with a graph that can be differentiated twice
+        jvp=None, # `params -> (v -> Jv)`, where the outputs' derivative along a probe is known already
         product=None, # `params -> (v -> Hv)`, where products with the Hessian do not come from the graph of `loss`
         model=None, # The model, to be looked through or called
         inputs:tuple=None, # What the model is called with
@@ -38,7 +39,7 @@ class Evaluation:
     def __enter__(self): return self
     def __exit__(self, *args): pass
 
-# %% ../nbs/09_estimators.ipynb #81288c9b
+# %% ../nbs/09_estimators.ipynb #d74b3301
 def hessian_curvature(
     evaluation:Evaluation, # Has `loss` or `grads`; the graph is freed by the last product
     params:list, # Tensors to differentiate for
@@ -56,7 +57,7 @@ def ggn_curvature(
 ): # `v -> Gv`
     "Product with the generalized Gauss-Newton matrix"
     if evaluation.outputs is None: raise ValueError("curvature='ggn' needs the outputs of the model: give `differentiate` the `batch`")
-    return evaluation.rescaled(ggn_product(evaluation.outputs, evaluation.loss, params))
+    return evaluation.rescaled(ggn_product(evaluation.outputs, evaluation.loss, params, evaluation.jvp and evaluation.jvp(params)))
 
 curvatures = dict(hessian=hessian_curvature, ggn=ggn_curvature)
 

@@ -7,18 +7,20 @@ The double backward works on the graph that a batch leaves behind. The other pro
 # %% auto #0
 __all__ = ['kinked_modules', 'kinked_functions', 'max_error', 'again_methods', 'kinks', 'graph_kinks', 'relative_error',
            'refuse_difference', 'forward_again', 'difference_again', 'batch_statistics', 'compile_product',
-           'compiled_again', 'learner_again', 'check_compilable', 'is_half', 'first_working', 'exact_product',
+           'compiled_again', 'Ride', 'learner_again', 'check_compilable', 'is_half', 'first_working', 'exact_product',
            'against_differences', 'choose_product']
 
-# %% ../nbs/11d_products.ipynb #bc5cc268
+# %% ../nbs/11d_products.ipynb #65437373
 import weakref
-from contextlib import contextmanager,nullcontext
+from contextlib import ExitStack,contextmanager,nullcontext
 
+import torch.autograd.forward_ad as fwAD
 from torch.func import functional_call,grad,jvp
 from torch.nn.attention import SDPBackend,sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from fastai.basics import *
-from .hvp import difference_product,dual_gradient,gradient,hessian_product,total_norm
+from .hvp import difference_product,dual_gradient,dual_numbers,gradient,hessian_product,total_norm
+from .ggn import output_tensors,reverse_jvp
 from .learner import graph_nodes,twice_differentiable
 from .closure import batch_closure
 
@@ -145,6 +147,27 @@ def compiled_again(
     return lambda params: partial(along, params=params)
 
 again_methods['compiled'] = compiled_again
+
+# %% ../nbs/11d_products.ipynb #ba7c6053
+class Ride:
+    "Context of a forward pass with dual numbers on `params`, until `read`"
+    def __init__(self,
+        params:list, # Parameters
+        z:list, # The probe, shaped like `params`
+    ): self.params,self.z,self.stack = params,z,ExitStack()
+
+    def __enter__(self): return self.stack.enter_context(dual_numbers(self.params, self.z)) or self
+    def __exit__(self, *args): self.stack.close()
+
+    def read(self,
+        outputs, # What the model returned
+    ): # `params -> (v -> Jv)`, for `Evaluation.jvp`; its first `v` has to be the probe
+        "Take `Jz` from `outputs`, and end the dual numbers"
+        zs = output_tensors(outputs)
+        duals = [fwAD.unpack_dual(o) for o in zs]
+        known = [[torch.zeros_like(d.primal) if d.tangent is None else d.tangent.detach().as_subclass(Tensor) for d in duals]]
+        self.stack.close()
+        return lambda params: lambda v: known.pop() if known else reverse_jvp(zs, params)(v)
 
 # %% ../nbs/11d_products.ipynb #c468657d
 def learner_again(

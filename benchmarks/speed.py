@@ -12,11 +12,13 @@ import argparse,copy,csv,gc,importlib,importlib.metadata,math,os,platform,statis
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 warnings.filterwarnings('ignore')
 import torch,torch.nn.functional as F
 from fastai.optimizer import Adam,OptimWrapper,ranger
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from adahessian_fastai.adahessian import adahessian
 from adahessian_fastai.budget import Budget
@@ -86,7 +88,8 @@ class Contender:
     def held(self):
         "Bytes of parameters, gradients and state"
         state = getattr(self.opt, 'opt', self.opt).state
-        tensors = [*self.ps, *(p.grad for p in self.ps), *(v for s in state.values() for v in s.values() if isinstance(v, torch.Tensor))]
+        own = (getattr(p, 'hess', None) for p in self.ps) # timm's
+        tensors = [*self.ps, *(h for h in own if isinstance(h, torch.Tensor)), *(p.grad for p in self.ps), *(v for s in state.values() for v in s.values() if isinstance(v, torch.Tensor))]
         return sum(o.numel()*o.element_size() for o in {id(t): t for t in tensors if t is not None}.values())
 
 class Rival(Contender):
@@ -106,14 +109,16 @@ class Ours(Contender):
         opt,rng = self.opt,rng_state()
         opt.n_steps,opt.update_each = (0,1) if kind=='estimate' else (1,10**9)
         opt.zero_grad()
-        graph = kind=='estimate' and opt.hvp_used=='reverse' and opt.estimator!='gnb'
-        with twice_differentiable(self.model) if graph else nullcontext(): out = self.model(*self.xb)
-        loss = F.cross_entropy(out, self.yb)
-        def again(twice=False):
-            with replaying(rng, self.model),twice_differentiable(self.model) if twice else nullcontext(): return self.loss()
         opt.looked_at = True # the look at the first batch is not a part of a step
-        opt.differentiate(loss, at=Evaluation(loss, out, self.yb, F.cross_entropy, again=again, model=self.model))
-        opt.step()
+        with opt.forward_context(SimpleNamespace(model=self.model)):
+            out = self.model(*self.xb)
+            at = Evaluation(F.cross_entropy(out, self.yb), out, self.yb, F.cross_entropy, model=self.model, inputs=self.xb)
+            if opt.ride: at.jvp = opt.ride.read(out)
+            def again(twice=False):
+                with replaying(rng, self.model),twice_differentiable(self.model) if twice else nullcontext(): return self.loss()
+            at.again = again
+            opt.differentiate(at.loss, at=at)
+            opt.step()
 
 def rivals():
     "AdaHessian of other packages, as far as they are installed"
@@ -123,14 +128,21 @@ def rivals():
         except ImportError: print(f"{name} is not installed and left out")
     return found
 
-def contenders(name):
-    ours = lambda **kw: partial(Ours, opt_func=partial(adahessian, lr=LR, **kw))
-    first = {'Adam': partial(Contender, opt_func=partial(Adam, lr=LR)), 'ranger': partial(Contender, opt_func=partial(ranger, lr=LR)),
+def contenders(name, compiled=False, only=()):
+    "Contenders by name; Adam is always among them"
+    every = first_order()|rivals()|own(name, compiled)
+    if name=='resnet18-smooth': only = ['ours','ours finite_difference',*only]
+    return {k: v for k,v in every.items() if not only or k in ['Adam',*only]}
+
+def first_order():
+    return {'Adam': partial(Contender, opt_func=partial(Adam, lr=LR)), 'ranger': partial(Contender, opt_func=partial(ranger, lr=LR)),
         'torch AdamW': partial(Contender, opt_func=partial(OptimWrapper, opt=torch.optim.AdamW, lr=LR))}
-    own = {'ours': ours(), 'ours forward': ours(hvp='forward'), 'ours ggn': ours(curvature='ggn'), 'ours gnb': ours(estimator='gnb')}
-    smooth = {} if name in ('resnet18','xresnet18') else {'ours finite_difference': ours(hvp='finite_difference')}
-    if name=='resnet18-smooth': return {'Adam': first['Adam'], 'ours': own['ours'], **smooth}
-    return {**first, **rivals(), **own, **smooth}
+
+def own(name, compiled):
+    kinds = {'ours': {}, 'ours forward': dict(hvp='forward'), 'ours ggn': dict(curvature='ggn', hvp='forward'), 'ours ggn, reverse': dict(curvature='ggn'), 'ours gnb': dict(estimator='gnb')}
+    if name not in ('resnet18','xresnet18'): kinds['ours finite_difference'] = dict(hvp='finite_difference')
+    if compiled and name=='resnet18': kinds['ours compiled'] = dict(hvp='compiled')
+    return {k: partial(Ours, opt_func=partial(adahessian, lr=LR, **kw)) for k,kw in kinds.items()}
 
 # Measuring
 
@@ -169,12 +181,12 @@ def peak_bytes(c, kind, device):
 def measure(name, args):
     "Rows of a model: contender, kind, seconds, ratio to Adam, bytes"
     model,xb,yb = problem(name, args.device)
-    cs = {k: make(model, xb, yb) for k,make in contenders(name).items()}
+    cs = {k: make(model, xb, yb) for k,make in contenders(name, args.compile, args.only).items()}
     keys,timer = [(k,kind) for k,c in cs.items() for kind in c.kinds],Timer(args)
     for k,kind in keys*(3 if args.device=='cuda' else 1): cs[k].step(kind)
     rounds = [{key: timer(cs[key[0]].step, key[1]) for key in keys} for _ in range(args.rounds)]
-    for k,n in (('ours',10),):
-        for r in rounds: r[f"{k} update_each={n}",'mean'] = (r[k,'estimate']+(n-1)*r[k,'other'])/n
+    for r in rounds:
+        if 'ours' in cs: r['ours update_each=10','mean'] = (r['ours','estimate']+9*r['ours','other'])/10
     rows = []
     for key in rounds[0]:
         ratios = [r[key]/r['Adam','other'] for r in rounds]
@@ -311,7 +323,7 @@ def goals(rows, scale):
     p = lambda c,kind: peak.get(('resnet18',c,kind), math.nan)
     table = [('exact estimate every step, ResNet-18, × Adam', 3.0, r18('ours')),
         ("the same, × the faster of timm's and pytorch_optimizer's", 0.8, r18('ours')/min(others) if others else math.nan),
-        ('forward over reverse, not compiled, × Adam', 2.5, r18('ours forward')),
+        ('forward over reverse, compiled, × Adam', 2.5, r18('ours compiled')),
         ('Gauss-Newton Hutchinson, × Adam', 2.4, r18('ours ggn')), ('Gauss-Newton-Bartlett, × Adam', 1.7, r18('ours gnb')),
         ('finite differences, smooth ResNet-18, × Adam', 2.1, ratio.get(('resnet18-smooth','ours finite_difference','estimate'), math.nan)),
         ('update_each=10, × Adam', 1.25, r18('ours update_each=10', 'mean')), ('step without estimate, × Adam', 1.0, r18('ours', 'other'))]
@@ -326,14 +338,42 @@ def growth(scale, what):
     pts = [(r['n'],r['seconds']) for r in scale if r['scale']==what and r['kind']=='estimate']
     return max((t2/t1)/(n2/n1) for (n1,t1),(n2,t2) in zip(pts, pts[1:]))
 
-def write_goals(path, rows, scale, line):
+def floors(args):
+    "Markdown: multiplications of each kind of step relative to a step of Adam, and where an exact estimate spends its time"
+    model,xb,yb = problem('resnet18', args.device)
+    cs = {k: make(model, xb, yb) for k,make in contenders('resnet18').items() if k=='Adam' or k.startswith('ours')}
+    model,xb,yb = problem('resnet18-smooth', args.device)
+    cs |= {k: make(model, xb, yb) for k,make in contenders('resnet18-smooth').items() if 'finite' in k}
+    n = {k: flops(c) for k,c in cs.items()}
+    rows = [f"| {k} | {v/1e9:.1f} | {v/n['Adam']:.2f} |" for k,v in n.items()]
+    return ['', '## The floor', '', 'Floating-point operations in matrix products and convolutions (ResNet-18, 64 px, batch 32), counted by `FlopCounterMode`. Where',
+        'the ratio is near a goal, no implementation in eager mode can be far below it.', '', '| step | 10⁹ operations | × Adam |', '|---|---|---|', *rows, *profile(cs)]
+
+def flops(c):
+    c.step(c.kinds[0])
+    with FlopCounterMode(display=False) as counter: c.step(c.kinds[0])
+    return counter.get_total_flops()
+
+def profile(cs):
+    "Markdown: share of the CPU time by operation"
+    lines = ['', '## Where the time goes', '', 'Share of the CPU time by operation, and the same operation in a step of Adam (Adam in all = 1).', '']
+    times = {}
+    for k in ('Adam','ours'):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as prof: cs[k].step(cs[k].kinds[0])
+        times[k] = {e.key: e.self_cpu_time_total for e in prof.key_averages()}
+    total = sum(times['Adam'].values())
+    top = sorted(times['ours'], key=times['ours'].get)[:-11:-1]
+    rows = [f"| `{o}` | {times['ours'][o]/total:.2f} | {times['Adam'].get(o, 0)/total:.2f} |" for o in top]
+    return [*lines, '| operation | an estimate | Adam |', '|---|---|---|', *rows, f"| all | {sum(times['ours'].values())/total:.2f} | 1 |"]
+
+def write_goals(path, rows, scale, line, extra):
     "The table of goals against results"
     def verdict(bound, v):
         if math.isnan(v): return 'not measured'
         return 'met' if (bound[0]<=v<=bound[1] if isinstance(bound, tuple) else v<=bound) else '**missed**'
     head = ['# Goals and results', '', f"Written by `python benchmarks/speed.py`. {line}.", '', '| goal | bound | result | |', '|---|---|---|---|']
     body = [f"| {g} | {'{} to {}'.format(*b) if isinstance(b, tuple) else f'≤ {b}'} | {v:.2f} | {verdict(b, v)} |" for g,b,v in goals(rows, scale)]
-    path.write_text('\n'.join(head+body)+'\n'+(RESULTS/'floor.md').read_text() if (RESULTS/'floor.md').exists() else '\n'.join(head+body)+'\n')
+    path.write_text('\n'.join(head+body+extra)+'\n')
 
 def plot(path, rows, line):
     "Ratios to Adam as bars, a panel for each model"
@@ -353,6 +393,8 @@ def plot(path, rows, line):
 def main():
     ap = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     ap.add_argument('--models', nargs='*', default=list(MODELS), choices=list(MODELS), help='models to measure')
+    ap.add_argument('--only', nargs='*', default=[], help='contenders to measure, beside Adam')
+    ap.add_argument('--compile', action='store_true', help="hvp='compiled' too, on ResNet-18: compiling takes minutes")
     ap.add_argument('--rounds', type=int, default=5, help='interleaved rounds')
     ap.add_argument('--device', default='cpu', choices=['cpu','cuda'])
     ap.add_argument('--clock', default='wall', choices=['wall','cpu'], help='cpu: CPU time of the process, for a machine with other work')
@@ -369,7 +411,7 @@ def main():
     end,line = '' if args.device=='cpu' else '_cuda',where(args)
     write_csv(RESULTS/f"speed{end}.csv", [{**r, 'where': line} for r in rows])
     if scale: write_csv(RESULTS/f"scaling{end}.csv", [{**r, 'where': line} for r in scale])
-    write_goals(RESULTS/f"goals{end}.md", rows, scale, line)
+    write_goals(RESULTS/f"goals{end}.md", rows, scale, line, floors(args))
     plot(RESULTS/f"speed{end}.png", rows, line)
 
 if __name__=='__main__': main()

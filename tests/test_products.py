@@ -202,7 +202,7 @@ def test_needs_the_closure():
 @pytest.mark.parametrize('kwargs', [dict(estimator='gnb'), dict(curvature='ggn'), dict(hessian_bs=2)], ids=str)
 def test_what_does_not_go_together(kwargs):
     p = nn.Parameter(torch.ones(2))
-    with pytest.raises(ValueError, match="hvp='forward'"): adahessian([p], hvp='forward', **kwargs)
+    with pytest.raises(ValueError, match="hvp='finite_difference'"): adahessian([p], hvp='finite_difference', **kwargs)
     assert adahessian([p], hvp='auto', **kwargs).hvp_used=='reverse'
 
 # The choice
@@ -236,3 +236,32 @@ def test_auto_on_a_part_of_the_graph_kinds():
     assert graph_kinks(loss())==[] and kinks(net)==[]
     net,ps,loss = problem(nn.ReLU())
     assert graph_kinks(loss())==['ReluBackward0'] and kinks(net)==['`act` (ReLU)']
+
+# Gauss-Newton products with a forward pass of dual numbers
+
+@pytest.mark.parametrize('kwargs', [{}, dict(n_samples=3), dict(n_acc=3), dict(update_each=2)], ids=str)
+def test_riding_along_is_reverse(kwargs):
+    ref = trained(nn.ReLU(), curvature='ggn', **kwargs)
+    assert relative(values(trained(nn.ReLU(), curvature='ggn', hvp='forward', **kwargs)), values(ref)) < SAME_RUN
+    assert relative(values(trained(nn.ReLU(), **kwargs)), values(ref)) > SAME_RUN
+
+def test_riding_leaves_no_dual_numbers():
+    learn = trained(curvature='ggn', hvp='forward')
+    with torch.autograd.forward_ad.dual_level():
+        assert all(torch.autograd.forward_ad.unpack_dual(p).tangent is None for p in learn.model.parameters())
+
+# Compiled
+
+@pytest.mark.slow
+def test_compiled_trains_like_reverse():
+    "Without dropout, whose masks are drawn anew in a compiled function"
+    def run(**kwargs):
+        set_seed(5)
+        net = nn.Sequential(nn.Conv2d(3,4,3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36,3))
+        return trained(model=net, **kwargs)
+    ref,state = run(n_samples=2),torch.get_rng_state()
+    assert relative(values(run(n_samples=2, hvp='compiled')), values(ref)) < SAME_RUN
+    assert torch.equal(torch.get_rng_state(), state)
+
+def test_compiled_refuses_callbacks():
+    with pytest.raises(ValueError, match='GradientAccumulation'): trained(hvp='compiled', cbs=[GradientAccumulation(16)])
