@@ -7,23 +7,23 @@ Forward mode, finite differences and line searches look at the loss of one batch
 # %% auto #0
 __all__ = ['rng_state', 'lent_buffers', 'replaying', 'as_it_was', 'batch_closure']
 
-# %% ../nbs/10b_closure.ipynb #a2d772da
-from contextlib import contextmanager,nullcontext
+# %% ../nbs/10b_closure.ipynb #654b6587
+from contextlib import contextmanager
 
 from torch.nn.parallel import DistributedDataParallel
 from fastai.basics import *
 
-# %% ../nbs/10b_closure.ipynb #30a04dcb
+# %% ../nbs/10b_closure.ipynb #73b0ddd1
 def rng_state()->tuple: # To be given to `replaying`
     "State of torch's random number generators"
     return torch.get_rng_state(),torch.cuda.get_rng_state() if torch.cuda.is_available() else None
 
 @contextmanager
 def lent_buffers(
-    module:nn.Module, # Its buffers are put back afterwards
+    module:nn.Module=None, # Its buffers are put back afterwards; `None` to do nothing
 ):
     "Context in which `module` works on copies of its buffers"
-    slots = [(m,k,b) for m in module.modules() for k,b in m._buffers.items() if b is not None]
+    slots = [(m,k,b) for m in ([] if module is None else module.modules()) for k,b in m._buffers.items() if b is not None]
     copies = {b: b.detach().clone() for *_,b in slots}
     for m,k,b in slots: m._buffers[k] = copies[b]
     try: yield
@@ -36,7 +36,7 @@ def replaying(
     module:nn.Module=None, # Its buffers are put back afterwards
 ):
     "Context in which the random numbers after `rng` are drawn again; leaves no trace on generators and buffers"
-    with torch.random.fork_rng(devices=[] if rng[1] is None else None),nullcontext() if module is None else lent_buffers(module):
+    with torch.random.fork_rng(devices=[] if rng[1] is None else None),lent_buffers(module):
         torch.set_rng_state(rng[0])
         if rng[1] is not None: torch.cuda.set_rng_state(rng[1])
         yield

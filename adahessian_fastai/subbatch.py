@@ -7,7 +7,7 @@ An estimate of curvature is noisy anyway, so it may be worth taking it on fewer 
 # %% auto #0
 __all__ = ['n_rows', 'take_rows', 'untouched', 'targets_of', 'evaluated_rows', 'smoothed_cross_entropy']
 
-# %% ../nbs/11b_subbatch.ipynb #3c2043de
+# %% ../nbs/11b_subbatch.ipynb #6e70d9fa
 from contextlib import contextmanager,nullcontext
 
 from fastai.basics import *
@@ -16,6 +16,7 @@ from fastai.losses import LabelSmoothingCrossEntropy
 from .estimators import Evaluation
 from .gnb import cross_entropy_weights,gnb_losses,softmax_noise
 from .learner import loss_weight,twice_differentiable
+from .closure import as_it_was,lent_buffers
 
 # %% ../nbs/11b_subbatch.ipynb #292d7a7c
 def n_rows(
@@ -36,25 +37,14 @@ def take_rows(
     "Rows `idxs` of every tensor in `xs`"
     return apply(lambda o: o[idxs.to(o.device)] if isinstance(o,Tensor) and o.ndim and len(o)==bs else o, xs)
 
-# %% ../nbs/11b_subbatch.ipynb #8a9def53
-_batch = ['xb', 'yb', 'pred', 'loss', 'loss_grad']
-
+# %% ../nbs/11b_subbatch.ipynb #b2146530
 @contextmanager
 def untouched(
     learn:Learner, # In the middle of a batch
 ):
     "Context that puts back random state, buffers, batch and callbacks of `learn`"
-    buffers = [(b,b.detach().clone()) for b in learn.model.buffers()]
-    kept = {k: getattr(learn, k, None) for k in _batch}
-    cbs = [(cb,vars(cb).copy()) for cb in learn.cbs]
-    devices = {p.device for p in learn.model.parameters() if p.device.type=='cuda'}
-    with torch.random.fork_rng(list(devices)):
-        try: yield
-        finally:
-            for k,v in kept.items(): setattr(learn, k, v)
-            for cb,d in cbs: vars(cb).update(d)
-            with torch.no_grad():
-                for b,o in buffers: b.copy_(o)
+    cbs,devices = [(cb,vars(cb).copy()) for cb in learn.cbs],{p.device for p in learn.model.parameters() if p.device.type=='cuda'}
+    with torch.random.fork_rng(list(devices)),lent_buffers(learn.model),as_it_was(learn, {}, cbs): yield
 
 # %% ../nbs/11b_subbatch.ipynb #76be149f
 def targets_of(
