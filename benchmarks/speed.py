@@ -89,8 +89,8 @@ class Contender:
         "Bytes of parameters, gradients and state"
         state = getattr(self.opt, 'opt', self.opt).state
         own = (getattr(p, 'hess', None) for p in self.ps) # timm's
-        tensors = [*self.ps, *(h for h in own if isinstance(h, torch.Tensor)), *(p.grad for p in self.ps), *(v for s in state.values() for v in s.values() if isinstance(v, torch.Tensor))]
-        return sum(o.numel()*o.element_size() for o in {id(t): t for t in tensors if t is not None}.values())
+        every = [*self.ps, *own, *(p.grad for p in self.ps), *(v for s in state.values() for v in s.values())]
+        return sum(o.numel()*o.element_size() for o in {id(t): t for t in every if isinstance(t, torch.Tensor)}.values())
 
 class Rival(Contender):
     "Another AdaHessian, estimating at each step"
