@@ -8,7 +8,7 @@
 __all__ = ['check_hypers', 'check_counts', 'check_choices', 'AdaHessian', 'peek_seed', 'AdaHessianWrapper', 'all_finite',
            'warn_rarely', 'adahessian']
 
-# %% ../nbs/12_adahessian.ipynb #885a3b43
+# %% ../nbs/12_adahessian.ipynb #9ecc0d73
 import math,warnings
 from contextlib import contextmanager,nullcontext
 
@@ -21,7 +21,7 @@ from .learner import (CurvatureScale,check_checkpoints,check_model,cross_rank_me
     loss_weight,sync_group,twice_differentiable)
 from .closure import rng_state
 from .foreach import update
-from .products import (Ride,again_methods,against_differences,check_compilable,choose_product,exact_product,is_half,
+from .products import (Ride,again_methods,against_differences,check_compilable,check_twice,choose_product,exact_product,is_half,
     learner_again,refuse_difference)
 from .budget import Budget,check_period,is_due
 from .steppers import adahessian_step,average_diag_hessian,average_sqr_diag_hessian,signed_adahessian_step
@@ -234,7 +234,7 @@ def weigh(self:AdaHessianWrapper,
         torch._foreach_mul_(pending, old/self.n_items)
     return n_items/self.n_items if self.n_items else 1.
 
-# %% ../nbs/12_adahessian.ipynb #59014f5e
+# %% ../nbs/12_adahessian.ipynb #1e5cf55e
 def _check_dense(grads):
     if any(g is not None and g.layout!=torch.strided for g in grads):
         raise ValueError("adahessian needs dense gradients: make the `nn.Embedding` with `sparse=False`")
@@ -248,6 +248,8 @@ def graph_gradient(self:AdaHessianWrapper,
     with hooks_resting(ps): grads = gradient(loss, ps, create_graph=True)
     _check_dense(grads)
     if any(g is None for g in grads): check_checkpoints(loss)
+    if not self.looked_at: check_twice(grads)
+    self.looked_at = True
     return dict(zip(ps, grads))
 
 @patch

@@ -7,8 +7,8 @@ The double backward works on the graph that a batch leaves behind. The other pro
 # %% auto #0
 __all__ = ['kinked_modules', 'kinked_functions', 'max_error', 'again_methods', 'kinks', 'graph_kinks', 'relative_error',
            'refuse_difference', 'forward_again', 'difference_again', 'batch_statistics', 'compile_product',
-           'compiled_again', 'Ride', 'learner_again', 'check_compilable', 'is_half', 'first_working', 'exact_product',
-           'against_differences', 'choose_product']
+           'compiled_again', 'Ride', 'learner_again', 'check_compilable', 'is_half', 'check_twice', 'first_working',
+           'exact_product', 'against_differences', 'choose_product']
 
 # %% ../nbs/11d_products.ipynb #65437373
 import weakref
@@ -196,7 +196,17 @@ def is_half(
     halves = (torch.float16,torch.bfloat16)
     return hasattr(learn, 'mixed_precision') or any(p.dtype in halves for p in learn.model.parameters())
 
-# %% ../nbs/11d_products.ipynb #24ee753e
+# %% ../nbs/11d_products.ipynb #dd00996c
+def check_twice(
+    grads:list, # Gradients with their graph; raises `RuntimeError`
+):
+    "Refuse gradients through a function that can be differentiated only once"
+    on = [g.sum() for g in grads if g is not None and g.requires_grad]
+    if on and any(type(o).__name__=='Error' for o in graph_nodes(torch.stack(on).sum())):
+        raise RuntimeError("a function in this model is `once_differentiable`, and its curvature would be taken for zero: use "
+            "hvp='forward', or hvp='finite_difference' in a smooth network")
+
+# %% ../nbs/11d_products.ipynb #b2839e25
 def first_working(
     methods:dict, # Products by name, in the order of preference
     v:list, # Direction to try them in
@@ -214,7 +224,10 @@ def exact_product(
 )->tuple: # Method and product
     "The exact product that works, the double backward if it does"
     again = partial(evaluation.again, twice=True)
-    return first_working({k: hessian_product(again, params, k) for k in ('reverse','forward')}, v)
+    def reverse(v):
+        check_twice(gradient(again(), params, create_graph=True))
+        return hessian_product(again, params)(v)
+    return first_working(dict(reverse=reverse, forward=hessian_product(again, params, 'forward')), v)
 
 # %% ../nbs/11d_products.ipynb #44a0c15b
 def against_differences(

@@ -370,7 +370,7 @@ def write_goals(path, rows, scale, line, extra):
     "The table of goals against results"
     def verdict(bound, v):
         if math.isnan(v): return 'not measured'
-        return 'met' if (bound[0]<=v<=bound[1] if isinstance(bound, tuple) else v<=bound) else '**missed**'
+        return 'met' if (bound[0]<=round(v, 2)<=bound[1] if isinstance(bound, tuple) else round(v, 2)<=bound) else '**missed**'
     head = ['# Goals and results', '', f"Written by `python benchmarks/speed.py`. {line}.", '', '| goal | bound | result | |', '|---|---|---|---|']
     body = [f"| {g} | {'{} to {}'.format(*b) if isinstance(b, tuple) else f'≤ {b}'} | {v:.2f} | {verdict(b, v)} |" for g,b,v in goals(rows, scale)]
     path.write_text('\n'.join(head+body+extra)+'\n')

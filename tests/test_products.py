@@ -116,7 +116,7 @@ def data(n=3, bs=8):
 
 def trained(act=None, cbs=(), model=None, loss_func=None, epochs=2, **kwargs):
     set_seed(5)
-    net = model or Block(act or nn.GELU())
+    net = Block(act or nn.GELU()) if model is None else model
     learn = Learner(data(), net, loss_func or CrossEntropyLossFlat(), opt_func=partial(adahessian, lr=0.02, **kwargs), cbs=list(cbs))
     with learn.no_bar(),learn.no_logging(): learn.fit(epochs)
     return learn
@@ -168,14 +168,18 @@ def test_kinked_modules_are_named():
 
 class Functional(nn.Module):
     "A kink that no module shows"
-    def __init__(self, f):
+    def __init__(self, f, n):
         super().__init__()
-        self.f,self.lin,self.out = [f],nn.Linear(75,64),nn.Linear(64,3)
+        self.f,self.lin,self.out = [f],nn.Linear(75,n),nn.Linear(n,3)
     def forward(self, x): return self.out(self.f[0](self.lin(x.flatten(1))))
 
 @pytest.mark.parametrize('f,name', [(F.relu,'Relu'),(torch.abs,'Abs'),(lambda x: x.clamp(min=-0.1),'Clamp')])
 def test_kinked_functions_are_found_in_the_graph(f, name):
-    with pytest.raises(ValueError, match=rf"{name}Backward\d has a kink"): trained(model=Functional(f), hvp='finite_difference')
+    with pytest.raises(ValueError, match=rf"{name}Backward\d has a kink"): trained(model=functional(f), hvp='finite_difference')
+
+def functional(f, n=64):
+    set_seed(9)
+    return Functional(f, n)
 
 class Stairs(torch.autograd.Function):
     "A kink that neither modules nor graph show"
@@ -187,7 +191,7 @@ class Stairs(torch.autograd.Function):
     def backward(ctx, g): return g*(ctx.saved_tensors[0]>0)
 
 def test_self_check_finds_the_rest():
-    with pytest.raises(ValueError, match='was off by'): trained(model=Functional(Stairs.apply), hvp='finite_difference')
+    with pytest.raises(ValueError, match='was off by'): trained(model=functional(Stairs.apply, 4000), hvp='finite_difference')
 
 def test_half_precision_is_refused():
     with pytest.raises(ValueError, match='half precision'): trained(cbs=[MixedPrecision(amp_mode='bf16')] , hvp='finite_difference')
@@ -230,8 +234,37 @@ def test_auto(act, cbs, want, why, capsys):
     assert learn.opt.state_dict()['wrapper']['measured']['hvp_used']==want
     if not cbs: assert relative(values(learn), values(trained(act, hvp=want))) < SAME_RUN
 
-def test_auto_on_a_part_of_the_graph_kinds():
-    "Graph nodes of a whole network: the kinks and nothing else"
+def test_auto_without_double_backward(capsys):
+    "A function that is differentiable once, before a kink: neither finite differences nor a double backward"
+    learn = trained(model=functional(lambda x: NoDouble.apply(x).relu()), hvp='auto')
+    assert learn.opt.hvp_used=='forward' and 'no double backward' in capsys.readouterr().out
+    ref = trained(model=functional(lambda x: x.tanh().relu()))
+    assert relative([learn.opt.state[p]['sqr_avg_diag_hessian'] for p in learn.model.parameters()],
+        [ref.opt.state[p]['sqr_avg_diag_hessian'] for p in ref.model.parameters()]) < SAME_RUN
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn,self.out = nn.LSTM(3, 6, batch_first=True),nn.Linear(6,3)
+    def forward(self, x): return self.out(self.rnn(x.flatten(2).transpose(1,2))[0][:,-1])
+
+def test_once_differentiable_is_refused_and_not_taken_for_zero():
+    with pytest.raises(RuntimeError, match='once_differentiable'): trained(model=functional(NoDouble.apply))
+    ref = trained(model=functional(torch.tanh))
+    assert relative(values(trained(model=functional(NoDouble.apply), hvp='forward')), values(ref)) < SAME_RUN
+
+def test_auto_of_recurrent_and_compiled_models(capsys):
+    def run(hvp, compiled):
+        set_seed(5)
+        net = Recurrent()
+        return trained(model=torch.compile(net, backend='eager') if compiled else net, hvp=hvp)
+    ref = run('reverse', False)
+    for compiled in (False,True):
+        learn = run('auto', compiled)
+        assert learn.opt.hvp_used=='finite_difference' and relative(values(learn), values(ref)) < NEAR_RUN
+
+def test_graph_nodes_of_a_network():
+    "The kinks and nothing else"
     net,ps,loss = problem(nn.GELU())
     assert graph_kinks(loss())==[] and kinks(net)==[]
     net,ps,loss = problem(nn.ReLU())
