@@ -176,7 +176,7 @@ class Trial:
         "Parameters := start"
         for p,o in zip(self.params, ifnone(self.start, [])): p.copy_(o)
 
-# %% ../nbs/13_hessian_free.ipynb #9b78fb72
+# %% ../nbs/13_hessian_free.ipynb #1affcaf4
 class HessianFree(Optimizer):
     "Hessian-free optimizer of Martens"
     default_lr = 1.
@@ -204,7 +204,7 @@ class HessianFree(Optimizer):
         check_every:int=None, # CG iterations between two looks of the host
         backtracking:bool=True, # Choose among the iterates of CG?
         grid:float=1.3, # Base of the grid of kept iterates
-        keep_iterates:int=8, # Keep at most so many; None: the whole grid
+        keep_iterates:int=4, # Keep at most so many; None: the whole grid
         line_search:bool=True, # Armijo's rule along the step?
         ls_beta:float=0.8, # Shrinks the length
         ls_c:float=1e-2, # Share of the linear decrease that is asked for

@@ -86,7 +86,8 @@ def products(args):
                 torch.autograd.grad(F.cross_entropy(model(x), y), params) if k=='gradient' else runs[k](v)
                 times[k].append(time.process_time()-tic)
         mid = lambda k: sorted(times[k])[args.repeats//2]
-        rows += [dict(problem=name, parameters=sum(p.numel() for p in params), product=k, gradients=round(mid(k)/mid('gradient'), 2), ms=round(1e3*mid(k), 2)) for k in times]
+        n = sum(p.numel() for p in params)
+        rows += [dict(problem=name, parameters=n, product=k, gradients=round(mid(k)/mid('gradient'), 2), ms=round(1e3*mid(k), 2)) for k in times]
     write('products', rows)
 
 # --- evaluations of the loss
@@ -151,7 +152,8 @@ def memory_of(kind, kwargs):
 def memory(args):
     "Peak memory of training steps on 5.6M parameters, 28 CG iterations"
     rows = []
-    for kind,kwargs in (('sgd',{}), ('adam',{}), ('hf',{}), ('hf',dict(keep_graph=False)), ('hf',dict(keep_iterates=None)), ('hf',dict(precondition=True)), ('hf',dict(x0_decay=0., keep_iterates=3))):
+    settings = {}, dict(keep_graph=False), dict(keep_iterates=8), dict(keep_iterates=None), dict(precondition=True), dict(x0_decay=0., keep_iterates=3)
+    for kind,kwargs in (('sgd',{}), ('adam',{}), *(('hf',o) for o in settings)):
         cmd = [sys.executable, '-W', 'ignore', __file__, 'memory_of', '--kind', kind, '--kwargs', repr(kwargs)]
         out = subprocess.run(cmd, capture_output=True, text=True, env={**os.environ, 'MALLOC_MMAP_THRESHOLD_':'1000000'})
         rows.append(dict(optimizer=kind, settings=str(kwargs), parameter_sizes=round(float(out.stdout.split()[-1]), 1)))
@@ -211,7 +213,8 @@ def autoencoder_runs(args):
     x,_ = digits()
     names = ['hf fisher', 'adam 1e-3', 'adam 3e-3', 'lbfgs']
     curves = {(n,s):train_autoencoder(n, s, x, args.seconds) for s in range(args.seeds) for n in names}
-    write('autoencoder', [dict(optimizer=n, seed=s, cpu_seconds=args.seconds, steps=len(c), error=round(c[-1][1], 4), half_time_error=round(next(e for t,e in c if t>=args.seconds/2), 4))
+    half = {k: next(e for t,e in c if t>=args.seconds/2) for k,c in curves.items()}
+    write('autoencoder', [dict(optimizer=n, seed=s, cpu_seconds=args.seconds, steps=len(c), error=round(c[-1][1], 4), half_time_error=round(half[n,s], 4))
         for (n,s),c in sorted(curves.items())])
     fig,ax = plt.subplots(figsize=(7,4))
     for (n,s),c in curves.items(): ax.plot(*zip(*c), color=f'C{names.index(n)}', label=n if s==0 else None, lw=1)
