@@ -8,8 +8,8 @@
 __all__ = ['check_hypers', 'check_counts', 'check_choices', 'AdaHessian', 'peek_seed', 'AdaHessianWrapper', 'all_finite',
            'warn_rarely', 'adahessian']
 
-# %% ../nbs/12_adahessian.ipynb #9ecc0d73
-import math,warnings
+# %% ../nbs/12_adahessian.ipynb #4a6dda33
+import itertools,math,warnings
 from contextlib import contextmanager,nullcontext
 
 from fastai.basics import *
@@ -82,7 +82,7 @@ def peek_seed()->int:
     generator.set_state(torch.get_rng_state())
     return torch.randint(2**31, (1,), generator=generator).item()
 
-# %% ../nbs/12_adahessian.ipynb #70d43a7d
+# %% ../nbs/12_adahessian.ipynb #e2f8d59c
 class AdaHessianWrapper(Optimizer, GetAttr):
     "Wrap `opt` so that its steppers receive an estimate of the Hessian's diagonal"
     _default,default_lr = 'opt',0.15
@@ -133,7 +133,7 @@ class AdaHessianWrapper(Optimizer, GetAttr):
 
     def zero_grad(self):
         "Drop the gradients, which have no room beside an estimate, and what is pending"
-        for p,*_ in self.all_params(): p.grad = None
+        for p in itertools.chain(*self.param_lists): p.grad = None
         self.forget()
 
     def clear_state(self):
@@ -145,22 +145,23 @@ class AdaHessianWrapper(Optimizer, GetAttr):
     @param_lists.setter
     def param_lists(self, v): self.opt.param_lists = v
 
-# %% ../nbs/12_adahessian.ipynb #d460d39b
+# %% ../nbs/12_adahessian.ipynb #b55e852e
 @patch
 def trained(self:AdaHessianWrapper)->list:
     "The parameters that require a gradient, each once"
-    return list(dict.fromkeys(p for p,*_ in self.all_params() if p.requires_grad))
+    return list(dict.fromkeys(p for ps in self.param_lists for p in ps if p.requires_grad))
 
 @patch
 def curved(self:AdaHessianWrapper)->list:
     "The parameters that require a gradient and take part in the estimate"
-    return [p for p in self.trained() if self.state[p].get('do_hessian', True)]
+    state = self.opt.state
+    return [p for p in self.trained() if state[p].get('do_hessian', True)]
 
 @patch(as_prop=True)
 def due(self:AdaHessianWrapper)->bool:
     "Does the next backward pass take an estimate?"
-    curved = self.curved()
-    return bool(curved) and (is_due(self.n_steps, self.update_each) or any(not self.state[p].get('asked') for p in curved))
+    curved,state = self.curved(),self.opt.state
+    return bool(curved) and (is_due(self.n_steps, self.update_each) or any(not state[p].get('asked') for p in curved))
 
 # %% ../nbs/12_adahessian.ipynb #ed19f9f5
 @patch
@@ -394,7 +395,7 @@ def backward(self:AdaHessianWrapper,
     learn('after_backward')
     raise CancelBatchException
 
-# %% ../nbs/12_adahessian.ipynb #90bd685f
+# %% ../nbs/12_adahessian.ipynb #45ef978f
 @patch
 def ride_along(self:AdaHessianWrapper)->Ride:
     "Dual numbers for the next forward pass, along the first probe of the next estimate"
@@ -410,8 +411,9 @@ def forward_context(self:AdaHessianWrapper,
     check_model(learn.model)
     try:
         on_graph = self.hessian_bs is None and self.estimator!='gnb' and (self.rides or self.hvp_used not in again_methods)
-        twice,self.rng = self.due and on_graph,rng_state() if self.due and self.hvp_used!='reverse' else None
-        self.ride = self.ride_along() if self.due and self.rides and not hasattr(learn, 'mixed_precision') else None
+        due = self.due
+        twice,self.rng = due and on_graph,rng_state() if due and self.hvp_used!='reverse' else None
+        self.ride = self.ride_along() if due and self.rides and not hasattr(learn, 'mixed_precision') else None
         with twice_differentiable(learn.model) if twice else nullcontext(),self.ride or nullcontext(): yield
         self.forget()
     except CancelBatchException: raise
