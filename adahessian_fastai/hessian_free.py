@@ -9,7 +9,7 @@ step and 1 is its natural value. It wants a gradient with little noise, so batch
 # %% auto #0
 __all__ = ['MicroBatch', 'loss_count', 'learner_batch', 'weighted', 'Objective', 'Trial', 'HessianFree', 'hessian_free']
 
-# %% ../nbs/13_hessian_free.ipynb #7027cd78
+# %% ../nbs/13_hessian_free.ipynb #9cc3f5b5
 import math
 from collections import deque
 from contextlib import contextmanager
@@ -19,6 +19,7 @@ from .hvp import flat, gradient, graph_product, unflat
 from .ggn import best_jvp, check_twice, dual_jvp, fisher_diagonal, ggn_product, known_hessian, linear_jvp, model_forward, output_tensors
 from .cg import armijo, backtrack, cg, diag_preconditioner, flat_product, lm_damping, reduction_ratio
 from .learner import check_checkpoints, check_model, cross_rank_mean, hooks_resting, loss_scale, sync_group, twice_differentiable
+from .adahessian import warn_rarely
 from .closure import _evaluate, as_it_was, lent_buffers, replaying, rng_state
 
 # %% ../nbs/13_hessian_free.ipynb #d63d4a73
@@ -411,7 +412,7 @@ def _progress(self:HessianFree, wait=0.5):
         bar.update_bar(bar.last_v)
     return _show
 
-# %% ../nbs/13_hessian_free.ipynb #84494d7d
+# %% ../nbs/13_hessian_free.ipynb #f82049bc
 @patch
 def _guarded_step(self:HessianFree, obj):
     "`_newton_step` that leaves the parameters as they were if it fails"
@@ -436,7 +437,8 @@ def _back_off(self:HessianFree, trial, lams, why):
     self._adapt(math.nan)
     self.n_skipped += 1
     self._note(reason=f'skipped: {why}', damping=self.hypers[-1]['damping'])
-    warn(f"Hessian-free step {self.n_steps} was skipped: {why}. The parameters are as before; the damping is {self.hypers[-1]['damping']:.3g} now.")
+    damping = f"the damping is {self.hypers[-1]['damping']:.3g} now"
+    warn_rarely(self.n_skipped, f"Hessian-free step {self.n_steps} was skipped: {why}. The parameters are as before; {damping}")
 
 def _check_deterministic(obj):
     "Warn if a second evaluation of the batches differs from the first"
