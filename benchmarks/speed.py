@@ -8,7 +8,7 @@
 Rounds are interleaved: in each round every contender makes its steps once, so that whatever else the machine does hits all of them.
 What is reported is the median over rounds, and the median of the ratios to fastai's Adam of the same round.
 The rivals (timm, torch_optimizer, pytorch_optimizer, curvlinops-for-pytorch) are left out where they are not installed."""
-import argparse,copy,csv,gc,importlib,importlib.metadata,math,os,platform,statistics,time,warnings
+import argparse,copy,csv,gc,importlib,importlib.metadata,math,os,platform,statistics,sys,time,warnings
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -307,7 +307,7 @@ def where(args):
 def write_csv(path, rows):
     keys = list(dict.fromkeys(k for r in rows for k in r))
     with open(path, 'w', newline='') as f:
-        w = csv.DictWriter(f, keys)
+        w = csv.DictWriter(f, keys, lineterminator='\n')
         w.writeheader()
         for r in rows: w.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k,v in r.items()})
 
@@ -371,7 +371,7 @@ def write_goals(path, rows, scale, line, extra):
     def verdict(bound, v):
         if math.isnan(v): return 'not measured'
         return 'met' if (bound[0]<=round(v, 2)<=bound[1] if isinstance(bound, tuple) else round(v, 2)<=bound) else '**missed**'
-    head = ['# Goals and results', '', f"Written by `python benchmarks/speed.py`. {line}.", '', '| goal | bound | result | |', '|---|---|---|---|']
+    head = ['# Goals and results', '', f"Written by `python benchmarks/speed.py {' '.join(sys.argv[1:])}`. {line}.", '', '| goal | bound | result | |', '|---|---|---|---|']
     body = [f"| {g} | {'{} to {}'.format(*b) if isinstance(b, tuple) else f'≤ {b}'} | {v:.2f} | {verdict(b, v)} |" for g,b,v in goals(rows, scale)]
     path.write_text('\n'.join(head+body+extra)+'\n')
 
