@@ -209,9 +209,9 @@ def test_twenty_kills_end_with_the_same_weights(tmp_path):
         return tmp_path/name
     whole = fresh('whole')
     seconds = run(whole)[2]
-    want,rng,starts = torch.load(whole/'done'),random.Random(0),[]
+    want,rng,starts,n = torch.load(whole/'done'),random.Random(0),[],0
     while len(starts)<20:
-        folder = fresh(f'killed{len(starts)}')
+        folder,n = fresh(f'killed{n}'),n+1
         while len(starts)<20:
             start,killed,_ = run(folder, rng.uniform(0.3, 0.9)*seconds)
             if not killed: break
