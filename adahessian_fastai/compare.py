@@ -54,7 +54,7 @@ class Meter(Callback):
         self.peak.__exit__(None, None, None)
         self.mb = self.res['mb']
 
-# %% ../nbs/21_compare.ipynb #c5e7336e
+# %% ../nbs/21_compare.ipynb #ead140b0
 def compare_optimizers(
     make_learner, # Callable `opt_func -> Learner`
     opts:dict, # `opt_func` by name; the first one is what the others are compared with
@@ -68,6 +68,7 @@ def compare_optimizers(
         print(f"{name}, seed {seed}")
         set_seed(seed, reproducible=True)
         learn = make_learner(opt_func)
+        for dl in learn.dls.loaders: dl.rng.seed(seed)
         meter = Meter()
         learn.fit_one_cycle(n_epoch, lr.get(name) if isinstance(lr,dict) else lr, cbs=meter)
         rec = learn.recorder
