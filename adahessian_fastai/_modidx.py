@@ -572,8 +572,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'adahessian_fastai/products.py'),
                                             'adahessian_fastai.products.check_compilable': ( 'products.html#check_compilable',
                                                                                              'adahessian_fastai/products.py'),
-                                            'adahessian_fastai.products.check_twice': ( 'products.html#check_twice',
-                                                                                        'adahessian_fastai/products.py'),
                                             'adahessian_fastai.products.choose_product': ( 'products.html#choose_product',
                                                                                            'adahessian_fastai/products.py'),
                                             'adahessian_fastai.products.compile_product': ( 'products.html#compile_product',

@@ -36,7 +36,7 @@ def graph_vjp(
     "Transposed Jacobian of `outputs`, from their graph"
     return lambda u: _dense(torch.autograd.grad(outputs, params, u, retain_graph=True, allow_unused=True), params)
 
-# %% ../nbs/06_ggn.ipynb #ad5abf55
+# %% ../nbs/06_ggn.ipynb #56d459e3
 def check_twice(
     grads:list # From `torch.autograd.grad(..., create_graph=True)`, may hold `None`
 ):
@@ -45,7 +45,9 @@ def check_twice(
     while todo:
         node = todo.pop()
         if node is None or node in seen: continue
-        if node.name()=='torch::autograd::Error': raise RuntimeError("the network has a function that is not differentiable twice (`once_differentiable`).")
+        if node.name()=='torch::autograd::Error':
+            raise RuntimeError("the network has a function that is not differentiable twice (`once_differentiable`): for adahessian take "
+                "hvp='forward', or hvp='finite_difference' in a smooth network.")
         seen.add(node)
         todo += [o for o,_ in node.next_functions]
 

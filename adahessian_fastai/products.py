@@ -7,10 +7,10 @@ The double backward works on the graph that a batch leaves behind. The other pro
 # %% auto #0
 __all__ = ['kinked_modules', 'kinked_functions', 'max_error', 'again_methods', 'kinks', 'graph_kinks', 'relative_error',
            'refuse_difference', 'forward_again', 'difference_again', 'batch_statistics', 'compile_product',
-           'compiled_again', 'Ride', 'learner_again', 'check_compilable', 'is_half', 'check_twice', 'first_working',
-           'exact_product', 'against_differences', 'choose_product']
+           'compiled_again', 'Ride', 'learner_again', 'check_compilable', 'is_half', 'first_working', 'exact_product',
+           'against_differences', 'choose_product']
 
-# %% ../nbs/11d_products.ipynb #65437373
+# %% ../nbs/11d_products.ipynb #db508373
 import weakref
 from contextlib import ExitStack,contextmanager,nullcontext
 
@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend,sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from fastai.basics import *
 from .hvp import difference_product,dual_gradient,dual_numbers,gradient,hessian_product,total_norm
-from .ggn import output_tensors,reverse_jvp
+from .ggn import check_twice,output_tensors,reverse_jvp
 from .learner import graph_nodes,twice_differentiable
 from .closure import batch_closure
 
@@ -195,16 +195,6 @@ def is_half(
     "Is something computed in half precision?"
     halves = (torch.float16,torch.bfloat16)
     return hasattr(learn, 'mixed_precision') or any(p.dtype in halves for p in learn.model.parameters())
-
-# %% ../nbs/11d_products.ipynb #dd00996c
-def check_twice(
-    grads:list, # Gradients with their graph; raises `RuntimeError`
-):
-    "Refuse gradients through a function that can be differentiated only once"
-    on = [g.sum() for g in grads if g is not None and g.requires_grad]
-    if on and any(type(o).__name__=='Error' for o in graph_nodes(torch.stack(on).sum())):
-        raise RuntimeError("a function in this model is `once_differentiable`, and its curvature would be taken for zero: use "
-            "hvp='forward', or hvp='finite_difference' in a smooth network")
 
 # %% ../nbs/11d_products.ipynb #b2839e25
 def first_working(
