@@ -186,14 +186,21 @@ torch.save(learn.model.state_dict(), folder+'/done')
 """
 
 
-def run(folder, kill_after=None):
-    "Run the script, and kill it after so many seconds of training: the epoch at which it began, whether it was killed, and how long it trained"
+def wait_for_checkpoint(p, folder, since):
+    "Return when the run `p` has written a checkpoint after `since`, or has ended"
+    last = folder/'models/last.pth'
+    while p.poll() is None and not (last.exists() and last.stat().st_mtime>since): time.sleep(0.005)
+
+
+def run(folder, kill_after=None, checkpoint=False):
+    "Run the script, and kill it after so many seconds of training, or after its next `checkpoint`: first epoch, was it killed, seconds"
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
     with open(folder/'log', 'a') as log:
         p = subprocess.Popen([sys.executable, '-c', script.format(tests=str(Path(__file__).parent)), str(folder)], stdout=subprocess.PIPE, stderr=log, env=env)
         line = p.stdout.readline()
         assert line.startswith(b'start'), (folder/'log').read_text()
         begun = time.time()
+        if checkpoint: wait_for_checkpoint(p, folder, begun)
         try: p.wait(timeout=kill_after or 300)
         except subprocess.TimeoutExpired: p.send_signal(signal.SIGKILL)
         code = p.wait()
@@ -213,7 +220,7 @@ def test_twenty_kills_end_with_the_same_weights(tmp_path):
     while len(starts)<20:
         folder,n = fresh(f'killed{n}'),n+1
         while len(starts)<20:
-            start,killed,_ = run(folder, rng.uniform(0.3, 0.9)*seconds)
+            start,killed,_ = run(folder, rng.uniform(0.05, 0.9)*seconds, checkpoint=rng.random()<0.5)
             if not killed: break
             starts.append(start)
         if not (folder/'done').exists(): run(folder)
