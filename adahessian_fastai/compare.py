@@ -77,7 +77,7 @@ def compare_optimizers(
             losses=[o.item() for o in rec.losses]))
     return pd.DataFrame(rows)
 
-# %% ../nbs/21_compare.ipynb #0056be16
+# %% ../nbs/21_compare.ipynb #b3a11792
 def comparison_table(
     runs:pd.DataFrame, # From `compare_optimizers`
 )->pd.DataFrame: # One row for each optimizer
@@ -93,7 +93,7 @@ def plot_comparison(
     ax=None, # Axes to draw in
 ):
     "Smoothed training loss of each run, one colour for each optimizer"
-    ax = ax or plt.subplots(figsize=(6,4))[1]
+    ax = ax or plt.subplots(figsize=(6,4), layout='constrained')[1]
     for i,(name,group) in enumerate(runs.groupby('optimizer', sort=False)):
         for j,losses in enumerate(group.losses): ax.plot(losses, color=f'C{i}', label=None if j else name, lw=1)
     ax.set(xlabel='batch', ylabel='training loss (smoothed)', yscale='log')
