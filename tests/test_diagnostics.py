@@ -453,6 +453,25 @@ def test_scatter_is_the_dense_diagonal():
     x = learn.curvature_recorder.plot_diagonal(n_entries=n).lines[0].get_xdata()
     assert torch.allclose(torch.as_tensor(x), H.diag()[idxs], atol=SAME)
 
+def test_noise_plot_draws_the_record():
+    learn = learner(opt_func=partial(adahessian, n_samples=2), splitter=lambda m: [list(o.parameters()) for o in (m[:2], m[2:])])
+    run(learn, 1)
+    drawn,record = plot_noise(learn).lines[:2],learn.opt.noise_record
+    assert len(record)==len(learn.dls.train)>1
+    for i,l in enumerate(drawn):
+        want = np.array([r[i].item() for _,r in record])
+        assert l.get_xdata().tolist()==[s for s,_ in record]
+        np.testing.assert_array_equal(np.nan_to_num(np.asarray(l.get_ydata(), dtype=want.dtype)), want)
+    assert [l.get_label() for l in drawn]==['0 Conv2d … 1 BatchNorm2d', '5 Linear']
+    assert [l.get_label() for l in plot_noise(learn.opt).lines[:2]]==['group 0', 'group 1']
+    assert plot_noise(learn).get_yscale()=='log'
+
+@pytest.mark.parametrize('opt', [Adam, adahessian])
+def test_noise_plot_without_a_record_says_what_to_do(opt):
+    learn = learner(opt_func=opt)
+    for o in (learn, run(learn, 1), learn.opt):
+        with pytest.raises(ValueError, match='n_samples >= 2'): plot_noise(o)
+
 # ---- summary and learning rate --------------------------------------------------------------------------------------
 
 def test_summary_has_the_layers_numbers():

@@ -6,10 +6,12 @@ from shutil import copy,rmtree
 from fastcore.nbio import read_nb
 from nbdev.config import nbpath2html
 from nbdev.doclinks import NbdevLookup
+from results import filled
 
 root = Path(__file__).resolve().parents[1]
 out,lib = root/'_proc','adahessian_fastai'
 defs = ast.FunctionDef,ast.ClassDef
+first_guides = ['which', 'hyperparameters', 'benchmarks'] # The others follow by name
 papers = {'CHANGELOG.md': 'changelog.md', 'CONTRIBUTING.md': 'contributing.md'}
 re_link = re.compile(r'(\]\(|<img[^>]* src=")(?![a-z]+:|#)([^)"\s#]+)')
 re_code = re.compile(r'(?<![`\[])`([A-Za-z_][\w.]*)(?:\(\))?`(?!`)')
@@ -17,6 +19,11 @@ re_code = re.compile(r'(?<![`\[])`([A-Za-z_][\w.]*)(?:\(\))?`(?!`)')
 # Reading notebooks
 
 def notebooks(): return sorted(p for p in (root/'nbs').glob('*.ipynb') if p.name[0] not in '_.')
+def guides():
+    "The pages of docs/ in reading order"
+    last = len(first_guides)
+    return sorted((root/'docs').glob('*.md'), key=lambda p: (first_guides.index(p.stem) if p.stem in first_guides else last, p.name))
+
 def page_name(p): return nbpath2html(Path(p.name)).with_suffix('.ipynb').as_posix()
 def module_name(nb): return next((d for c in nb.cells if (d := c.directive('default_exp'))), None)
 def is_export(c): return c.cell_type=='code' and bool({'export', 'exports'} & set(c.directives))
@@ -187,18 +194,38 @@ def api_page(rooms):
     intro = f'# API at a glance\n\n`from {lib}.all import *` brings all of it. Each heading leads to the notebook that defines, explains and tests its module.'
     (out/'api.md').write_text('\n\n'.join([intro, *map(module_table, rooms)])+'\n', encoding='utf-8')
 
+def entry(name, title, about): return f"- [{title}]({name.rsplit('.', 1)[0]}.html)" + (f': {about}' if about else '')
+
+def lead(p):
+    "Title and first paragraph of the Markdown file `p`, links and comments taken out"
+    title,first,*_ = [o.strip() for o in p.read_text(encoding='utf-8').split('\n\n')]
+    return title.lstrip('# '), re.sub(r'\[(.+?)\]\(.+?\)|<!--.*?-->', r'\1', ' '.join(first.split()))
+
+def page_title(nb): return next(m[1] for c in nb.cells if (m := re.search(r'^# (.+)$', c.source, re.M)))
+
+def llms_txt(stories, rooms):
+    "The site for a language model: what the package is and what each page holds"
+    index = read_nb(root/'nbs/index.ipynb')
+    about = next(c.source for c in index.cells[1:] if c.cell_type=='markdown')
+    line = lambda p,title: entry(page_name(p), title(nb := read_nb(p)), summary(nb))
+    api = [line(p, lambda nb: f'{lib}.{module_name(nb)}') for p in rooms]
+    parts = dict(Guides=[entry(p.name, *lead(p)) for p in guides()], Tutorials=[line(p, page_title) for p in stories],
+        API=[entry('api.md', 'API at a glance', 'every public name with one line'), *api],
+        Optional=[entry(name, Path(name).stem.capitalize(), '') for name in papers.values()])
+    return '\n\n'.join([f'# {lib}', f'> {summary(index)}', about, *(f'## {k}\n\n'+'\n'.join(v) for k,v in parts.items())])+'\n'
+
 def site_pages():
     "Write all pages, afresh"
     rmtree(out, ignore_errors=True)
     out.mkdir()
     rooms = [p for p in notebooks() if module_name(read_nb(p)) and p.name!='index.ipynb']
     stories = [p for p in notebooks() if p not in rooms and p.name!='index.ipynb']
-    guides = sorted((root/'docs').glob('*.md'))
     for p in [*rooms, *stories]: notebook_page(p)
-    for p in guides: (out/p.name).write_text(prose(p.read_text(encoding='utf-8'), 'docs'), encoding='utf-8')
+    for p in guides(): (out/p.name).write_text(prose(filled(p.read_text(encoding='utf-8')), 'docs'), encoding='utf-8')
     for p,name in papers.items(): (out/name).write_text(prose((root/p).read_text(encoding='utf-8'), '.'), encoding='utf-8')
     api_page(rooms)
-    trees = [('Tutorials', map(page_name, stories)), ('Guides', (p.name for p in guides)), ('API', ('api.md', *map(page_name, rooms))),
+    (out/'llms.txt').write_text(llms_txt(stories, rooms), encoding='utf-8')
+    trees = [('Tutorials', map(page_name, stories)), ('Guides', (p.name for p in guides())), ('API', ('api.md', *map(page_name, rooms))),
         ('Project', papers.values())]
     tocs = '\n\n'.join(toctree(k, list(v)) for k,v in trees)
     notebook_page(root/'nbs/index.ipynb', [md_cell('toctrees', tocs)])
