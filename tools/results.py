@@ -32,8 +32,8 @@ def mean_sd(vs):
     "Mean ± standard deviation, to the digits that the latter leaves"
     m,sd = mean(vs),statistics.stdev(vs) if len(vs)>1 else math.nan
     if math.isnan(sd): return shown(m)
-    places = max(0, 1-math.floor(math.log10(max(sd, 1e-3*abs(m)))))
-    return f'{m:.{places}f} ± {sd:.{places}f}'
+    places = max(0, 1-math.floor(math.log10(sd if sd>1e-6*abs(m) else 0.01*abs(m) or 1.)))
+    return f'{m:.{places}f}\u00a0±\u00a0{sd:.{places}f}'
 
 def table(head, body):
     line = lambda cells: f"| {' | '.join(map(str, cells))} |"
@@ -78,7 +78,7 @@ def study(name):
 
 def speed(val):
     "The column `val` of speed.csv: an estimate, a mean over steps, or an optimizer without estimate"
-    rs = [r for r in rows('speed') if r[val] and r['kind']!='product' and not r['model'].startswith('step ')]
+    rs = [r for r in rows('speed') if not math.isnan(num(r[val])) and r['kind']!='product' and not r['model'].startswith('step ')]
     rs = [r for r in rs if r['kind']!='other' or ' ' not in r['contender'] or 'torch' in r['contender']]
     name = lambda r: re.sub('^ours', 'adahessian', r['contender'])+(', no estimate' if (r['contender'],r['kind'])==('ours','other') else '')
     return pivot(rs, name, 'model', val, 'optimizer')

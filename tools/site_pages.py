@@ -130,7 +130,7 @@ def linked(md):
 
 def pages():
     "Page in `_proc` by path in the repository"
-    res = {f'nbs/{p.name}': page_name(p) for p in notebooks()}
+    res = {'benchmarks/results/goals.md': 'benchmarks.md#goals', **{f'nbs/{p.name}': page_name(p) for p in notebooks()}}
     return {**res, **{f'docs/{p.name}': p.name for p in (root/'docs').glob('*.md')}, **papers}
 
 def relinked(md, folder):
@@ -146,6 +146,7 @@ def relinked(md, folder):
     return re_link.sub(f, md)
 
 def prose(md, folder): return linked(relinked(md, folder))
+def guide_page(md): return prose(filled(md).replace('<!-- stacked -->', '{.stacked}'), 'docs') # Wide tables that a phone shows row by row
 
 # Pages
 
@@ -160,12 +161,18 @@ def exported_cell(c, mod):
     code = f'```python\n{src}\n```'
     return md_cell(c.id, '\n\n'.join([*entries, f':::{{dropdown}} Source\n{code}\n:::' if entries else code]))
 
+def shown_size(c):
+    "Metadata for the width at which a picture of cell `c` was meant; it is saved with more pixels"
+    texts = (''.join(o.get('data', {}).get('text/plain', '')) for o in c.get('outputs', []))
+    widths = [int(m[1]) for t in texts if (m := re.match(r'<Figure size (\d+)x', t))]
+    return dict(mystnb=dict(image=dict(width=f'{max(widths)}px'))) if widths else {}
+
 def page_cell(c, mod):
     "Cell `c` as the site shows it, or `None`"
     if 'hide' in c.directives or c.cell_type=='raw' or 'default_exp' in c.directives: return None
     if c.cell_type=='markdown': return md_cell(c.id, prose(source(c), 'nbs'))
     if is_export(c): return exported_cell(c, mod)
-    return dict(c, source=source(c), id=c.id, metadata={})
+    return dict(c, source=source(c), id=c.id, metadata=shown_size(c))
 
 def clean_dict(c): return {k: c[k] for k in ('cell_type', 'id', 'metadata', 'source', 'outputs', 'execution_count') if k in c}
 
@@ -221,7 +228,7 @@ def site_pages():
     rooms = [p for p in notebooks() if module_name(read_nb(p)) and p.name!='index.ipynb']
     stories = [p for p in notebooks() if p not in rooms and p.name!='index.ipynb']
     for p in [*rooms, *stories]: notebook_page(p)
-    for p in guides(): (out/p.name).write_text(prose(filled(p.read_text(encoding='utf-8')), 'docs'), encoding='utf-8')
+    for p in guides(): (out/p.name).write_text(guide_page(p.read_text(encoding='utf-8')), encoding='utf-8')
     for p,name in papers.items(): (out/name).write_text(prose((root/p).read_text(encoding='utf-8'), '.'), encoding='utf-8')
     api_page(rooms)
     (out/'llms.txt').write_text(llms_txt(stories, rooms), encoding='utf-8')
