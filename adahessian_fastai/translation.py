@@ -44,7 +44,7 @@ def multi30k_lines(
         tmp.replace(path)
     with gzip.open(path, 'rt', encoding='utf-8') as f: return f.read().strip().split('\n')
 
-# %% ../nbs/22_translation.ipynb #d726bea5
+# %% ../nbs/22_translation.ipynb #30a2a715
 _nouns = dict(dog='der hund hunde', cat='die katze katzen', horse='das pferd pferde', woman='die frau frauen', child='das kind kinder', man='der mann männer')
 _things = dict(house='das haus', ball='den ball', street='die straße', boat='das boot', tree='den baum', flower='die blume')
 _adjs = dict(old='alt', little='klein', red='rot', young='jung', beautiful='schön')
@@ -55,8 +55,8 @@ def toy_pair(
     rng:random.Random, # Source of randomness
 )->tuple: # English and German
     "A sentence of the stand-in corpus"
-    (noun,n_de),(thing,t_de),(adj,a_de),(adj2,a2_de),(verb,v_de),(adv,adv_de) = [
-        rng.choice(list(o.items())) for o in (_nouns,_things,_adjs,_adjs,_verbs,_advs)]
+    picked = [rng.choice(list(o.items())) for o in (_nouns,_things,_adjs,_adjs,_verbs,_advs)]
+    (noun,n_de),(thing,t_de),(adj,a_de),(adj2,a2_de),(verb,v_de),(adv,adv_de) = picked
     article,one,many = n_de.split()
     v_one,v_many = v_de.split()
     t_article,t_noun = t_de.split()
@@ -218,7 +218,7 @@ def translation_learner(
     model = TranslationTransformer(len(dls.src_vocab), len(dls.tgt_vocab), **kwargs)
     return Learner(dls, model, translation_loss(label_smoothing), opt_func=opt_func, metrics=word_accuracy, cbs=cbs)
 
-# %% ../nbs/22_translation.ipynb #66d0c72d
+# %% ../nbs/22_translation.ipynb #66974de5
 @torch.no_grad()
 def next_log_probs(
     model:TranslationTransformer, # In evaluation mode
@@ -227,7 +227,7 @@ def next_log_probs(
     src:Tensor, # Source sentences, B×S
 )->Tensor: # B×words; -inf for what is never said
     "Log-probabilities of the next word"
-    logp = model.head(model.decode(tgt_in, memory, src)[:,-1]).float().log_softmax(-1)
+    logp = model.head(model.decode(tgt_in, memory, src)[:,-1]).log_softmax(-1)
     logp[:,[unk,pad,bos]] = -math.inf
     return logp
 
@@ -244,7 +244,7 @@ def greedy_decode(
         out,done = torch.cat([out, words[:,None]], 1),done|(words==eos)
     return out[:,1:]
 
-# %% ../nbs/22_translation.ipynb #6bd193ee
+# %% ../nbs/22_translation.ipynb #c5f7a106
 def extend_beam(
     logp:Tensor, # Of the next words, B×K×words
     sums:Tensor, # Log-probability of each beginning, B×K
@@ -274,7 +274,8 @@ def beam_decode(
     n,rows = len(src),torch.arange(len(src), device=src.device)[:,None]
     memory,wide = (o.repeat_interleave(width, 0) for o in (model.encode(src),src))
     out,lens = src.new_full((n,width,1), bos),src.new_zeros(n, width)
-    sums = torch.full((n,width), -math.inf, device=src.device).index_fill(1, lens.new_zeros(1), 0.)
+    sums = torch.full((n,width), -math.inf, dtype=model.pos.dtype, device=src.device)
+    sums[:,0] = 0.
     done = lens.bool()
     while out.shape[2]<=max_len and not done.all():
         logp = next_log_probs(model, out.flatten(0,1), memory, wide).view(n, width, -1)
