@@ -70,12 +70,6 @@ def where(rs, k='machine'):
     names = dict.fromkeys(r[k] for r in rs if r.get(k))
     return f"\n\n{'; '.join(names)}." if names else ''
 
-def study(name):
-    "Each variant of estimators_study_`name`.csv at the learning rate with the best validation accuracy"
-    best = [max(grouped(o, 'lr').values(), key=lambda o: mean([v for v in nums(o, 'valid') if v==v])) for o in grouped(rows(f'estimators_study_{name}'), 'variant').values()]
-    body = [[o[0]['variant'], shown(num(o[0]['lr'])), mean_sd([100*v for v in nums(o, 'test')]), len(o)] for o in best]
-    return table(['variant', 'lr', 'test accuracy, %', 'seeds'], body)
-
 def speed(val):
     "The column `val` of speed.csv: an estimate, a mean over steps, or an optimizer without estimate"
     rs = [r for r in rows('speed') if not math.isnan(num(r[val])) and r['kind']!='product' and not r['model'].startswith('step ')]
@@ -108,7 +102,7 @@ def text(name):
     path = folder/name
     return re.sub('^#', '##', re.sub(r'\A# .*\n+', '', path.read_text(encoding='utf-8')), flags=re.M) if path.exists() else ''
 
-tables = {f.__name__: f for f in (training, study, speed, scaling, autoencoder, products, plain, text)}
+tables = {f.__name__: f for f in (training, speed, scaling, autoencoder, products, plain, text)}
 
 # Filling in
 

@@ -1,0 +1,209 @@
+"""Train one problem with many optimizers: equal learning-rate search, several seeds, the same batches. Results go to a CSV file, which a second run continues.
+
+    python benchmarks/training.py digits                  # handwritten digits, minutes on one core
+    python benchmarks/training.py imagenette              # all of Imagenette at 64 pixels, one epoch, xresnet18: two hours on one core
+    python benchmarks/training.py imagenette_quarter      # a quarter of its images, two epochs: the variants of AdaHessian
+    python benchmarks/training.py multi30k                # translation with a small Transformer
+    python benchmarks/training.py imagenette --report     # the table of what the CSV file holds
+
+Each entry of a task trains with the same number of learning rates at seed 0. The rate with the lowest loss on a *choosing* part of the held-out data
+trains from the other seeds, and what is reported is measured on the *rest* of the held-out data. `--sweep N` looks at robustness: two decades of
+rates from N seeds, in a file `robustness_….csv`; they choose nothing. Seconds are CPU time of one thread in training alone, so a machine that does other work changes them little.
+"""
+import argparse,csv,importlib.metadata,os,platform,time
+from dataclasses import dataclass,field
+from pathlib import Path
+
+import pandas as pd,torch
+from fastai.vision.all import *
+
+from adahessian_fastai.adahessian import adahessian
+from adahessian_fastai.compare import best_runs,digits_cnn,study_table
+from adahessian_fastai.sophia import sophia
+from adahessian_fastai.translation import bleu_chrf,sentence_pairs,translate,translation_dls,translation_learner
+
+RESULTS = Path(__file__).parent/'results'
+
+# Optimizers: `opt_func` and the rates to try first, best guess in the middle; `sweep` are the ends of two decades
+
+def rates(centre, n=3): return [float(f'{centre*10**(i/2):.2g}') for i in range(-(n//2), n//2+1)]
+
+@dataclass
+class Entry:
+    "An optimizer in a task"
+    opt_func: object # For the Learner
+    centre: float # Middle of the rates that are tried
+    epochs: int = None # If not those of the task
+    like: str = None # Take the rate that was found for this entry, and try none
+    swept: bool = False # Part of the look at robustness?
+    fit: dict = field(default_factory=dict) # Arguments of `fit_one_cycle`
+
+@dataclass
+class Task:
+    "A problem and what is trained on it"
+    make: object # `seed -> (learner, evaluate)`, where `evaluate()` gives a dict of numbers on the rest of the held-out data
+    epochs: int
+    entries: dict
+
+# Problems
+
+def fitted(dls, model, loss_func, seed):
+    "A Learner whose batches come in an order that `seed` decides"
+    for dl in dls.loaders: dl.rng.seed(seed)
+    return Learner(dls, model, loss_func, metrics=accuracy)
+
+def on_rest(learn, dl):
+    def evaluate(): return dict(zip(('loss','accuracy'), learn.validate(dl=dl)))
+    return evaluate
+
+def digits(seed):
+    "1000 digits to train on, 397 to choose by, 400 to report; the split is always the same"
+    from sklearn.datasets import load_digits
+    x,y = load_digits(return_X_y=True)
+    x,y = tensor(x).float().view(-1,1,8,8)/16,tensor(y)
+    idxs = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    parts = [list(zip(x[o],y[o])) for o in idxs.split([1000,397,400])]
+    set_seed(seed, reproducible=True)
+    dls = DataLoaders.from_dsets(*parts[:2], bs=64, num_workers=0)
+    learn = fitted(dls, digits_cnn(), CrossEntropyLossFlat(), seed)
+    return learn,on_rest(learn, DataLoader(parts[2], bs=200, num_workers=0))
+
+def imagenette(seed, part=1., bs=64, size=64):
+    "Imagenette from scratch; a third of its validation set chooses, two thirds report"
+    from fastai.vision.models.xresnet import xresnet18
+    path,rng = untar_data(URLs.IMAGENETTE_160),torch.Generator().manual_seed(0)
+    items = get_image_files(path/'train').sorted()
+    kept = [items[i] for i in torch.randperm(len(items), generator=rng)[:int(part*len(items))]]
+    held = get_image_files(path/'val').sorted()
+    held = [held[i] for i in torch.randperm(len(held), generator=rng)]
+    third = len(held)//3
+    set_seed(seed, reproducible=True)
+    block = DataBlock((ImageBlock,CategoryBlock), splitter=FuncSplitter(lambda o: o.parent.parent.name=='val'), get_y=parent_label,
+        item_tfms=RandomResizedCrop(size, min_scale=0.35), batch_tfms=[Flip(), Normalize.from_stats(*imagenet_stats)])
+    dls = block.dataloaders(kept+held[:third], bs=bs, num_workers=0)
+    learn = fitted(dls, xresnet18(n_out=10), CrossEntropyLossFlat(), seed)
+    return learn,on_rest(learn, dls.test_dl(held[third:], with_labels=True))
+
+def multi30k(seed, n_train=10_000):
+    "English to German on a third of Multi30k; its validation set chooses, its test set of 2016 reports, decoded greedily"
+    set_seed(seed, reproducible=True)
+    dls = translation_dls(*(sentence_pairs('multi30k', o) for o in ('train','valid')), n_train=n_train, max_len=24)
+    learn,(en,de) = translation_learner(dls),zip(*sentence_pairs('multi30k', 'test'))
+    return learn,lambda: bleu_chrf(translate(learn, en), de)
+
+# What is trained on what
+
+delayed = partial(adahessian, update_each=10)
+first_order = {'Adam': Entry(Adam, 3e-3, swept=True), 'ranger': Entry(ranger, 1e-2)}
+newton = {'AdaHessian': Entry(adahessian, 0.15), 'AdaHessian, update_each=10': Entry(delayed, 0.15, swept=True)}
+variants = {'Adam': Entry(Adam, 3e-3), 'default': Entry(delayed, 0.15),  # chkstyle: ignore-node
+    'signed_blocks': Entry(partial(delayed, signed_blocks=True), 0.15),
+    'signed': Entry(partial(delayed, signed=True), 0.03),
+    'n_samples=4': Entry(partial(delayed, n_samples=4), 0.15),
+    'debiased, n_samples=2': Entry(partial(delayed, debiased=True, n_samples=2), 0.05),
+    'ggn': Entry(partial(delayed, curvature='ggn'), 0.1),
+    'gnb': Entry(partial(delayed, estimator='gnb'), 0.05),
+    'hessian_bs=0.25': Entry(partial(delayed, hessian_bs=0.25), 0.15),
+    'control variate': Entry(partial(delayed, signed=True, estimator='control_variate', probe='gaussian'), 0.03),
+    'sophia, gnb': Entry(partial(sophia, update_each=10), 1e-3),
+    'sophia, hutchinson': Entry(partial(sophia, update_each=10, estimator='hutchinson'), 1e-3)}
+longer = {'Adam, in the time of AdaHessian': Entry(Adam, 3e-3, epochs=3, like='Adam')}
+translators = {'AdamW': Entry(Adam, 3e-3), **newton,
+    'update_each=10, block_length=1': Entry(partial(delayed, block_length=1), 0.15),
+    'update_each=10, mom=0.9 throughout': Entry(delayed, 0.15, like='AdaHessian, update_each=10', fit=dict(moms=(0.9,0.9,0.9))),
+    'budget=0.25': Entry(partial(adahessian, budget=0.25), 0.15, like='AdaHessian, update_each=10'),
+    'AdamW, in the time of AdaHessian': Entry(Adam, 3e-3, epochs=8, like='AdamW'),
+    'update_each=10, signed': Entry(partial(delayed, signed=True), 0.03),
+    'update_each=10, ggn': Entry(partial(delayed, curvature='ggn'), 0.1),
+    'update_each=10, gnb, eps=0.01': Entry(partial(delayed, estimator='gnb', eps=0.01), 0.05),
+    'sophia, gnb': Entry(partial(sophia, update_each=10), 1e-3)}
+both = dict(Adam=Entry(Adam, 3e-3, swept=True), AdaHessian=Entry(adahessian, 0.15, swept=True))
+TASKS = dict(  # chkstyle: ignore-node
+    digits=Task(digits, 6, {**both, **{k: e for k,e in variants.items() if k!='Adam'}}),
+    imagenette=Task(imagenette, 1, {**first_order, **newton, **longer}),
+    imagenette_quarter=Task(partial(imagenette, part=0.25, bs=32), 2, variants),
+    multi30k=Task(multi30k, 3, translators))
+
+# Runs
+
+class Clock(Callback):
+    "CPU seconds of training"
+    order,run_valid = 100,False
+    def before_fit(self): self.secs = 0.
+    def before_train(self): self.start = time.process_time()
+    def after_train(self): self.secs += time.process_time()-self.start
+
+def machine():
+    versions = ', '.join(f'{o} {importlib.metadata.version(o)}' for o in ('torch','fastai'))
+    return f'{cpu_name()}, {torch.get_num_threads()} thread(s), Python {platform.python_version()}, {versions}'
+
+def cpu_name():
+    info = Path('/proc/cpuinfo')
+    return re.search(r'model name\s*: (.*)', info.read_text())[1] if info.exists() else platform.processor()
+
+def run(name, entry, lr, seed):
+    "Train once; a row of the CSV file"
+    task,e = TASKS[name],TASKS[name].entries[entry]
+    learn,evaluate = task.make(seed)
+    learn.opt_func,epochs,clock = e.opt_func,e.epochs or task.epochs,Clock()
+    with learn.no_bar(),learn.no_logging():
+        learn.fit_one_cycle(epochs, lr, cbs=clock, **e.fit)
+        valid_loss = learn.validate()[0]
+        found = evaluate()
+    found = {k: round(v,5) for k,v in dict(valid_loss=valid_loss, **found).items()}
+    return dict(task=name, entry=entry, lr=lr, seed=seed, epochs=epochs, **found, seconds=round(clock.secs,1), machine=machine())
+
+# Plan and report
+
+def read(name, kind='training'):
+    path = RESULTS/f'{kind}_{name}.csv'
+    return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=['entry','lr','seed','valid_loss'])
+
+def best_lr(rows, name, entry):
+    "The tried rate with the lowest loss on the choosing part, `None` while one is missing"
+    e = TASKS[name].entries[entry]
+    if e.like: return best_lr(rows, name, e.like)
+    mine = rows[rows.entry==entry]
+    return best_runs(mine).lr.iloc[0] if set(rates(e.centre)) <= set(mine.lr[mine.seed==0]) else None
+
+def plan(rows, name, entries, seeds):
+    "All runs that are known to be wanted as (entry, lr, seed): first the rates, best guesses first, then the seeds"
+    chosen = {o: TASKS[name].entries[o] for o in entries}
+    grids = {k: sorted(rates(e.centre), key=lambda r: abs(math.log(r/e.centre))) for k,e in chosen.items() if not e.like}
+    trials = [(k, grid[i], 0) for i in range(3) for k,grid in grids.items()]
+    return trials+[(k, lr, s) for s in range(seeds) for k in chosen if (lr := best_lr(rows, name, k)) is not None]
+
+def sweep_plan(name, entries, seeds):
+    "Five rates over two decades for each entry in the look at robustness"
+    return [(k, lr, s) for s in range(seeds) for k in entries if (e := TASKS[name].entries[k]).swept for lr in rates(e.centre, 5)]
+
+def missing(wanted, *tables):
+    done = {o for t in tables for o in zip(t.entry, t.lr, t.seed)}
+    return first(o for o in wanted if o not in done)
+
+def append(row, kind):
+    path = RESULTS/f"{kind}_{row['task']}.csv"
+    new = not path.exists()
+    with path.open('a', newline='') as f:
+        out = csv.DictWriter(f, list(row), lineterminator='\n')
+        if new: out.writeheader()
+        out.writerow(row)
+    print({k: v for k,v in row.items() if k!='machine'}, flush=True)
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('task', nargs='?', choices=list(TASKS), default='digits')
+    p.add_argument('--entries', nargs='*')
+    p.add_argument('--seeds', type=int, default=3)
+    p.add_argument('--sweep', type=int, default=0, help='seeds to run at five rates over two decades')
+    p.add_argument('--report', action='store_true', help='only print the table')
+    args = p.parse_args()
+    name,entries = args.task,args.entries or list(TASKS[args.task].entries)
+    torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
+    while not args.report and (todo := missing(plan(read(name), name, entries, args.seeds), read(name))): append(run(name, *todo), 'training')
+    while not args.report and (todo := missing(sweep_plan(name, entries, args.sweep), read(name), read(name, 'robustness'))):
+        append(run(name, *todo), 'robustness')
+    print(study_table(read(name)).to_string())
+
+
+if __name__=='__main__': main()
