@@ -53,5 +53,5 @@ def test_every_result_file_is_documented():
     text = (root/'docs/benchmarks.md').read_text(encoding='utf-8')
     asked = {a for m in results.re_table.finditer(text) for a in m[1].split()}
     for p in (root/'benchmarks/results').glob('*.csv'):
-        parts = {p.stem, *re.split('_', p.stem), re.sub('^(training|estimators_study|hessian_free)_', '', p.stem)}
+        parts = {p.stem, *re.split('_', p.stem), re.sub('^(training|robustness|hessian_free)_', '', p.stem)}
         assert asked & parts, f'docs/benchmarks.md shows nothing of {p.name}'

@@ -59,11 +59,11 @@ def training(name):
     rs = rows(f'training_{name}')
     if not rs: return ''
     by = 'valid_loss' if 'valid_loss' in rs[0] else 'loss'
-    metrics = [k for k in ('accuracy', 'chrf', 'bleu') if k in rs[0]]
+    metrics = [k for k in ('loss', 'accuracy', 'chrf', 'bleu') if k in rs[0]]
     best = [choose(o, by) for o in grouped(rs, 'entry', 'epochs').values()]
-    body = [[o[0]['entry'], shown(num(o[0]['lr'])), *(mean_sd(nums(o, k)) for k in ['loss', *metrics]), o[0]['epochs'],
+    body = [[o[0]['entry'], shown(num(o[0]['lr'])), *(mean_sd(nums(o, k)) for k in metrics), o[0]['epochs'],
         shown(mean(nums(o, 'seconds'))), len(o)] for o in best]
-    return table(['entry', 'lr', 'loss', *metrics, 'epochs', 'seconds', 'seeds'], body)+where(rs)
+    return table(['entry', 'lr', *metrics, 'epochs', 'seconds', 'seeds'], body)+where(rs)
 
 def where(rs, k='machine'):
     "The machines of `rs` as a line under a table"
