@@ -44,9 +44,10 @@ def multi30k_lines(
         tmp.replace(path)
     with gzip.open(path, 'rt', encoding='utf-8') as f: return f.read().strip().split('\n')
 
-# %% ../nbs/22_translation.ipynb #30a2a715
-_nouns = dict(dog='der hund hunde', cat='die katze katzen', horse='das pferd pferde', woman='die frau frauen', child='das kind kinder', man='der mann männer')
-_things = dict(house='das haus', ball='den ball', street='die straße', boat='das boot', tree='den baum', flower='die blume')
+# %% ../nbs/22_translation.ipynb #3ac918f2
+_nouns = {'dog dogs': 'der Hund Hunde', 'cat cats': 'die Katze Katzen', 'horse horses': 'das Pferd Pferde', 'woman women': 'die Frau Frauen',
+    'child children': 'das Kind Kinder', 'man men': 'der Mann Männer'}
+_things = dict(house='das Haus', ball='den Ball', street='die Straße', boat='das Boot', tree='den Baum', flower='die Blume')
 _adjs = dict(old='alt', little='klein', red='rot', young='jung', beautiful='schön')
 _verbs = dict(see='sieht sehen', love='liebt lieben', find='findet finden', paint='malt malen')
 _advs = dict(slowly='langsam', often='oft', today='heute', quietly='leise')
@@ -56,13 +57,14 @@ def toy_pair(
 )->tuple: # English and German
     "A sentence of the stand-in corpus"
     picked = [rng.choice(list(o.items())) for o in (_nouns,_things,_adjs,_adjs,_verbs,_advs)]
-    (noun,n_de),(thing,t_de),(adj,a_de),(adj2,a2_de),(verb,v_de),(adv,adv_de) = picked
+    (nouns,n_de),(thing,t_de),(adj,a_de),(adj2,a2_de),(verb,v_de),(adv,adv_de) = picked
+    noun,plural = nouns.split()
     article,one,many = n_de.split()
     v_one,v_many = v_de.split()
     t_article,t_noun = t_de.split()
     ending = 'en' if t_article=='den' else 'e'
     en_end,de_end = f'the {adj2} {thing}.',f'{adv_de} {t_article} {a2_de}{ending} {t_noun}.'
-    if rng.random()<.5: return f'Two {adj} {noun}s {adv} {verb} {en_end}',f'Zwei {a_de}e {many} {v_many} {de_end}'
+    if rng.random()<.5: return f'Two {adj} {plural} {adv} {verb} {en_end}',f'Zwei {a_de}e {many} {v_many} {de_end}'
     return f'The {adj} {noun} {adv} {verb}s {en_end}',f'{article.title()} {a_de}e {one} {v_one} {de_end}'
 
 # %% ../nbs/22_translation.ipynb #7c51c351
@@ -154,7 +156,7 @@ def sinusoids(
     angles = torch.arange(n)[:,None] / 10000**(torch.arange(0, d, 2)/d)
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)
 
-# %% ../nbs/22_translation.ipynb #57c46b3e
+# %% ../nbs/22_translation.ipynb #4cf9a031
 class TranslationTransformer(nn.Module):
     "`nn.Transformer` with word vectors, positions and masks; the vectors of target words are tied to the output"
     def __init__(self,
@@ -166,7 +168,7 @@ class TranslationTransformer(nn.Module):
         ff:int=None, # Width of the feed-forward layers, `4*d` by default
         dropout:float=0.1, # In each layer, and behind the word vectors
         act:str='gelu', # 'gelu' or 'relu'
-        max_len:int=256, # Longest sentence in words
+        max_len:int=256, # Longest sentence in words; `forward` raises `ValueError` for a longer one
     ):
         super().__init__()
         if d%(2*heads): raise ValueError(f"d must be a multiple of 2*heads, got {d=}, {heads=}")
@@ -178,7 +180,11 @@ class TranslationTransformer(nn.Module):
         self.body = nn.Transformer(d, heads, n_layers, n_layers, *args[2:], custom_encoder=encoder, batch_first=True, norm_first=True)
         self.drop = nn.Dropout(dropout)
         self.register_buffer('pos', sinusoids(max_len, d), persistent=False)
-    def embed(self, emb, x): return self.drop(emb(x)*self.pos.shape[1]**0.5 + self.pos[:x.shape[1]])
+    def embed(self, emb, x):
+        "Vectors of the words `x` at their places"
+        (n,d),length = self.pos.shape,x.shape[1]
+        if length>n: raise ValueError(f"a sentence has {length} words, and the model was made with max_len={n}")
+        return self.drop(emb(x)*d**0.5 + self.pos[:length])
     def encode(self, src):
         "What the decoder looks at, B×S×d"
         return self.body.encoder(self.embed(self.src_emb, src), src_key_padding_mask=src==pad)

@@ -85,6 +85,7 @@ def test_arguments_change_the_model():
     assert not close(outs[0], outs[1]) and not close(outs[0], outs[2])
     m = model(dropout=.5).train()
     assert not close(*(m(torch.tensor([[4,eos]]), torch.tensor([[bos]])) for _ in range(2)))
+    with pytest.raises(ValueError, match='3 words.*max_len=2'): model(max_len=2)(torch.tensor([[4,5,eos]]), torch.tensor([[bos]]))
     with pytest.raises(ValueError, match='d=10, heads=4'): TranslationTransformer(9, 7, d=10, heads=4)
 
 
