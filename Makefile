@@ -4,6 +4,7 @@ bin = .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TORCH_CPP_LOG_LEVEL ?= ERROR
 export KINETO_LOG_LEVEL ?= 99
+long = 30_tutorial.imagenette 30_tutorial.translation
 tree = git status --porcelain 2>/dev/null || true
 
 help: ## Say what can be made
@@ -25,8 +26,9 @@ sync: install ## Clean the notebooks, write the package and the README from them
 	$(bin)/nbdev-export
 	$(bin)/python tools/readme.py
 
-outputs: install ## Run the notebooks and save in them what their cells show
-	PYTHONWARNINGS=ignore $(bin)/nbdev-test --save $(ARGS)
+outputs: install ## Run the notebooks, the long tutorials at full length, and save in them what their cells show
+	PYTHONWARNINGS=ignore $(bin)/nbdev-test --save --skip-file-re '^[_.]|$(subst $() ,|,$(long))' $(ARGS)
+	cd nbs && for o in $(long); do ../$(bin)/exec_nb $$o.ipynb --dest $$o.ipynb --exc-stop || exit 1; done
 	$(bin)/nbdev-clean
 
 docs: install-docs ## Build the documentation site in _docs/html
