@@ -492,15 +492,16 @@ def step(self:AdaHessianWrapper, closure=None):
     "Move the parameters along their gradients and the averaged diagonal"
     if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
     groups = reversed(list(zip(self.param_lists, self.hypers)))
-    work = {p: hyper for ps,hyper in groups for p in reversed(ps) if p.grad is not None and p.requires_grad}
+    work = {p: (self.opt.state[p],hyper) for ps,hyper in groups for p in reversed(ps) if p.grad is not None and p.requires_grad}
     if self.skips([p.grad for p in work]): return self.forget()
     diags = self.usable()
     noises = {p: average_diag(self.noises[p], self.block_length, True, self.average_kernels) for p in diags} if self.debiased else {}
-    def diag(p, state): return diags.get(p) if state.get('do_hessian', True) else p.grad.abs()
-    work = [(p,state,hyper,diag(p,state),noises.get(p)) for p,hyper in work.items() for state in [self.opt.state[p]]]
-    for p,state,_,d,_ in work:
+    ready = []
+    for p,(state,hyper) in work.items():
+        d = diags.get(p) if state.get('do_hessian', True) else p.grad.abs()
         if d is None and 'hess_step' not in state: state['asked'] = False
-    update([o for o in work if o[3] is not None or 'hess_step' in o[1]], self.opt.cbs)
+        else: ready.append((p,state,hyper,d,noises.get(p)))
+    update(ready, self.opt.cbs)
     self.n_steps += 1
     if self.budget: self.keep_budget()
     self.forget()

@@ -5,10 +5,10 @@
     python benchmarks/speed.py --device cuda              # the same on a GPU, timed by CUDA events
     python benchmarks/speed.py --scale depth              # cost against depth, width, batch or tensors
 
-Rounds are interleaved: in each round every contender makes its steps once, so that whatever else the machine does hits all of them.
+Rounds are interleaved: in each round every contender makes its steps once, in a new order, so that whatever else the machine does hits all of them.
 What is reported is the median over rounds, and the median of the ratios to fastai's Adam of the same round.
 The rivals (timm, torch_optimizer, pytorch_optimizer, curvlinops-for-pytorch) are left out where they are not installed."""
-import argparse,copy,csv,gc,importlib,importlib.metadata,math,os,platform,statistics,sys,time,warnings
+import argparse,copy,csv,gc,importlib,importlib.metadata,math,os,platform,random,statistics,sys,time,warnings
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -161,6 +161,10 @@ class Timer:
         torch.cuda.synchronize()
         return start.elapsed_time(end)/1e3
 
+def shuffled(keys):
+    "`keys` in a new order: whoever comes after a contender of its kind finds more of its code in the cache"
+    return random.sample(list(keys), len(keys))
+
 def peak_bytes(c, kind, device):
     "Largest number of bytes in tensors during a step: what was held before plus the peak of what the step allocates"
     gc.collect()
@@ -184,11 +188,11 @@ def measure(name, args):
     cs = {k: make(model, xb, yb) for k,make in contenders(name, args.compile, args.only).items()}
     keys,timer = [(k,kind) for k,c in cs.items() for kind in c.kinds],Timer(args)
     for k,kind in keys*(3 if args.device=='cuda' else 1): cs[k].step(kind)
-    rounds = [{key: timer(cs[key[0]].step, key[1]) for key in keys} for _ in range(args.rounds)]
+    rounds = [{key: timer(cs[key[0]].step, key[1]) for key in shuffled(keys)} for _ in range(args.rounds)]
     for r in rounds:
         if 'ours' in cs: r['ours update_each=10','mean'] = (r['ours','estimate']+9*r['ours','other'])/10
     rows = []
-    for key in rounds[0]:
+    for key in [*keys, *(k for k in rounds[0] if k not in keys)]:
         ratios = [r[key]/r['Adam','other'] for r in rounds]
         peak = peak_bytes(cs[key[0]], key[1], args.device) if key in keys else math.nan
         rows.append(dict(model=name, contender=key[0], kind=key[1], seconds=statistics.median(r[key] for r in rounds), ratio=statistics.median(ratios),
@@ -226,7 +230,7 @@ def measure_step(args, n=20):
         made['ours loop'].opt.cbs.append(lambda p,**kw: None)
         made |= step_of_rival(params)
         for o in made.values(): ready(o)
-        rounds = [{k: timer(o.step) for k,o in made.items()} for _ in range(n)]
+        rounds = [{k: timer(made[k].step) for k in shuffled(made)} for _ in range(n)]
         for k in made:
             ratios = [r[k]/r['Adam'] for r in rounds]
             rows.append(dict(model=name, contender=k, kind='step', seconds=statistics.median(r[k] for r in rounds), ratio=statistics.median(ratios),
@@ -258,7 +262,7 @@ def measure_products(name, args):
         forward=partial(hessian_product(loss, ps, 'forward'), v))
     if len(xb)==1: made |= product_of_curvlinops(model, ps, xb[0], yb, v)
     for f in made.values(): f()
-    rounds = [{k: timer(f) for k,f in made.items()} for _ in range(args.rounds)]
+    rounds = [{k: timer(made[k]) for k in shuffled(made)} for _ in range(args.rounds)]
     rows = [dict(model=name, contender=f"product {k}", kind='product', seconds=statistics.median(r[k] for r in rounds),
         ratio=statistics.median(r[k]/r['gradient'] for r in rounds)) for k in made]
     for r in rows: print("{model:16} {contender:24} {seconds:8.4f} s {ratio:6.2f} x gradient".format(**r), flush=True)
@@ -284,7 +288,7 @@ def measure_scale(what, args):
         cs = {'Adam': Contender(model, xb, yb, partial(Adam, lr=LR)), 'ours': Ours(model, xb, yb, partial(adahessian, lr=LR))}
         keys,timer = [(k,kind) for k,c in cs.items() for kind in c.kinds],Timer(args)
         for k,kind in keys*2: cs[k].step(kind)
-        rounds = [{key: timer(cs[key[0]].step, key[1]) for key in keys} for _ in range(4*args.rounds)]
+        rounds = [{key: timer(cs[key[0]].step, key[1]) for key in shuffled(keys)} for _ in range(4*args.rounds)]
         for key in keys:
             rows.append(dict(scale=what, n=n, contender=key[0], kind=key[1], seconds=statistics.median(r[key] for r in rounds),
                 ratio=statistics.median(r[key]/r['Adam','other'] for r in rounds), peak_mb=peak_bytes(cs[key[0]], key[1], args.device)/1e6))
