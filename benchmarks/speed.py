@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 warnings.filterwarnings('ignore')
 import torch,torch.nn.functional as F
+from fastai.learner import Learner
 from fastai.optimizer import Adam,OptimWrapper,ranger
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -200,25 +201,30 @@ def measure(name, args):
         print("{model:16} {contender:24} {kind:9} {seconds:8.4f} s {ratio:6.2f} x Adam ({low:.2f} to {high:.2f}) {peak_mb:8.1f} MB".format(**rows[-1]), flush=True)
     return rows
 
-def measure_budget(name, args, budget=0.25):
+def trainer(model, opt_func, args, n_inp):
+    "A `Learner` in the middle of training, for `one_batch`"
+    dls = SimpleNamespace(device=torch.device(args.device), n_inp=n_inp)
+    learn = Learner(dls, copy.deepcopy(model), F.cross_entropy, opt_func=opt_func, lr=LR)
+    learn.training = True
+    learn.remove_cbs(list(learn.cbs))
+    learn.create_opt()
+    return learn
+
+def measure_budget(name, args, budget=0.25, hessian_bs=None):
     "Row of a run with `budget`, whole periods after the measurement, each step beside one of Adam"
     model,xb,yb = problem(name, args.device)
-    clock = time.process_time if args.clock=='cpu' else time.perf_counter
-    adam,timer = Contender(model, xb, yb, partial(Adam, lr=LR)),Timer(args)
-    c = Contender(model, xb, yb, partial(adahessian, lr=LR, budget=Budget(budget, clock=clock)))
-    def step():
-        c.opt.zero_grad()
-        with twice_differentiable(c.model) if c.opt.due else nullcontext(): loss = c.loss()
-        c.opt.differentiate(loss)
-        c.opt.step()
+    clock,timer = time.process_time if args.clock=='cpu' else time.perf_counter,Timer(args)
+    b = Budget(budget, 12 if hessian_bs is None else 18, clock)
+    ours,adam = (trainer(model, f, args, len(xb)) for f in (partial(adahessian, budget=b, hessian_bs=hessian_bs), Adam))
     pairs = []
-    while not c.opt.budget.done or (len(pairs) < 12+2*c.opt.update_each[1]):
-        pairs.append((timer(step), timer(adam.step, 'other')))
-        if not c.opt.budget.done: c.opt.budget.last = c.opt.budget.clock() # the step of Adam in between is not ours
-    k = c.opt.update_each[1]
-    a,b = (statistics.mean(p[i] for p in pairs[12:12+2*k]) for i in (0,1))
-    print(f"{name:16} budget={budget}: period {k}, overhead over Adam {a/b-1:.3f}", flush=True)
-    return dict(model=name, contender=f"ours budget={budget}", kind=f"period {k}", seconds=a, ratio=a/b)
+    while not b.done or len(pairs) < ours.opt.update_each[0]+2*ours.opt.update_each[1]:
+        pairs.append(tuple(timer(o.one_batch, 0, (*xb,yb)) for o in (ours,adam)))
+        if not b.done: b.last = clock() # the step of Adam in between is not ours
+    n,k = ours.opt.update_each
+    t,t0 = (statistics.mean(p[i] for p in pairs[n:n+2*k]) for i in (0,1))
+    part = '' if hessian_bs is None else f", {ours.opt.hessian_bs[1]:g} of the batch"
+    print(f"{name:16} budget={budget}: period {k}{part}, overhead over Adam {t/t0-1:.3f}", flush=True)
+    return dict(model=name, contender=f"ours budget={budget}"+(f", hessian_bs={hessian_bs!r}" if hessian_bs else ''), kind=f"period {k}{part}", seconds=t, ratio=t/t0)
 
 def measure_step(args, n=20):
     "Rows of `opt.step()` alone, on ResNet-18's tensors and on as many small ones"
@@ -319,7 +325,7 @@ def goals(rows, scale):
     "Goal, bound, result: each a ratio of one run"
     ratio = {(r['model'],r['contender'],r['kind']): r['ratio'] for r in rows}
     peak = {(r['model'],r['contender'],r['kind']): r.get('peak_mb', math.nan) for r in rows}
-    period = {r['model']: r['ratio'] for r in rows if 'budget' in r['contender']}
+    period = {(r['contender'][5:],r['model']): r['ratio'] for r in rows if 'budget' in r['contender']}
     r18 = lambda c,kind='estimate': ratio.get(('resnet18',c,kind), math.nan)
     others = [v for (m,c,_),v in ratio.items() if m=='resnet18' and c in ('timm','pytorch_optimizer')]
     mem = [v for (m,c,_),v in peak.items() if m=='resnet18' and c in ('timm','pytorch_optimizer')]
@@ -334,7 +340,7 @@ def goals(rows, scale):
     table += [(f"opt.step() alone, {m[5:]}, × {c}", 1.0, step.get((m,c), math.nan)) for m in ('step resnet18','step 64 small tensors') for c in ('Adam','pytorch_optimizer')]
     table += [('peak memory of an estimate, ResNet-18, × the smaller of the rivals', 1.0, p('ours','estimate')/min(mem) if mem else math.nan),
         ('peak memory of other steps, × Adam', 1.02, p('ours','other')/p('Adam','other'))]
-    table += [(f"budget=0.25, {m}: overhead between 0.20 and 0.27", (0.20,0.27), v-1) for m,v in period.items()]
+    table += [(f"{b}, {m}: overhead", 0.27 if 'auto' in b else (0.20,0.27), v-1) for (b,m),v in period.items()]
     return table+[(f"growth with {w}: largest (cost ratio)/(size ratio)", 1.1, growth(scale, w)) for w in ('batch','depth') if any(r['scale']==w for r in scale)]
 
 def growth(scale, what):
@@ -409,7 +415,7 @@ def main():
     if args.device=='cuda' and not torch.cuda.is_available(): ap.error('there is no CUDA device here')
     rows = measure_step(args)
     for m in args.models: rows += measure(m, args)+(measure_products(m, args) if m!='resnet18-smooth' else [])
-    rows += [measure_budget(m, args) for m in ('resnet18','transformer') if m in args.models]
+    rows += [measure_budget(m, args, hessian_bs=part) for m,part in (('resnet18',None), ('transformer',None), ('resnet18','auto')) if m in args.models]
     scale = [r for w in args.scale for r in measure_scale(w, args)]
     RESULTS.mkdir(exist_ok=True)
     end,line = '' if args.device=='cpu' else '_cuda',where(args)
