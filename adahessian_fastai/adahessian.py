@@ -24,9 +24,9 @@ from .closure import rng_state
 from .foreach import update
 from .products import (Ride,again_methods,against_differences,check_compilable,check_twice,choose_product,exact_product,is_half,
     learner_again,refuse_difference)
-from .budget import Budget,check_period,is_due
+from .budget import Budget,check_period,check_rows,is_due,least_part,rows_due
 from .steppers import adahessian_step,average_diag_hessian,average_sqr_diag_hessian,signed_adahessian_step
-from .subbatch import evaluated_rows,n_rows,targets_of
+from .subbatch import evaluated_rows,targets_of
 
 # %% ../nbs/12_adahessian.ipynb #6f4ba2f3
 _ranges = dict(lr=(lambda v: v>=0, '>= 0'), mom=(lambda v: 0<=v<1, 'in [0,1)'), sqr_mom=(lambda v: 0<=v<1, 'in [0,1)'),
@@ -100,8 +100,8 @@ class AdaHessianWrapper(Optimizer, GetAttr):
         signed:bool=None, # Average the diagonal itself over blocks and kernels, not `|d|`? Default: where the steppers or `debiased` ask for it
         average_kernels:bool=True, # Average over the kernels of convolutions?
         debiased:bool=False, # Take the noise out of the second moment? Needs `n_samples` >= 2
-        hessian_bs:int|float=None, # Rows of the batch that the estimate is taken on, a number or a fraction; `None` for all
-        budget:float|Budget=None, # Mean overhead that curvature may have; measures for 12 steps and then sets `update_each`
+        hessian_bs:int|float|str=None, # Rows of the batch that the estimate is taken on, a number or a fraction; `None` for all, 'auto' with a `budget`; for a pair see `rows_due`
+        budget:float|Budget=None, # Mean overhead that curvature may have; measures for 12 steps (18 with `hessian_bs='auto'`) and then sets `update_each`
     ):
         check_counts(block_length=block_length, n_acc=n_acc, n_samples=n_samples)
         check_choices(curvature=(curvature,curvatures), estimator=(estimator,estimators), hvp=(hvp,['reverse', *again_methods, 'auto']))
@@ -109,7 +109,7 @@ class AdaHessianWrapper(Optimizer, GetAttr):
         get_probe(probe)
         linear = average_diag_hessian in opt.cbs
         check_estimator(estimator, curvature, probe, n_samples, linear, debiased)
-        if hessian_bs is not None: n_rows(hessian_bs, 1)
+        check_rows(hessian_bs, budget)
         if signed is None: signed = linear or debiased
         if (linear or debiased) and not signed: raise ValueError(f"a signed or debiased average needs signed blocks, got {signed=}")
         if budget is not None and update_each!=1: raise ValueError(f"budget chooses update_each: give one of them, got {budget=}, {update_each=}")
@@ -119,7 +119,8 @@ class AdaHessianWrapper(Optimizer, GetAttr):
             raise ValueError(f"hvp={hvp!r} is for products with the Hessian on the whole batch: use hvp='reverse' or 'auto'")
         store_attr()
         self.hvp_used = 'reverse' if on_graph and hvp=='auto' else None if hvp=='auto' else hvp
-        if budget is not None and not isinstance(budget, Budget): self.budget = Budget(budget)
+        self.rows_chosen = hessian_bs=='auto'
+        if budget is not None and not isinstance(budget, Budget): self.budget = Budget(budget, 18 if self.rows_chosen else 12)
         if self.budget: self.update_each = (self.budget.n_measured,2)
         self.looked_at = hvp=='auto'
         self.rng,self.ride,self.group,self.noise_record = None,None,None,[]
@@ -374,7 +375,7 @@ def evaluation(self:AdaHessianWrapper,
 ): # An `Evaluation`, or a context that yields one
     "What the batch of `learn` offers to an estimate: all of it, or `hessian_bs` rows"
     if self.hessian_bs is not None:
-        return evaluated_rows(learn, self.hessian_bs, self.generators(1)(torch.device('cpu')), twice=self.estimator!='gnb')
+        return evaluated_rows(learn, rows_due(self.n_steps, self.hessian_bs), self.generators(1)(torch.device('cpu')), twice=self.estimator!='gnb')
     at = Evaluation(learn.loss_grad, learn.pred, targets_of(learn), learn.loss_func, scale, weight=loss_weight(learn), model=learn.model, inputs=learn.xb)
     if self.ride: at.jvp = self.ride.read(learn.pred)
     if self.rng: at.again,at.half = learner_again(learn, self.rng),is_half(learn)
@@ -479,13 +480,18 @@ def usable(self:AdaHessianWrapper)->dict: # Averaged diagonals by parameter
 @patch
 def keep_budget(self:AdaHessianWrapper):
     "Note the end of a step, and choose the period when enough are known"
-    b,device = self.budget,self.trained()[0].device
+    b,device,auto = self.budget,self.trained()[0].device,self.hessian_bs=='auto'
     if b.done: return
-    b.tick(bool(self.diags), partial(torch.cuda.synchronize, device) if device.type=='cuda' else None)
-    if self.n_steps<b.n_measured or not all(b.times.values()): return
-    ratio = cross_rank_mean([torch.tensor(b.ratio(), device=device)], self.group)[0].item()
-    self.update_each,b.done = b.period(ratio),True
-    print(f"budget={b.overhead}: an estimate costs {ratio:.2f} steps, so the period is {self.update_each[1]}; update_each={self.update_each} repeats this run")
+    part = 0 if not self.diags else rows_due(self.n_steps-1, 'auto') if auto else 1
+    b.tick(part, partial(torch.cuda.synchronize, device) if device.type=='cuda' else None)
+    parts = (least_part,1) if auto else (1,)
+    if self.n_steps<b.n_measured or not all(b.times[o] for o in (0,*parts)): return
+    ratios = cross_rank_mean([torch.tensor([b.ratio(o) for o in parts], device=device)], self.group)[0].tolist()
+    part,ratio = b.part(*ratios) if auto else (1,*ratios)
+    self.update_each,b.done = (self.n_steps,b.period(ratio)),True
+    if auto: self.hessian_bs = (self.n_steps,part)
+    said,repeat = (f" on {part:g} of the batch",f", hessian_bs={self.hessian_bs}") if auto else ('','')
+    print(f"budget={b.overhead}: an estimate{said} costs {ratio:.2f} steps, so the period is {self.update_each[1]}; update_each={self.update_each}{repeat} repeats this run")
 
 # %% ../nbs/12_adahessian.ipynb #7fa8abf2
 @patch
@@ -493,15 +499,16 @@ def step(self:AdaHessianWrapper, closure=None):
     "Move the parameters along their gradients and the averaged diagonal"
     if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
     groups = reversed(list(zip(self.param_lists, self.hypers)))
-    work = {p: hyper for ps,hyper in groups for p in reversed(ps) if p.grad is not None and p.requires_grad}
+    work = {p: (self.opt.state[p],hyper) for ps,hyper in groups for p in reversed(ps) if p.grad is not None and p.requires_grad}
     if self.skips([p.grad for p in work]): return self.forget()
     diags = self.usable()
     noises = {p: average_diag(self.noises[p], self.block_length, True, self.average_kernels) for p in diags} if self.debiased else {}
-    def diag(p, state): return diags.get(p) if state.get('do_hessian', True) else p.grad.abs()
-    work = [(p,state,hyper,diag(p,state),noises.get(p)) for p,hyper in work.items() for state in [self.opt.state[p]]]
-    for p,state,_,d,_ in work:
+    ready = []
+    for p,(state,hyper) in work.items():
+        d = diags.get(p) if state.get('do_hessian', True) else p.grad.abs()
         if d is None and 'hess_step' not in state: state['asked'] = False
-    update([o for o in work if o[3] is not None or 'hess_step' in o[1]], self.opt.cbs)
+        else: ready.append((p,state,hyper,d,noises.get(p)))
+    update(ready, self.opt.cbs)
     self.n_steps += 1
     if self.budget: self.keep_budget()
     self.forget()
@@ -524,7 +531,7 @@ def state_dict(self:AdaHessianWrapper)->dict:
     ps = self.all_params().itemgot(0)
     pending = dict(grads=[p.grad for p in ps], diags=[self.diags.get(p) for p in ps], noises=[self.noises.get(p) for p in ps]) if self.n_batches else {}
     own = {**{k: getattr(self, k) for k in _counts}, 'curvature_scale': {k: getattr(self.curvature_scale, k) for k in ('c','n_good')}}
-    own['measured'] = dict(update_each=self.update_each, hvp_used=self.hvp_used, done=bool(self.budget and self.budget.done))
+    own['measured'] = dict(update_each=self.update_each, hessian_bs=self.hessian_bs, hvp_used=self.hvp_used, done=bool(self.budget and self.budget.done))
     return {**self.opt.state_dict(), 'wrapper': {**own, **pending}}
 
 # %% ../nbs/12_adahessian.ipynb #ba1af95d
@@ -560,6 +567,7 @@ def load_state_dict(self:AdaHessianWrapper,
     self.forget()
     for k in _counts: setattr(self, k, own[k])
     if self.budget: self.update_each,self.budget.done = own['measured']['update_each'],own['measured']['done']
+    if self.rows_chosen: self.hessian_bs = own['measured'].get('hessian_bs', self.hessian_bs)
     if self.hvp=='auto': self.hvp_used = own['measured']['hvp_used']
     vars(self.curvature_scale).update(own['curvature_scale'])
     if 'grads' not in own: return
@@ -600,8 +608,8 @@ def adahessian(
     signed:bool=False, # Average the signed diagonal over time and not its square?
     debiased:bool=False, # Take the noise of the estimate out of its square? Needs `n_samples` >= 2
     signed_blocks:bool=None, # Average the signed diagonal over blocks and kernels and not `|d|`? Default: with `signed` or `debiased`
-    hessian_bs:int|float=None, # Rows of the batch that the estimate is taken on, a number or a fraction; `None` for all
-    budget:float=None, # Mean overhead over plain training that curvature may have, such as 0.25; chooses `update_each`
+    hessian_bs:int|float|str=None, # Rows of the batch that the estimate is taken on, a number or a fraction; `None` for all, 'auto' with a `budget`
+    budget:float=None, # Mean overhead over plain training that curvature may have, such as 0.25; chooses `update_each`, and `hessian_bs` if that is 'auto'
 )->AdaHessianWrapper: # Raises `ValueError` for an argument outside its range
     "AdaHessian as `opt_func` of a `Learner`"
     opt = AdaHessian(params, lr, mom, sqr_mom, eps, wd, hessian_power, decouple_wd, signed)

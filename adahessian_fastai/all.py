@@ -1,5 +1,5 @@
-"Everything a notebook needs: `from adahessian_fastai.all import *`"
-from .hvp import *
+"Everything a notebook needs: `from adahessian_fastai.all import *`. What the rooms need of each other only is left in them"
+from .hvp import difference_product,flat,gradient,graph_product,hessian_product,hvp_methods,unflat  # chkstyle: ignore
 from .hutchinson import *
 from .averaging import *
 from .spectrum import *
@@ -8,10 +8,10 @@ from .toys import *
 from .ggn import *
 from .inverse import *
 from .gnb import *
-from .estimators import *
-from .learner import *
+from .estimators import Evaluation,curvatures,estimators  # chkstyle: ignore
+from .learner import twice_differentiable  # chkstyle: ignore
 from .steppers import *
-from .adahessian import *
+from .adahessian import AdaHessian,AdaHessianWrapper,adahessian  # chkstyle: ignore
 from .hessian_free import *
 from .sophia import *
 from .diagnostics import *

@@ -5,10 +5,11 @@
     python benchmarks/speed.py --device cuda              # the same on a GPU, timed by CUDA events
     python benchmarks/speed.py --scale depth              # cost against depth, width, batch or tensors
 
-Rounds are interleaved: in each round every contender makes its steps once, so that whatever else the machine does hits all of them.
+Rounds are interleaved: in each round every contender makes its steps once, in a new order, so that whatever else the machine does hits all of them.
 What is reported is the median over rounds, and the median of the ratios to fastai's Adam of the same round.
 The rivals (timm, torch_optimizer, pytorch_optimizer, curvlinops-for-pytorch) are left out where they are not installed."""
-import argparse,copy,csv,gc,importlib,importlib.metadata,math,os,platform,statistics,sys,time,warnings
+import argparse,copy,csv,gc,importlib,importlib.metadata,math,os,platform,random,statistics,sys,time,warnings
+from collections import Counter
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 
 warnings.filterwarnings('ignore')
 import torch,torch.nn.functional as F
+from fastai.learner import Learner
 from fastai.optimizer import Adam,OptimWrapper,ranger
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -161,6 +163,10 @@ class Timer:
         torch.cuda.synchronize()
         return start.elapsed_time(end)/1e3
 
+def shuffled(keys):
+    "`keys` in a new order: whoever comes after a contender of its kind finds more of its code in the cache"
+    return random.sample(list(keys), len(keys))
+
 def peak_bytes(c, kind, device):
     "Largest number of bytes in tensors during a step: what was held before plus the peak of what the step allocates"
     gc.collect()
@@ -184,11 +190,11 @@ def measure(name, args):
     cs = {k: make(model, xb, yb) for k,make in contenders(name, args.compile, args.only).items()}
     keys,timer = [(k,kind) for k,c in cs.items() for kind in c.kinds],Timer(args)
     for k,kind in keys*(3 if args.device=='cuda' else 1): cs[k].step(kind)
-    rounds = [{key: timer(cs[key[0]].step, key[1]) for key in keys} for _ in range(args.rounds)]
+    rounds = [{key: timer(cs[key[0]].step, key[1]) for key in shuffled(keys)} for _ in range(args.rounds)]
     for r in rounds:
         if 'ours' in cs: r['ours update_each=10','mean'] = (r['ours','estimate']+9*r['ours','other'])/10
     rows = []
-    for key in rounds[0]:
+    for key in [*keys, *(k for k in rounds[0] if k not in keys)]:
         ratios = [r[key]/r['Adam','other'] for r in rounds]
         peak = peak_bytes(cs[key[0]], key[1], args.device) if key in keys else math.nan
         rows.append(dict(model=name, contender=key[0], kind=key[1], seconds=statistics.median(r[key] for r in rounds), ratio=statistics.median(ratios),
@@ -196,25 +202,30 @@ def measure(name, args):
         print("{model:16} {contender:24} {kind:9} {seconds:8.4f} s {ratio:6.2f} x Adam ({low:.2f} to {high:.2f}) {peak_mb:8.1f} MB".format(**rows[-1]), flush=True)
     return rows
 
-def measure_budget(name, args, budget=0.25):
+def trainer(model, opt_func, args, n_inp):
+    "A `Learner` in the middle of training, for `one_batch`"
+    dls = SimpleNamespace(device=torch.device(args.device), n_inp=n_inp)
+    learn = Learner(dls, copy.deepcopy(model), F.cross_entropy, opt_func=opt_func, lr=LR)
+    learn.training = True
+    learn.remove_cbs(list(learn.cbs))
+    learn.create_opt()
+    return learn
+
+def measure_budget(name, args, budget=0.25, hessian_bs=None):
     "Row of a run with `budget`, whole periods after the measurement, each step beside one of Adam"
     model,xb,yb = problem(name, args.device)
-    clock = time.process_time if args.clock=='cpu' else time.perf_counter
-    adam,timer = Contender(model, xb, yb, partial(Adam, lr=LR)),Timer(args)
-    c = Contender(model, xb, yb, partial(adahessian, lr=LR, budget=Budget(budget, clock=clock)))
-    def step():
-        c.opt.zero_grad()
-        with twice_differentiable(c.model) if c.opt.due else nullcontext(): loss = c.loss()
-        c.opt.differentiate(loss)
-        c.opt.step()
+    clock,timer = time.process_time if args.clock=='cpu' else time.perf_counter,Timer(args)
+    b = Budget(budget, 12 if hessian_bs is None else 18, clock)
+    ours,adam = (trainer(model, f, args, len(xb)) for f in (partial(adahessian, budget=b, hessian_bs=hessian_bs), Adam))
     pairs = []
-    while not c.opt.budget.done or (len(pairs) < 12+2*c.opt.update_each[1]):
-        pairs.append((timer(step), timer(adam.step, 'other')))
-        if not c.opt.budget.done: c.opt.budget.last = c.opt.budget.clock() # the step of Adam in between is not ours
-    k = c.opt.update_each[1]
-    a,b = (statistics.mean(p[i] for p in pairs[12:12+2*k]) for i in (0,1))
-    print(f"{name:16} budget={budget}: period {k}, overhead over Adam {a/b-1:.3f}", flush=True)
-    return dict(model=name, contender=f"ours budget={budget}", kind=f"period {k}", seconds=a, ratio=a/b)
+    while not b.done or len(pairs) < ours.opt.update_each[0]+2*ours.opt.update_each[1]:
+        pairs.append(tuple(timer(o.one_batch, 0, (*xb,yb)) for o in (ours,adam)))
+        if not b.done: b.last = clock() # the step of Adam in between is not ours
+    n,k = ours.opt.update_each
+    t,t0 = (statistics.mean(p[i] for p in pairs[n:n+2*k]) for i in (0,1))
+    part = '' if hessian_bs is None else f", {ours.opt.hessian_bs[1]:g} of the batch"
+    print(f"{name:16} budget={budget}: period {k}{part}, overhead over Adam {t/t0-1:.3f}", flush=True)
+    return dict(model=name, contender=f"ours budget={budget}"+(f", hessian_bs={hessian_bs!r}" if hessian_bs else ''), kind=f"period {k}{part}", seconds=t, ratio=t/t0)
 
 def measure_step(args, n=20):
     "Rows of `opt.step()` alone, on ResNet-18's tensors and on as many small ones"
@@ -226,7 +237,7 @@ def measure_step(args, n=20):
         made['ours loop'].opt.cbs.append(lambda p,**kw: None)
         made |= step_of_rival(params)
         for o in made.values(): ready(o)
-        rounds = [{k: timer(o.step) for k,o in made.items()} for _ in range(n)]
+        rounds = [{k: timer(made[k].step) for k in shuffled(made)} for _ in range(n)]
         for k in made:
             ratios = [r[k]/r['Adam'] for r in rounds]
             rows.append(dict(model=name, contender=k, kind='step', seconds=statistics.median(r[k] for r in rounds), ratio=statistics.median(ratios),
@@ -258,7 +269,7 @@ def measure_products(name, args):
         forward=partial(hessian_product(loss, ps, 'forward'), v))
     if len(xb)==1: made |= product_of_curvlinops(model, ps, xb[0], yb, v)
     for f in made.values(): f()
-    rounds = [{k: timer(f) for k,f in made.items()} for _ in range(args.rounds)]
+    rounds = [{k: timer(made[k]) for k in shuffled(made)} for _ in range(args.rounds)]
     rows = [dict(model=name, contender=f"product {k}", kind='product', seconds=statistics.median(r[k] for r in rounds),
         ratio=statistics.median(r[k]/r['gradient'] for r in rounds)) for k in made]
     for r in rows: print("{model:16} {contender:24} {seconds:8.4f} s {ratio:6.2f} x gradient".format(**r), flush=True)
@@ -284,7 +295,7 @@ def measure_scale(what, args):
         cs = {'Adam': Contender(model, xb, yb, partial(Adam, lr=LR)), 'ours': Ours(model, xb, yb, partial(adahessian, lr=LR))}
         keys,timer = [(k,kind) for k,c in cs.items() for kind in c.kinds],Timer(args)
         for k,kind in keys*2: cs[k].step(kind)
-        rounds = [{key: timer(cs[key[0]].step, key[1]) for key in keys} for _ in range(4*args.rounds)]
+        rounds = [{key: timer(cs[key[0]].step, key[1]) for key in shuffled(keys)} for _ in range(4*args.rounds)]
         for key in keys:
             rows.append(dict(scale=what, n=n, contender=key[0], kind=key[1], seconds=statistics.median(r[key] for r in rounds),
                 ratio=statistics.median(r[key]/r['Adam','other'] for r in rounds), peak_mb=peak_bytes(cs[key[0]], key[1], args.device)/1e6))
@@ -315,7 +326,7 @@ def goals(rows, scale):
     "Goal, bound, result: each a ratio of one run"
     ratio = {(r['model'],r['contender'],r['kind']): r['ratio'] for r in rows}
     peak = {(r['model'],r['contender'],r['kind']): r.get('peak_mb', math.nan) for r in rows}
-    period = {r['model']: r['ratio'] for r in rows if 'budget' in r['contender']}
+    period = {(r['contender'][5:],r['model']): r['ratio'] for r in rows if 'budget' in r['contender']}
     r18 = lambda c,kind='estimate': ratio.get(('resnet18',c,kind), math.nan)
     others = [v for (m,c,_),v in ratio.items() if m=='resnet18' and c in ('timm','pytorch_optimizer')]
     mem = [v for (m,c,_),v in peak.items() if m=='resnet18' and c in ('timm','pytorch_optimizer')]
@@ -330,7 +341,7 @@ def goals(rows, scale):
     table += [(f"opt.step() alone, {m[5:]}, × {c}", 1.0, step.get((m,c), math.nan)) for m in ('step resnet18','step 64 small tensors') for c in ('Adam','pytorch_optimizer')]
     table += [('peak memory of an estimate, ResNet-18, × the smaller of the rivals', 1.0, p('ours','estimate')/min(mem) if mem else math.nan),
         ('peak memory of other steps, × Adam', 1.02, p('ours','other')/p('Adam','other'))]
-    table += [(f"budget=0.25, {m}: overhead between 0.20 and 0.27", (0.20,0.27), v-1) for m,v in period.items()]
+    table += [(f"{b}, {m}: overhead", 0.27 if 'auto' in b else (0.20,0.27), v-1) for (b,m),v in period.items()]
     return table+[(f"growth with {w}: largest (cost ratio)/(size ratio)", 1.1, growth(scale, w)) for w in ('batch','depth') if any(r['scale']==w for r in scale)]
 
 def growth(scale, what):
@@ -341,30 +352,42 @@ def growth(scale, what):
 def floors(args):
     "Markdown: multiplications of each kind of step relative to a step of Adam, and where an exact estimate spends its time"
     model,xb,yb = problem('resnet18', args.device)
-    cs = {k: make(model, xb, yb) for k,make in contenders('resnet18').items() if k=='Adam' or k.startswith('ours')}
+    cs = {k: make(model, xb, yb) for k,make in contenders('resnet18', compiled=True).items() if k=='Adam' or k.startswith('ours')}
     model,xb,yb = problem('resnet18-smooth', args.device)
     cs |= {k: make(model, xb, yb) for k,make in contenders('resnet18-smooth').items() if 'finite' in k}
     n = {k: flops(c) for k,c in cs.items()}
     rows = [f"| {k} | {v/1e9:.1f} | {v/n['Adam']:.2f} |" for k,v in n.items()]
     return ['', '## The floor', '', 'Floating-point operations in matrix products and convolutions (ResNet-18, 64 px, batch 32), counted by `FlopCounterMode`. Where',
-        'the ratio is near a goal, no implementation in eager mode can be far below it.', '', '| step | 10⁹ operations | × Adam |', '|---|---|---|', *rows, *profile(cs)]
+        'the ratio is near a goal, no implementation can be far below it. An exact product takes three times the operations of a gradient, and',
+        'forward over reverse, compiled or not, takes them beside the forward pass that the training loop has made already.', '',
+        '| step | 10⁹ operations | × Adam |', '|---|---|---|', *rows, *profile(cs, ['Adam','ours']+['ours compiled']*args.compile)]
 
 def flops(c):
-    c.step(c.kinds[0])
-    with FlopCounterMode(display=False) as counter: c.step(c.kinds[0])
+    "Operations of an estimate; what is compiled is counted as it is written"
+    with torch.compiler.set_stance('force_eager'):
+        c.step(c.kinds[0])
+        with FlopCounterMode(display=False) as counter: c.step(c.kinds[0])
     return counter.get_total_flops()
 
-def profile(cs):
-    "Markdown: share of the CPU time by operation"
-    lines = ['', '## Where the time goes', '', 'Share of the CPU time by operation, and the same operation in a step of Adam (Adam in all = 1).', '']
-    times = {}
-    for k in ('Adam','ours'):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as prof: cs[k].step(cs[k].kinds[0])
-        times[k] = {e.key: e.self_cpu_time_total for e in prof.key_averages()}
-    total = sum(times['Adam'].values())
-    top = sorted(times['ours'], key=times['ours'].get)[:-11:-1]
-    rows = [f"| `{o}` | {times['ours'][o]/total:.2f} | {times['Adam'].get(o, 0)/total:.2f} |" for o in top]
-    return [*lines, '| operation | an estimate | Adam |', '|---|---|---|', *rows, f"| all | {sum(times['ours'].values())/total:.2f} | 1 |"]
+def profile(cs, names):
+    "Markdown: CPU time by operation in a step of each of `names`, the first of which takes 1 in all"
+    lines = ['', '## Where the time goes', '', 'CPU time by operation, a step of Adam in all = 1.', '']
+    times = {k: spent(cs[k]) for k in names}
+    total = sum(times[names[0]].values())
+    top = sorted({o for k in names for o in times[k]}, key=lambda o: max(times[k].get(o, 0) for k in names))[:-13:-1]
+    def row(o, of): return f"| {o} | "+' | '.join(f"{of(times[k])/total:.2f}" for k in names)+' |'
+    rows = [row(f"`{o}`", lambda t: t.get(o, 0)) for o in top]
+    return [*lines, f"| operation | {' | '.join(names)} |", '|---'*(len(names)+1)+'|', *rows, row('all', lambda t: sum(t.values()))]
+
+def spent(c):
+    "Microseconds in a step by operation; fused loops of the compiler are one"
+    for _ in range(2): c.step(c.kinds[0])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as prof: c.step(c.kinds[0])
+    found = Counter()
+    for e in prof.key_averages(): found['compiled loops' if is_fused(e.key) else e.key] += e.self_cpu_time_total
+    return found
+
+def is_fused(name): return name.startswith(('graph_','cpp_fused','Torch-Compiled Region','## Call CompiledFxGraph','TorchDynamo'))
 
 def write_goals(path, rows, scale, line, extra):
     "The table of goals against results"
@@ -405,7 +428,7 @@ def main():
     if args.device=='cuda' and not torch.cuda.is_available(): ap.error('there is no CUDA device here')
     rows = measure_step(args)
     for m in args.models: rows += measure(m, args)+(measure_products(m, args) if m!='resnet18-smooth' else [])
-    rows += [measure_budget(m, args) for m in ('resnet18','transformer') if m in args.models]
+    rows += [measure_budget(m, args, hessian_bs=part) for m,part in (('resnet18',None), ('transformer',None), ('resnet18','auto')) if m in args.models]
     scale = [r for w in args.scale for r in measure_scale(w, args)]
     RESULTS.mkdir(exist_ok=True)
     end,line = '' if args.device=='cpu' else '_cuda',where(args)

@@ -6,7 +6,7 @@ from fastai.basics import CrossEntropyLossFlat,DataLoaders,Learner,partial,set_s
 from torch import nn
 
 from adahessian_fastai.adahessian import adahessian
-from adahessian_fastai.budget import Budget,check_period,is_due
+from adahessian_fastai.budget import Budget,check_period,is_due,rows_due
 
 class Clock:
     "Seconds as `opt` would spend them: `cost` for a step with an estimate, 1 for another"
@@ -16,11 +16,20 @@ class Clock:
         self.n += 1
         return self.now
 
-def learner(clock=None, budget=0.25, **kwargs):
+class RowClock(Clock):
+    "An estimate takes `a` steps, and `b` more for the whole batch"
+    def __init__(self, a, b):
+        super().__init__(0.)
+        self.a,self.b = a,b
+    def __call__(self):
+        self.cost = 1+self.a+self.b*(rows_due(self.opt.n_steps-1, self.opt.hessian_bs) or 1)
+        return super().__call__()
+
+def learner(clock=None, budget=0.25, n_measured=12, **kwargs):
     set_seed(1)
     ds = list(zip(torch.randn(160,4), torch.randint(2, (160,))))
     dls = DataLoaders.from_dsets(ds, ds[:8], bs=8, shuffle=False, num_workers=0)
-    if clock: kwargs['budget'] = Budget(budget, clock=clock)
+    if clock: kwargs['budget'] = Budget(budget, n_measured, clock)
     learn = Learner(dls, nn.Sequential(nn.Linear(4,8), nn.Tanh(), nn.Linear(8,2)), CrossEntropyLossFlat(), opt_func=partial(adahessian, lr=0.05, **kwargs))
     learn.create_opt()
     if clock: clock.opt = learn.opt
@@ -94,3 +103,64 @@ def test_one_of_both():
 @pytest.mark.parametrize('update_each', [0, -1, 1.5, True, (3,0), (3,), (1,2,3), '4', None])
 def test_periods_that_are_none(update_each):
     with pytest.raises(ValueError, match='update_each'): check_period(update_each)
+
+def auto(clock, budget=0.25, **kwargs): return learner(clock, budget, 18, hessian_bs='auto', **kwargs)
+
+def same(a, b): return all(map(torch.equal, a.model.parameters(), b.model.parameters()))
+
+@pytest.mark.parametrize('a,b,budget,part,k', [(0.,2.4,1.,3/8,1), (0.,2.4,0.3,1/8,1), (0.,2.4,0.15,1/8,2), (0.1,2.4,0.1,1/8,4), (0.5,0.,0.4,1/8,2),
+    (0.5,0.,0.5,1.,1), (0.2,2.,3.,1.,1), (0.25,2.,1.25,1/2,1)])
+def test_part_of_the_batch_and_period(a, b, budget, part, k, capsys):
+    learn = fit(auto(RowClock(a, b), budget))
+    assert (learn.opt.hessian_bs,learn.opt.update_each)==((18,part),(18,k))
+    assert f"update_each={(18,k)}, hessian_bs={(18,part)} repeats" in capsys.readouterr().out
+    assert (a+b*part)/k <= budget+1e-6
+    assert k==1 and (part==1 or a+b*(part+1/8)>budget) or part==1/8 and (a+b*part)/(k-1)>budget
+
+def test_parts_repeat_bit_by_bit():
+    first = fit(auto(RowClock(0.1, 2.4), 0.2))
+    given = dict(update_each=first.opt.update_each, hessian_bs=first.opt.hessian_bs)
+    assert given==dict(update_each=(18,2), hessian_bs=(18,1/8))
+    assert same(first, fit(learner(**given)))
+    assert not same(first, fit(learner(**{**given, 'hessian_bs': 1/8}))) and not same(first, fit(learner(**{**given, 'hessian_bs': (4,1/8)})))
+
+def test_parts_are_those_that_are_evaluated():
+    "Two sizes in turn while it measures, then the chosen one"
+    learn,rows = auto(RowClock(0., 2.4), 0.6),[]
+    learn.model.register_forward_hook(lambda m,x,y: rows.append(len(x[0])) if learn.training else None)
+    fit(learn, 1)
+    assert [n for n in rows if n!=8]==[1]*5+[2]*2 # at the 2nd, 4th, ... of nine estimates all 8 rows
+    assert len(rows)==20+9+2
+
+@pytest.mark.parametrize('n', [7,11,17,18,23])
+def test_parts_in_the_state(n):
+    "A run that is cut off goes on, chooses the same, and says how to repeat it"
+    set_seed(0)
+    batches = [(torch.randn(8,4),torch.randint(2, (8,))) for _ in range(40)]
+    def train(learn, xys):
+        for x,y in xys:
+            learn.xb,learn.yb = (x,),(y,)
+            with learn.opt.forward_context(learn):
+                learn.pred = learn.model(x)
+                learn.loss_grad = learn.loss_func(learn.pred, y)
+                learn.opt.backward(learn)
+                learn.opt.step()
+            learn.opt.zero_grad()
+        return learn
+    straight = train(auto(RowClock(0.1, 2.4), 0.2), batches)
+    first,second = train(auto(RowClock(0.1, 2.4), 0.2), batches[:n]),auto(RowClock(0.1, 2.4), 0.2)
+    second.model.load_state_dict(first.model.state_dict())
+    second.opt.load_state_dict(first.opt.state_dict())
+    train(second, batches[n:])
+    opt = second.opt
+    assert (opt.update_each[1],opt.hessian_bs[1])==(2,1/8) and opt.budget.done
+    if n!=17: assert same(straight, second) # its first step after the break begins at an unknown time, so there one more pair of sizes is measured
+    repeated = train(learner(update_each=opt.update_each, hessian_bs=opt.hessian_bs), batches)
+    assert same(repeated, second)
+
+@pytest.mark.parametrize('hessian_bs', [0, -1, 1.5, 0., True, (0,0.5), (3,0), (3,), (1,2,3), (2.,0.5), '4'])
+def test_parts_that_are_none(hessian_bs):
+    with pytest.raises(ValueError, match='hessian_bs'): adahessian([nn.Parameter(torch.ones(1))], hessian_bs=hessian_bs)
+
+def test_nobody_chooses():
+    with pytest.raises(ValueError, match="hessian_bs='auto'.*budget=0.25.*budget=None"): adahessian([nn.Parameter(torch.ones(1))], hessian_bs='auto')

@@ -1,5 +1,5 @@
 "The step on lists of tensors against the loop over steppers that defines it"
-import itertools,math
+import copy,itertools,math
 
 import pytest,torch
 from fastai.basics import partial
@@ -113,3 +113,33 @@ def test_finite():
     for bad in (math.nan, math.inf, -math.inf):
         for dtype in (torch.float, torch.double, torch.bfloat16): assert not all_finite([torch.ones(3), torch.tensor([1.,bad], dtype=dtype)])
     assert all_finite([torch.full((4,), 6e4, dtype=torch.float16)])
+
+@pytest.mark.parametrize('dtype', [torch.half, torch.bfloat16, torch.float, torch.double])
+@pytest.mark.parametrize('size', [4,10**9])
+def test_dtypes(dtype, size, monkeypatch):
+    "Numbers of the step do not change the type of a state, and are not rounded to another one"
+    monkeypatch.setattr(room, 'cpu_portion', size)
+    hyper = dict(lr=0.1, mom=0.9, sqr_mom=0.99, eps=1e-3, wd=0.1, hessian_power=1.)
+    def build():
+        torch.manual_seed(0)
+        ps = [nn.Parameter(torch.randn(n, dtype=torch.double).to(dtype)) for n in (7,5,0,1)]
+        for p in ps: p.grad = torch.randn(p.shape, dtype=torch.double).to(dtype)
+        return ps,[(p,{},hyper,(torch.rand(p.shape)+0.5).to(dtype),None) for p in ps]
+    (ps,a),(qs,b) = build(),build()
+    cbs = AdaHessian([nn.Parameter(torch.ones(1))], lr=0.1).cbs
+    for _ in range(3): update(a, cbs), loop_step(b, cbs)
+    for p,q in zip(ps, qs): torch.testing.assert_close(p, q, rtol=20*torch.finfo(dtype).eps, atol=20*torch.finfo(dtype).eps) # three steps of rounding
+    for (_,s,*_),(_,t,*_) in zip(a, b): assert {k: getattr(v, 'dtype', v) for k,v in s.items()}=={k: getattr(v, 'dtype', v) for k,v in t.items()}
+
+@pytest.mark.parametrize('bad', [math.nan, math.inf, -math.inf])
+def test_one_bad_entry_changes_nothing(bad):
+    "A gradient is looked at as a whole before the first portion moves"
+    opt,ps = run(False, n=3)
+    for p in ps: p.grad = torch.ones_like(p)
+    ps[-1].grad[-1] = bad
+    before = copy.deepcopy([(p.detach(), opt.state[p]) for p in ps])
+    with pytest.warns(UserWarning, match='not finite'): opt.step()
+    for (q,old),p in zip(before, ps):
+        assert torch.equal(p, q) and set(old)==set(opt.state[p])
+        assert all(torch.equal(v, opt.state[p][k]) if isinstance(v, torch.Tensor) else v==opt.state[p][k] for k,v in old.items())
+    assert (opt.n_steps,opt.n_skipped)==(3,1)

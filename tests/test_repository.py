@@ -106,6 +106,14 @@ def test_ground_floor_knows_nothing_of_fastai(sources):
         mods = {o.strip().split(' ')[0].split('.')[0] for a,b in lines for o in (a or b).split(',')}
         assert mods <= allowed, f'{nm} imports {mods-allowed}'
 
+def test_all_is_for_users():
+    "What one room needs of another is imported from there, by name"
+    names = {}
+    exec(f'from {lib}.all import *', names)
+    assert {'adahessian', 'sophia', 'hessian_free', 'AdaHessian', 'AdaHessianWrapper', 'hessian_product', 'compare_optimizers'} <= set(names)
+    helpers = {'check_counts', 'check_choices', 'check_hypers', 'peek_seed', 'warn_rarely', 'all_finite', 'cross_rank_mean', 'loss_scale', 'step_size', 'total_norm'}
+    assert not helpers & set(names) and not [n for n in names if n.isupper()]
+
 def in_step(d): return subprocess.run([sys.executable, d/'tools/in_step.py'], capture_output=True, text=True)
 
 def test_out_of_step_is_named_and_mendable(tmp_path):
