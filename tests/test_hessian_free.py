@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from torch import nn, tensor
 from fastai.basics import CancelFitException, Callback, CrossEntropyLossFlat, DataLoaders, L, Learner, Module, SGD, noop, set_seed
 from fastai.callback.all import GradientAccumulation, GradientClip, MixUp
+from fastai.callback.rnn import rnn_cbs
 from sklearn.datasets import load_digits
 from adahessian_fastai.hvp import flat
 from adahessian_fastai.hessian_free import *
@@ -192,6 +193,13 @@ def test_learner_and_closure_make_the_same_steps():
     steps(opt, f, 3, module=model)
     assert torch.allclose(weights(learn), flat(list(model.parameters())), **SAME)
 
+@pytest.mark.parametrize('model', [mlp, lambda: Conv()], ids=['mlp','conv'])
+@pytest.mark.parametrize('jvp', ['dual','linearize'])
+def test_ways_through_a_learner_make_the_same_steps(model, jvp, recwarn):
+    ws = [fit(learner(model, jvp=o), 3) for o in ('reverse',jvp)]
+    assert not ws[1].opt.failed and not [w for w in recwarn if 'failed' in str(w.message)]
+    assert torch.allclose(*map(weights, ws), **SAME)
+
 def test_curvature_and_trials_on_other_data():
     x,y = data(40)
     batches = list(zip(x.split(10), y.split(10)))
@@ -268,6 +276,77 @@ def test_buffers_and_generator_move_as_in_an_ordinary_forward_pass():
     model(x)
     assert xs == [torch.rand(1).item()]
     assert torch.equal(model.bn.running_mean, learn.model.bn.running_mean) and torch.equal(model.bn.running_var, learn.model.bn.running_var)
+
+class Remembers(Module):
+    "A recurrent model that carries its hidden state from batch to batch, in `kind` of a place"
+    def __init__(self, kind):
+        self.cell,self.out,self.kind,self.n = nn.RNNCell(2, 6),nn.Linear(6,3),kind,0
+        if kind=='buffer': self.register_buffer('h', torch.zeros(64, 6))
+        elif kind=='in place': self.h = torch.zeros(64, 6)
+        else: self.h = None if kind=='attribute' else [(torch.zeros(64, 6),)]
+    def forward(self, x):
+        h = self.h[0][0] if self.kind=='nested' else torch.zeros(64, 6) if self.h is None else self.h.clone()
+        for o in x.split(2, 1): h = self.cell(o, h)
+        self.n += 1
+        if self.kind=='nested': self.h[0] = (h.detach(),)
+        elif self.kind=='in place': self.h.copy_(h.detach())
+        else: self.h = h.detach()
+        return self.out(h)
+    def state(self): return self.h[0][0] if self.kind=='nested' else self.h
+
+places = ['attribute','in place','nested','buffer']
+
+@pytest.mark.parametrize('kwargs', [dict(), dict(jvp='dual'), dict(jvp='linearize'), dict(keep_graph=False), dict(curvature='hessian')], ids=str)
+@pytest.mark.parametrize('kind', places)
+def test_hidden_state_moves_as_in_one_forward_pass_and_trials_start_where_the_batch_did(kind, kwargs):
+    learn = learner(partial(Remembers, kind), **kwargs)
+    learn._do_epoch_validate = noop
+    x,y = data(64)
+    twin = deepcopy(learn.model)
+    class Look(Callback):
+        def before_batch(self): twin.load_state_dict(self.model.state_dict() if kind!='buffer' else {**self.model.state_dict(), 'h':twin.h})
+        def after_loss(self):
+            if torch.is_grad_enabled(): self.first = self.learn.loss.item()
+        def before_step(self):
+            batch, = self.opt.pending
+            assert batch.again()[0].item() == self.first
+        def after_batch(self):
+            twin(x)
+            assert torch.equal(twin.state(), self.model.state()) and twin.n == self.model.n
+    learn.add_cb(Look())
+    fit(learn, 4)
+    assert learn.opt.n_steps == 4 == learn.model.n and learn.opt.n_skipped == 0 and not learn.opt.failed
+    assert learn.opt.record[-1]['loss_after'] < learn.opt.record[0]['loss']
+
+@pytest.mark.parametrize('kind', places)
+def test_hidden_state_of_a_closure_is_protected_too(kind):
+    x,y = data(64)
+    torch.manual_seed(1)
+    model = Remembers(kind)
+    twin,opt = deepcopy(model),hessian_free(model.parameters(), check_deterministic=True)
+    f = objective(lambda: model(x), lambda z: F.cross_entropy(z, y))
+    for i in range(3):
+        opt.step(f, module=model)
+        twin(x)
+        assert torch.equal(twin.state(), model.state()) and model.n == i+1
+        twin.load_state_dict({**model.state_dict(), **{k:v for k,v in twin.named_buffers()}})
+    assert opt.n_skipped == 0
+
+def test_language_model_of_fastai_with_its_dropouts(recwarn):
+    from fastai.text.models.awdlstm import AWD_LSTM
+    from fastai.text.models.core import get_language_model
+    config = dict(emb_sz=6, n_hid=8, n_layers=2, pad_token=1, bidir=False, output_p=.1, hidden_p=.15, input_p=.25, embed_p=.02, weight_p=.2, tie_weights=True, out_bias=True)
+    g = torch.Generator().manual_seed(0)
+    text = torch.randint(0, 12, (16,21), generator=g)
+    ds = L(zip(text[:,:-1], text[:,1:]))
+    dls = DataLoaders.from_dsets(ds, ds, bs=8, shuffle=False, num_workers=0)
+    set_seed(0)
+    learn = Learner(dls, get_language_model(AWD_LSTM, 12, config=config), CrossEntropyLossFlat(), cbs=rnn_cbs(alpha=2., beta=1.),
+        opt_func=partial(hessian_free, check_deterministic=True))
+    learn.logger = noop
+    fit(learn, 3)
+    assert not [w for w in recwarn if 'twice' in str(w.message)] and learn.opt.n_steps == 6 and learn.opt.n_skipped == 0 and not learn.opt.failed
+    assert all(r['loss_after'] <= r['loss'] for r in learn.opt.record)
 
 def test_an_undeterministic_model_is_reported():
     x,y = data()
