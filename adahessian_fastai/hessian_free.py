@@ -192,7 +192,7 @@ class HessianFree(Optimizer):
         wd:float=0., # Weight decay, ½wd‖θ‖² in the objective
         damping:float=1., # λ at the start
         curvature:str='ggn', # 'ggn' or 'hessian'
-        jvp:str='auto', # Way to products with the Jacobian: 'reverse', 'dual', 'linearize', or by the model
+        jvp:str='auto', # Way to products with the Jacobian: 'reverse', 'dual', 'linearize'; 'auto': by the model, and for convolutions by time
         keep_graph:bool=True, # Keep the graph of the forward pass for the products? False saves memory and costs time
         reduction:str='mean', # How the loss reduces over samples: 'mean' or 'sum'
         n_acc:int=1, # Batches to a step
@@ -224,7 +224,7 @@ class HessianFree(Optimizer):
         store_attr(but='params,lr,wd,damping', cast=False)
         _check_settings(self)
         self.pending,self.rounds,self.sums,self.learn,self.group,self._before = [],[],{},None,None,None
-        self.n_steps,self.n_skipped,self.record,self.failed = 0,0,deque(maxlen=10_000),set()
+        self.n_steps,self.n_skipped,self.record,self.failed,self.costs = 0,0,deque(maxlen=10_000),set(),{}
         self.generator = torch.Generator().manual_seed(torch.randint(2**31, ()).item()) if precondition else None
 
 # %% ../nbs/13_hessian_free.ipynb #f1870950
@@ -379,16 +379,27 @@ def _solve(self:HessianFree, obj, ps, b):
     lams = [a+w for a,w in zip(self._hyper(ps, 'damping'), self._hyper(ps, 'wd'))]
     M = self._preconditioner(obj, ps, lams) if self.precondition else noop
     grid = self.grid if self.backtracking else None
+    def _cg(A):
+        return cg(A, b, self._start(ps), M, self.cg_max_iter, self.cg_tol, eps=self.martens_eps, grid=grid, keep=self.keep_iterates, neg_curv=self.neg_curv,
+            check_every=self.check_every, progress=self._progress())
     for how in self._ways(obj):
         try:
-            with hooks_resting(ps):
-                obj.build(ps, how)
-                return cg(flat_product(obj.product, ps, lams), b, self._start(ps), M, self.cg_max_iter, self.cg_tol, eps=self.martens_eps, grid=grid,
-                    keep=self.keep_iterates, neg_curv=self.neg_curv, check_every=self.check_every, progress=self._progress())
+            with hooks_resting(ps): return self._timed(how, partial(obj.build, ps, how), partial(_cg, flat_product(obj.product, ps, lams)))
         except RuntimeError as e:
             if how=='none' or isinstance(e, torch.OutOfMemoryError): raise
             self.failed.add(how)
-            warn(f"Curvature products by {how!r} failed: {str(e).splitlines()[0]} The next way is tried; the last one is a step along the gradient.")
+            if how!='linearize' or self.jvp==how:
+                warn(f"Curvature products by {how!r} failed: {str(e).splitlines()[0]} The next way is tried; the last one is a step along the gradient.")
+
+@patch
+def _timed(self:HessianFree, how, build, solve):
+    "`solve()` after `build()`, and their first cost in `costs`"
+    tic = time.perf_counter()
+    build()
+    built = time.perf_counter()
+    sol = solve()
+    self.costs.setdefault(how, (built-tic, (time.perf_counter()-built)/(sol.n_iter+1)))
+    return sol
 
 @patch
 def _ways(self:HessianFree, obj):
@@ -396,8 +407,16 @@ def _ways(self:HessianFree, obj):
     module = obj.curv[0][1].module
     if self.curvature=='hessian': ways = ['hessian']
     elif module is None: ways = ['reverse']
-    else: ways = [best_jvp(module) if self.jvp=='auto' else self.jvp, 'reverse', 'dual']
+    else: ways = [*(self._by_cost(module) if self.jvp=='auto' else [self.jvp]), 'reverse', 'dual']
     return [o for o in dict.fromkeys(ways) if o not in self.failed] + ['none']
+
+# %% ../nbs/13_hessian_free.ipynb #13c0st01
+@patch
+def _by_cost(self:HessianFree, module):
+    "Ways for `module`: those not tried yet, then the cheapest for as many iterations as in the last step"
+    if best_jvp(module)=='reverse': return ['reverse']
+    n = next((r['n_iter'] for r in reversed(self.record) if 'n_iter' in r), 0)
+    return sorted(('dual','linearize'), key=lambda o: self.costs[o][0]+n*self.costs[o][1] if o in self.costs else -1.)
 
 # %% ../nbs/13_hessian_free.ipynb #ea95e378
 @patch
@@ -456,16 +475,20 @@ def _note(self:HessianFree, **kwargs): self.record.append(dict(step=self.n_steps
 
 @patch
 def state_dict(self:HessianFree):
-    "Everything a continuation needs"
-    own = dict(n_steps=self.n_steps, n_skipped=self.n_skipped, record=list(self.record), generator=self.generator and self.generator.get_state())
+    "Everything a continuation needs after a step; warns in the middle of an accumulation"
+    seen = sum(map(len, self.rounds), len(self.pending))
+    if seen: warn(f"The step for the last {seen} batches is not made yet: the state has nothing of them, and a continuation starts that step anew. Save after a step.")
+    own = dict(n_steps=self.n_steps, n_skipped=self.n_skipped, record=list(self.record), costs=self.costs.copy(), generator=self.generator and self.generator.get_state())
     return {**Optimizer.state_dict(self), 'hessian_free':own}
 
 @patch
 def load_state_dict(self:HessianFree, sd):
-    "Continue from `sd`"
+    "Continue from `sd`; batches seen since the last step are forgotten"
     Optimizer.load_state_dict(self, sd)
+    self.zero_grad()
+    self.rounds,self.sums = [],{}
     own = sd['hessian_free']
-    self.n_steps,self.n_skipped = own['n_steps'],own['n_skipped']
+    self.n_steps,self.n_skipped,self.costs = own['n_steps'],own['n_skipped'],own.get('costs', {})
     self.record = deque(own['record'], maxlen=self.record.maxlen)
     if self.generator and own['generator'] is not None: self.generator.set_state(own['generator'].cpu())
 

@@ -200,6 +200,28 @@ def test_ways_through_a_learner_make_the_same_steps(model, jvp, recwarn):
     assert not ws[1].opt.failed and not [w for w in recwarn if 'failed' in str(w.message)]
     assert torch.allclose(*map(weights, ws), **SAME)
 
+def test_convolutions_choose_by_the_cost_of_both_ways():
+    learn = fit(learner(Conv), 3)
+    opt = learn.opt
+    assert set(opt.costs) == {'dual','linearize'} and all(a>=0 and b>0 for a,b in opt.costs.values())
+    opt.costs = dict(dual=(0.,1.), linearize=(5.,.5))
+    for n,first in ((9,'dual'), (11,'linearize')):
+        opt.record.append(dict(n_iter=n))
+        assert opt._by_cost(learn.model)[0] == first
+    assert opt._by_cost(mlp()) == ['reverse']
+    other = learner(Conv)
+    other.create_opt()
+    other.opt.load_state_dict(opt.state_dict())
+    assert other.opt.costs == opt.costs
+
+def test_dropout_cannot_be_linearised_and_that_is_silent_unless_asked_for(recwarn):
+    class DropConv(Conv):
+        def forward(self, x): return super().forward(F.dropout(x, .3, self.training))
+    auto,dual = [fit(learner(DropConv, jvp=o, x0_decay=0.), 3) for o in ('auto','dual')]
+    assert auto.opt.failed == {'linearize'} and not [w for w in recwarn if 'failed' in str(w.message)]
+    assert torch.allclose(weights(auto), weights(dual), **SAME)
+    with pytest.warns(UserWarning, match='random numbers'): fit(learner(DropConv, jvp='linearize'))
+
 def test_curvature_and_trials_on_other_data():
     x,y = data(40)
     batches = list(zip(x.split(10), y.split(10)))
@@ -492,6 +514,29 @@ def test_save_and_load_continue_bit_for_bit(tmp_path, kwargs):
     assert torch.equal(b.opt.state[b.model[0].weight]['x0'], a.opt.state[a.model[0].weight]['x0'])
     fit(b, 2)
     assert torch.equal(weights(b), weights(whole)) and list(b.opt.record) == list(whole.opt.record)
+
+def test_a_state_from_the_middle_of_an_accumulation_says_so_and_starts_the_step_anew():
+    "Five of eight batches: one step of three, and two batches that are lost to the continuation"
+    a = learner(bs=8, n_acc=3)
+    class Stop(Callback):
+        def after_batch(self):
+            if self.training and self.train_iter==3: self.after = deepcopy((self.model.state_dict(), self.opt.state_dict()))
+            if self.training and self.train_iter==5: raise CancelFitException()
+    a.add_cb(Stop())
+    fit(a)
+    with pytest.warns(UserWarning, match='last 2 batches'): middle = deepcopy(a.opt.state_dict())
+    ws = []
+    for model,state in (a.stop.after, (a.model.state_dict(), middle)):
+        b = learner(bs=8, n_acc=3)
+        b.create_opt()
+        b.model.load_state_dict(model)
+        b.opt.load_state_dict(deepcopy(state))
+        ws.append(weights(fit(b)))
+    assert torch.equal(*ws)
+    a.remove_cb(Stop)
+    a.opt.load_state_dict(middle)
+    assert a.opt.rounds == a.opt.pending == [] and not a.opt.sums
+    assert torch.equal(weights(fit(a)), ws[0])
 
 # --- faults
 
