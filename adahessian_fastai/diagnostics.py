@@ -77,8 +77,8 @@ def curvature_graph(
     model = unwrapped(learn.model)
     with ExitStack() as stack:
         full_precision = torch.autocast(params[0].device.type, enabled=False)
-        resting = hooks_resting(params)
-        for o in (replaying(before or forward_state(model)), borrowed(learn), twice_differentiable(model), resting, torch.enable_grad(), full_precision): stack.enter_context(o)
+        resting,there = hooks_resting(params),replaying(before or forward_state(model))
+        for o in (there, borrowed(learn), twice_differentiable(model), resting, torch.enable_grad(), full_precision): stack.enter_context(o)
         pred,loss = batch_loss(learn)
         if curvature=='ggn':
             yield lambda group=params: ggn_product(pred, loss, group)

@@ -101,8 +101,7 @@ def linear_jvp(
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     def _states(): return torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)
     def _jvp(v):
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            before,Jv,after = _states(),[o.as_subclass(Tensor) for o in lin(*v)],_states()
+        with torch.no_grad(), torch.random.fork_rng(devices): before,Jv,after = _states(),[o.as_subclass(Tensor) for o in lin(*v)],_states()
         if all(map(torch.equal, before, after)): return Jv
         raise RuntimeError("the model draws random numbers, and 'linearize' would draw others in each product")
     return _jvp

@@ -478,7 +478,8 @@ def state_dict(self:HessianFree):
     "Everything a continuation needs after a step; warns in the middle of an accumulation"
     seen = sum(map(len, self.rounds), len(self.pending))
     if seen: warn(f"The step for the last {seen} batches is not made yet: the state has nothing of them, and a continuation starts that step anew. Save after a step.")
-    own = dict(n_steps=self.n_steps, n_skipped=self.n_skipped, record=list(self.record), costs=self.costs.copy(), generator=self.generator and self.generator.get_state())
+    own = dict(n_steps=self.n_steps, n_skipped=self.n_skipped, record=list(self.record), costs=self.costs.copy(),
+        generator=self.generator and self.generator.get_state())
     return {**Optimizer.state_dict(self), 'hessian_free':own}
 
 @patch

@@ -357,7 +357,8 @@ def test_hidden_state_of_a_closure_is_protected_too(kind):
 def test_language_model_of_fastai_with_its_dropouts(recwarn):
     from fastai.text.models.awdlstm import AWD_LSTM
     from fastai.text.models.core import get_language_model
-    config = dict(emb_sz=6, n_hid=8, n_layers=2, pad_token=1, bidir=False, output_p=.1, hidden_p=.15, input_p=.25, embed_p=.02, weight_p=.2, tie_weights=True, out_bias=True)
+    drops = dict(output_p=.1, hidden_p=.15, input_p=.25, embed_p=.02, weight_p=.2)
+    config = dict(emb_sz=6, n_hid=8, n_layers=2, pad_token=1, bidir=False, tie_weights=True, out_bias=True, **drops)
     g = torch.Generator().manual_seed(0)
     text = torch.randint(0, 12, (16,21), generator=g)
     ds = L(zip(text[:,:-1], text[:,1:]))
