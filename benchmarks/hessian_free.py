@@ -1,6 +1,6 @@
 """Hessian-free: cost of products, evaluations, memory, and a deep autoencoder against Adam and L-BFGS
 
-    python benchmarks/hessian_free.py products evaluations memory autoencoder --seconds 30
+    python benchmarks/hessian_free.py products evaluations memory autoencoder --seconds 10
 
 Writes `results/hessian_free_*.csv` and `.png` beside this file. One thread. `backpack-for-pytorch` and `curvlinops-for-pytorch` are compared where they are installed.
 The committed results were measured on a shared machine of two cores while other jobs ran (load 5 to 9): so times are processor times of
@@ -267,7 +267,7 @@ def autoencoder_runs(args):
 if __name__=='__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('parts', nargs='+', choices=['products','evaluations','memory','autoencoder','memory_of'])
-    parser.add_argument('--seconds', type=float, default=30, help='processor time of each autoencoder run')
+    parser.add_argument('--seconds', type=float, default=10, help='processor time of each autoencoder run')
     parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument('--repeats', type=int, default=15, help='timings of each product')
     parser.add_argument('--kind', default='hf')
