@@ -4,7 +4,8 @@
 
 Writes `results/hessian_free_*.csv` and `.png` beside this file. One thread. `backpack-for-pytorch` and `curvlinops-for-pytorch` are compared where they are installed.
 The committed results were measured on a shared machine of two cores while other jobs ran (load 5 to 9): so times are processor times of
-the one thread, not of the clock, and ratios of interleaved timings mean more than milliseconds.
+the one thread, not of the clock, and ratios of interleaved timings mean more than milliseconds. The rows of BackPACK and curvlinops in
+the table of products are from an earlier run and relative to the gradient of that run.
 """
 import argparse, csv, math, os, subprocess, sys, time, warnings
 from functools import partial
