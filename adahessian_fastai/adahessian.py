@@ -20,7 +20,7 @@ from .averaging import average_diag
 from .estimators import Evaluation,check_estimator,curvatures,estimators
 from .learner import (CurvatureScale,check_checkpoints,check_model,cross_rank_mean,hooks_resting,loss_scale,
     loss_weight,sync_group,twice_differentiable)
-from .closure import rng_state
+from .closure import forward_state
 from .foreach import update
 from .products import (Ride,again_methods,against_differences,check_compilable,check_twice,choose_product,exact_product,is_half,
     learner_again,refuse_difference)
@@ -123,7 +123,7 @@ class AdaHessianWrapper(Optimizer, GetAttr):
         if budget is not None and not isinstance(budget, Budget): self.budget = Budget(budget, 18 if self.rows_chosen else 12)
         if self.budget: self.update_each = (self.budget.n_measured,2)
         self.looked_at = hvp=='auto'
-        self.rng,self.ride,self.group,self.noise_record = None,None,None,[]
+        self.before,self.ride,self.group,self.noise_record = None,None,None,[]
         self.seed,self.n_steps,self.n_estimates,self.n_dropped,self.n_skipped = peek_seed(),0,0,0,0
         self.curvature_scale = CurvatureScale()
         opt._keep_on_clear = [*opt._keep_on_clear, 'do_hessian']
@@ -378,7 +378,7 @@ def evaluation(self:AdaHessianWrapper,
         return evaluated_rows(learn, rows_due(self.n_steps, self.hessian_bs), self.generators(1)(torch.device('cpu')), twice=self.estimator!='gnb')
     at = Evaluation(learn.loss_grad, learn.pred, targets_of(learn), learn.loss_func, scale, weight=loss_weight(learn), model=learn.model, inputs=learn.xb)
     if self.ride: at.jvp = self.ride.read(learn.pred)
-    if self.rng: at.again,at.half = learner_again(learn, self.rng),is_half(learn)
+    if self.before: at.again,at.half = learner_again(learn, self.before),is_half(learn)
     if self.hvp=='compiled': check_compilable(learn)
     return at
 
@@ -414,7 +414,7 @@ def forward_context(self:AdaHessianWrapper,
     try:
         on_graph = self.hessian_bs is None and self.estimator!='gnb' and (self.rides or self.hvp_used not in again_methods)
         due = self.due
-        twice,self.rng = due and on_graph,rng_state() if due and self.hvp_used!='reverse' else None
+        twice,self.before = due and on_graph,forward_state(learn.model) if due and self.hvp_used!='reverse' else None
         self.ride = self.ride_along() if due and self.rides and not hasattr(learn, 'mixed_precision') else None
         with twice_differentiable(learn.model) if twice else nullcontext(),self.ride or nullcontext(): yield
         self.forget()

@@ -93,13 +93,17 @@ def _tangent(dual): return (torch.zeros_like(dual.primal) if dual.tangent is Non
 def linear_jvp(
     forward, # `values -> [outputs]`, a function of the parameters' values
     params:list # The point of the linearisation
-): # `v -> Jv`
+): # `v -> Jv`; raises `RuntimeError` if `forward` draws random numbers
     "Jacobian of `forward`, linearised once at the present values of `params`"
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         _,lin = linearize(lambda *ps: tuple(forward(ps)), *[p.detach() for p in params])
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    def _states(): return torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)
     def _jvp(v):
-        with torch.no_grad(): return [o.as_subclass(Tensor) for o in lin(*v)]
+        with torch.no_grad(), torch.random.fork_rng(devices): before,Jv,after = _states(),[o.as_subclass(Tensor) for o in lin(*v)],_states()
+        if all(map(torch.equal, before, after)): return Jv
+        raise RuntimeError("the model draws random numbers, and 'linearize' would draw others in each product")
     return _jvp
 
 # %% ../nbs/06_ggn.ipynb #21688b9f

@@ -13,6 +13,7 @@ __all__ = ['MicroBatch', 'loss_count', 'learner_batch', 'weighted', 'Objective',
 import math
 from collections import deque
 from contextlib import contextmanager
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.parallel import DistributedDataParallel
 from fastai.basics import *
 from .hvp import flat, gradient, graph_product, unflat
@@ -20,14 +21,14 @@ from .ggn import best_jvp, check_twice, dual_jvp, fisher_diagonal, ggn_product, 
 from .cg import armijo, backtrack, cg, diag_preconditioner, flat_product, lm_damping, reduction_ratio
 from .learner import check_checkpoints, check_model, cross_rank_mean, hooks_resting, loss_scale, sync_group, twice_differentiable
 from .adahessian import warn_rarely
-from .closure import _evaluate, as_it_was, lent_buffers, replaying, rng_state
+from .closure import _evaluate, as_it_was, forward_state, noted, replaying
 
 # %% ../nbs/13_hessian_free.ipynb #d63d4a73
 class MicroBatch:
     "A batch as a function of the parameters"
     def __init__(self,
         evaluate, # `() -> (loss, outputs)`, the same function at each call
-        module:nn.Module=None, # What is evaluated; its buffers are protected
+        module:nn.Module=None, # What is evaluated; what it remembers is protected
         graph:tuple=None, # `(loss, outputs)` of the first evaluation, if it is to be kept
         loss:Tensor=None, # The loss at the first evaluation
         scale:float=1., # The losses in `graph` are this many times too large
@@ -36,17 +37,17 @@ class MicroBatch:
     ): store_attr()
 
     def first(self, keep):
-        "First evaluation by a plain function, the one that counts for generators and buffers; later ones repeat it"
-        raw,rng = self.evaluate,rng_state()
+        "First evaluation by a plain function, the one that counts for generators and memory; later ones repeat it"
+        raw,state = self.evaluate,forward_state(self.module)
         with torch.enable_grad(): loss,outputs = raw()
         def _again():
-            with replaying(rng): return raw()
+            with replaying(state): return raw()
         self.evaluate,self.loss,self.graph = _again,loss.detach(),(loss,outputs) if keep else None
         return loss
 
     def again(self, graph=False):
         "`(loss, outputs)` at the present parameters"
-        with lent_buffers(self.module), torch.set_grad_enabled(graph): return self.evaluate()
+        with torch.set_grad_enabled(graph): return self.evaluate()
 
     def product(self, params, how):
         "Product `v -> Bv` over lists like `params`; `how` is a way to the Jacobian, 'hessian', or 'none' for `B=0`"
@@ -84,9 +85,11 @@ def loss_count(
     on = y[y!=f.ignore_index].long()
     return float(len(on) if f.weight is None else f.weight[on].sum())
 
+def _plain(ts): return tuple(t.as_subclass(Tensor) if isinstance(t, Tensor) else t for t in ts)
+
 def learner_batch(
     learn:Learner, # In the middle of `_backward`
-    rng:tuple, # `rng_state` from before the forward pass
+    state:tuple, # `forward_state` of its model from before the forward pass
     keep_graph:bool=True # Keep the graph for the products?
 )->MicroBatch:
     "The present batch of `learn`, to be evaluated again"
@@ -95,9 +98,11 @@ def learner_batch(
     plain = scale==1. and len(yb)==1 and torch.equal(loss, learn.loss)
     hessian = known_hessian(getattr(f, 'func', f), output_tensors(learn.pred), *yb, axis=getattr(f, 'axis', 1)) if plain else None
     if isinstance(module, DistributedDataParallel): module = module.module
-    attrs,cbs = dict(xb=learn.xb, yb=yb),[(cb,vars(cb).copy()) for cb in learn.cbs]
+    attrs,cbs = dict(xb=learn.xb, yb=yb),noted(learn.cbs)
     def _again():
-        with replaying(rng),as_it_was(learn, attrs, cbs): return _evaluate(learn, module)
+        traced = get_proxy_mode() is not None
+        inputs = {k:_plain(v) for k,v in attrs.items()} if traced else attrs
+        with replaying(state),as_it_was(learn, inputs, cbs): return _evaluate(learn, module, loss=not traced)
     return MicroBatch(_again, module, (loss,learn.pred) if keep_graph else None, loss.detach()/scale, scale, loss_count(f, yb), hessian)
 
 # %% ../nbs/13_hessian_free.ipynb #eb245778
@@ -187,7 +192,7 @@ class HessianFree(Optimizer):
         wd:float=0., # Weight decay, ½wd‖θ‖² in the objective
         damping:float=1., # λ at the start
         curvature:str='ggn', # 'ggn' or 'hessian'
-        jvp:str='auto', # Way to products with the Jacobian: 'reverse', 'dual', 'linearize', or by the model
+        jvp:str='auto', # Way to products with the Jacobian: 'reverse', 'dual', 'linearize'; 'auto': by the model, and for convolutions by time
         keep_graph:bool=True, # Keep the graph of the forward pass for the products? False saves memory and costs time
         reduction:str='mean', # How the loss reduces over samples: 'mean' or 'sum'
         n_acc:int=1, # Batches to a step
@@ -218,8 +223,8 @@ class HessianFree(Optimizer):
         super().__init__(params, [], lr=lr, wd=wd, damping=damping)
         store_attr(but='params,lr,wd,damping', cast=False)
         _check_settings(self)
-        self.pending,self.rounds,self.sums,self.learn,self.group,self._rng = [],[],{},None,None,None
-        self.n_steps,self.n_skipped,self.record,self.failed = 0,0,deque(maxlen=10_000),set()
+        self.pending,self.rounds,self.sums,self.learn,self.group,self._before = [],[],{},None,None,None
+        self.n_steps,self.n_skipped,self.record,self.failed,self.costs = 0,0,deque(maxlen=10_000),set(),{}
         self.generator = torch.Generator().manual_seed(torch.randint(2**31, ()).item()) if precondition else None
 
 # %% ../nbs/13_hessian_free.ipynb #f1870950
@@ -245,8 +250,8 @@ def _check_settings(o):
 @patch
 @contextmanager
 def forward_context(self:HessianFree, learn):
-    "Surrounds a training batch: remembers the random numbers, has attention and RNNs build graphs that can be differentiated twice"
-    self._rng = rng_state()
+    "Surrounds a training batch: remembers where it starts, has attention and RNNs build graphs that can be differentiated twice"
+    self._before = forward_state(learn.model)
     with twice_differentiable(learn.model): yield
 
 @patch
@@ -256,7 +261,7 @@ def backward(self:HessianFree, learn):
         check_model(learn.model)
         check_checkpoints(learn.loss_grad)
     self.learn,self.group = learn,sync_group(learn)
-    self.pending.append(learner_batch(learn, self._rng, self.keep_graph))
+    self.pending.append(learner_batch(learn, self._before, self.keep_graph))
     self._add_gradient(learn.loss_grad)
     learn.pred,learn.loss,learn.loss_grad = to_detach((learn.pred, learn.loss, learn.loss_grad), cpu=False, gather=False)
 
@@ -374,16 +379,27 @@ def _solve(self:HessianFree, obj, ps, b):
     lams = [a+w for a,w in zip(self._hyper(ps, 'damping'), self._hyper(ps, 'wd'))]
     M = self._preconditioner(obj, ps, lams) if self.precondition else noop
     grid = self.grid if self.backtracking else None
+    def _cg(A):
+        return cg(A, b, self._start(ps), M, self.cg_max_iter, self.cg_tol, eps=self.martens_eps, grid=grid, keep=self.keep_iterates, neg_curv=self.neg_curv,
+            check_every=self.check_every, progress=self._progress())
     for how in self._ways(obj):
         try:
-            with hooks_resting(ps):
-                obj.build(ps, how)
-                return cg(flat_product(obj.product, ps, lams), b, self._start(ps), M, self.cg_max_iter, self.cg_tol, eps=self.martens_eps, grid=grid,
-                    keep=self.keep_iterates, neg_curv=self.neg_curv, check_every=self.check_every, progress=self._progress())
+            with hooks_resting(ps): return self._timed(how, partial(obj.build, ps, how), partial(_cg, flat_product(obj.product, ps, lams)))
         except RuntimeError as e:
             if how=='none' or isinstance(e, torch.OutOfMemoryError): raise
             self.failed.add(how)
-            warn(f"Curvature products by {how!r} failed: {str(e).splitlines()[0]} The next way is tried; the last one is a step along the gradient.")
+            if how!='linearize' or self.jvp==how:
+                warn(f"Curvature products by {how!r} failed: {str(e).splitlines()[0]} The next way is tried; the last one is a step along the gradient.")
+
+@patch
+def _timed(self:HessianFree, how, build, solve):
+    "`solve()` after `build()`, and their first cost in `costs`"
+    tic = time.perf_counter()
+    build()
+    built = time.perf_counter()
+    sol = solve()
+    self.costs.setdefault(how, (built-tic, (time.perf_counter()-built)/(sol.n_iter+1)))
+    return sol
 
 @patch
 def _ways(self:HessianFree, obj):
@@ -391,8 +407,16 @@ def _ways(self:HessianFree, obj):
     module = obj.curv[0][1].module
     if self.curvature=='hessian': ways = ['hessian']
     elif module is None: ways = ['reverse']
-    else: ways = [best_jvp(module) if self.jvp=='auto' else self.jvp, 'reverse', 'dual']
+    else: ways = [*(self._by_cost(module) if self.jvp=='auto' else [self.jvp]), 'reverse', 'dual']
     return [o for o in dict.fromkeys(ways) if o not in self.failed] + ['none']
+
+# %% ../nbs/13_hessian_free.ipynb #13c0st01
+@patch
+def _by_cost(self:HessianFree, module):
+    "Ways for `module`: those not tried yet, then the cheapest for as many iterations as in the last step"
+    if best_jvp(module)=='reverse': return ['reverse']
+    n = next((r['n_iter'] for r in reversed(self.record) if 'n_iter' in r), 0)
+    return sorted(('dual','linearize'), key=lambda o: self.costs[o][0]+n*self.costs[o][1] if o in self.costs else -1.)
 
 # %% ../nbs/13_hessian_free.ipynb #ea95e378
 @patch
@@ -451,16 +475,21 @@ def _note(self:HessianFree, **kwargs): self.record.append(dict(step=self.n_steps
 
 @patch
 def state_dict(self:HessianFree):
-    "Everything a continuation needs"
-    own = dict(n_steps=self.n_steps, n_skipped=self.n_skipped, record=list(self.record), generator=self.generator and self.generator.get_state())
+    "Everything a continuation needs after a step; warns in the middle of an accumulation"
+    seen = sum(map(len, self.rounds), len(self.pending))
+    if seen: warn(f"The step for the last {seen} batches is not made yet: the state has nothing of them, and a continuation starts that step anew. Save after a step.")
+    own = dict(n_steps=self.n_steps, n_skipped=self.n_skipped, record=list(self.record), costs=self.costs.copy(),
+        generator=self.generator and self.generator.get_state())
     return {**Optimizer.state_dict(self), 'hessian_free':own}
 
 @patch
 def load_state_dict(self:HessianFree, sd):
-    "Continue from `sd`"
+    "Continue from `sd`; batches seen since the last step are forgotten"
     Optimizer.load_state_dict(self, sd)
+    self.zero_grad()
+    self.rounds,self.sums = [],{}
     own = sd['hessian_free']
-    self.n_steps,self.n_skipped = own['n_steps'],own['n_skipped']
+    self.n_steps,self.n_skipped,self.costs = own['n_steps'],own['n_skipped'],own.get('costs', {})
     self.record = deque(own['record'], maxlen=self.record.maxlen)
     if self.generator and own['generator'] is not None: self.generator.set_state(own['generator'].cpu())
 

@@ -23,7 +23,7 @@ from fastai.basics import *
 from .hvp import difference_product,dual_gradient,dual_numbers,gradient,hessian_product,total_norm
 from .ggn import check_twice,output_tensors,reverse_jvp
 from .learner import graph_nodes,twice_differentiable
-from .closure import batch_closure
+from .closure import batch_closure,undisturbed
 
 # %% ../nbs/11d_products.ipynb #07256713
 kinked_modules = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.SELU, nn.Threshold, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish,
@@ -141,7 +141,7 @@ def compiled_again(
     def along(v, params):
         of,values = dict(zip(params, v)),{names[p]: p.detach() for p in trained}
         tangents = {names[p]: of[p] if p in of else torch.zeros_like(p) for p in trained}
-        with torch.random.fork_rng(),batch_statistics(e.model),sdpa_kernel(SDPBackend.MATH):
+        with undisturbed(e.model),batch_statistics(e.model),sdpa_kernel(SDPBackend.MATH):
             gs,hs = _compiled[e.model](values, tangents, plain(e.inputs), plain(e.targets))
         e.grads = [gs[names[p]]*e.weight for p in trained]
         return [hs[names[p]]*e.weight for p in trained if p in of]
@@ -173,10 +173,10 @@ class Ride:
 # %% ../nbs/11d_products.ipynb #c468657d
 def learner_again(
     learn:Learner, # In the middle of a batch
-    rng:tuple, # `rng_state` from before its forward pass
+    state:tuple, # `forward_state` of its model from before its forward pass
 ): # `(twice=False) -> loss`
     "The loss of the present batch of `learn` as a function, for `Evaluation.again`"
-    again = batch_closure(learn, rng)
+    again = batch_closure(learn, state)
     def loss(twice=False):
         with twice_differentiable(learn.model) if twice else nullcontext(): return again()[0].as_subclass(Tensor)
     return loss

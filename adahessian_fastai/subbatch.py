@@ -17,7 +17,7 @@ from fastai.losses import LabelSmoothingCrossEntropy
 from .estimators import Evaluation
 from .gnb import cross_entropy_weights,gnb_losses,softmax_noise
 from .learner import loss_weight,twice_differentiable
-from .closure import as_it_was,lent_buffers
+from .closure import as_it_was,noted,undisturbed
 
 # %% ../nbs/11b_subbatch.ipynb #292d7a7c
 def n_rows(
@@ -43,9 +43,8 @@ def take_rows(
 def untouched(
     learn:Learner, # In the middle of a batch
 ):
-    "Context that puts back random state, buffers, batch and callbacks of `learn`"
-    cbs,devices = [(cb,vars(cb).copy()) for cb in learn.cbs],{p.device for p in learn.model.parameters() if p.device.type=='cuda'}
-    with torch.random.fork_rng(list(devices)),lent_buffers(learn.model),as_it_was(learn, {}, cbs): yield
+    "Context that puts back random states, memory of the model, batch and callbacks of `learn`"
+    with undisturbed(learn.model),as_it_was(learn, cbs=noted(learn.cbs)): yield
 
 # %% ../nbs/11b_subbatch.ipynb #76be149f
 def targets_of(

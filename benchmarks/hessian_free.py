@@ -1,12 +1,14 @@
 """Hessian-free: cost of products, evaluations, memory, and a deep autoencoder against Adam and L-BFGS
 
-    python benchmarks/hessian_free.py products evaluations memory autoencoder --seconds 30
+    python benchmarks/hessian_free.py products evaluations memory autoencoder --seconds 10
 
 Writes `results/hessian_free_*.csv` and `.png` beside this file. One thread. `backpack-for-pytorch` and `curvlinops-for-pytorch` are compared where they are installed.
 The committed results were measured on a shared machine of two cores while other jobs ran (load 5 to 9): so times are processor times of
-the one thread, not of the clock, and ratios of interleaved timings mean more than milliseconds.
+the one thread, not of the clock, and ratios of interleaved timings mean more than milliseconds. The rows of BackPACK and curvlinops in
+the table of products are from an earlier run and relative to the gradient of that run.
 """
-import argparse, csv, os, subprocess, sys, time, warnings
+import argparse, csv, math, os, subprocess, sys, time, warnings
+from functools import partial
 from pathlib import Path
 import torch, torch.nn.functional as F
 from torch import nn
@@ -37,19 +39,32 @@ problems = dict(mlp_26k=(lambda: mlp(64, 128, 128, 10), (512,64)), mlp_1_8M=(lam
 
 def our_products(model, params, x, y):
     "Products of this package, by name"
-    from adahessian_fastai.ggn import best_jvp, dual_jvp, ggn_product, linear_jvp, model_forward
+    from adahessian_fastai.ggn import dual_jvp, ggn_product, linear_jvp, model_forward
     from adahessian_fastai.hvp import gradient, graph_product
     fwd,z = model_forward(model, params, x),model(x)
     loss = F.cross_entropy(z, y)
-    tic = time.perf_counter()
     linear = linear_jvp(fwd, params)
-    print(f'linearising once: {time.perf_counter()-tic:.2f} s')
     ways = dict(reverse=None, dual=dual_jvp(fwd, params), linearize=linear)
     res = {f'ggn {k}':ggn_product(z, loss, params, jvp=v) for k,v in ways.items()}
-    res['ggn by the model'] = res[f'ggn {best_jvp(model)}']
     z2 = model(x)
     res['hessian'] = graph_product(gradient(F.cross_entropy(z2, y), params, create_graph=True), params)
     return res
+
+def by_the_model(model, x, y, n=30, steps=3):
+    "Processor time of a product in steps of the optimizer, `n` in each, starts of the way and vector operations included; and the way it chose"
+    from adahessian_fastai.hessian_free import hessian_free
+    opt,spent = hessian_free(model.parameters(), cg_max_iter=n, martens_eps=0, cg_tol=0., x0_decay=0., backtracking=False),[]
+    solve = opt._solve
+    def timed(*args):
+        tic = time.process_time()
+        try: return solve(*args)
+        finally: spent.append((time.process_time()-tic)/n)
+    opt._solve = timed
+    def closure():
+        z = model(x)
+        return F.cross_entropy(z, y), z
+    for _ in range(2+steps): opt.step(closure, module=model)
+    return sorted(spent[2:])[steps//2],opt._by_cost(model)[0]
 
 def other_products(model, params, x, y):
     "Products of other packages, where they are installed"
@@ -87,6 +102,8 @@ def products(args):
                 times[k].append(time.process_time()-tic)
         mid = lambda k: sorted(times[k])[args.repeats//2]
         n = sum(p.numel() for p in params)
+        cost,way = by_the_model(model, x, y)
+        times[f'ggn in 30 iterations of a step, by {way}'] = [cost]*args.repeats
         rows += [dict(problem=name, parameters=n, product=k, gradients=round(mid(k)/mid('gradient'), 2), ms=round(1e3*mid(k), 2)) for k in times]
     write('products', rows)
 
@@ -161,7 +178,14 @@ def memory(args):
 
 # --- autoencoder
 
-def autoencoder(): return mlp(64, 200, 100, 50, 30, 50, 100, 200, 64, act=nn.Sigmoid)
+def autoencoder(act=nn.Tanh):
+    "Layers with Xavier's initial weights"
+    model = mlp(64, 200, 100, 50, 30, 50, 100, 200, 64, act=act)
+    for l in model:
+        if not isinstance(l, nn.Linear): continue
+        nn.init.xavier_normal_(l.weight)
+        nn.init.zeros_(l.bias)
+    return model
 
 @torch.no_grad()
 def sparse_init(model):
@@ -172,35 +196,51 @@ def sparse_init(model):
         l.bias.zero_()
         for r in l.weight: r[torch.randperm(len(r))[:15]] = torch.randn(min(15, len(r)))
 
-def train_autoencoder(name, seed, x, seconds):
-    "Reconstruction error over time: `[(seconds, error)]`"
+def one_cycle(share):
+    "Factor on the learning rate after a share of the time: up for a quarter of it, then down along a cosine"
+    return share*4+1e-3 if share<.25 else .5+.5*math.cos(math.pi*(min(share, 1.)-.25)/.75)
+
+def bce(o, t): return F.binary_cross_entropy_with_logits(o, t, reduction='sum')/len(t)
+
+def hf_trainer(model, x, share=.25, **kwargs):
+    "`epoch(time)` of Hessian-free: gradient and trials on all images, curvature on a share of them, drawn for each step"
     from adahessian_fastai.hessian_free import hessian_free
+    opt = hessian_free(model.parameters(), **kwargs)
+    def epoch(time):
+        i = torch.randperm(len(x))[:round(share*len(x))]
+        opt.acc_step(model, bce, [(x,x)], curv_data=[(x[i],x[i])])
+    return epoch
+
+def torch_trainer(model, x, opt, bs, lr=None):
+    "`epoch(time)` of an optimizer of PyTorch; `lr` is the top of one cycle"
+    def epoch(time):
+        for g in opt.param_groups: g['lr'] = lr*one_cycle(time) if lr else g['lr']
+        for i in torch.randperm(len(x)).split(bs):
+            def closure():
+                opt.zero_grad()
+                l = bce(model(x[i]), x[i])
+                l.backward()
+                return l
+            opt.step(closure)
+    return epoch
+
+def adam(model, x, lr=3e-3): return torch_trainer(model, x, torch.optim.Adam(model.parameters(), lr=lr), 128)
+def adam_one_cycle(model, x, lr=1e-2): return torch_trainer(model, x, torch.optim.Adam(model.parameters()), 64, lr=lr)
+def lbfgs(model, x):
+    opt = torch.optim.LBFGS(model.parameters(), max_iter=20, history_size=20, line_search_fn='strong_wolfe', tolerance_change=0.)
+    return torch_trainer(model, x, opt, len(x))
+
+trainers = dict(hf=partial(hf_trainer, martens_eps=2e-3), adam=adam, adam_one_cycle=adam_one_cycle, lbfgs=lbfgs)
+
+def train_autoencoder(name, seed, x, seconds, act=nn.Tanh, init=None):
+    "Reconstruction error over time: `[(seconds, error)]`"
     torch.manual_seed(seed)
-    model = autoencoder()
-    sparse_init(model)
-    params,curve,spent = list(model.parameters()),[],0.
-    def loss(o, t): return F.binary_cross_entropy_with_logits(o, t, reduction='sum')/len(t)
-    if name.startswith('hf'): opt = hessian_free(params, precondition='fisher' in name, x0_decay=0. if 'cold' in name else .95)
-    elif name=='lbfgs': opt = torch.optim.LBFGS(params, max_iter=20, history_size=20, line_search_fn='strong_wolfe')
-    else: opt = torch.optim.Adam(params, lr=float(name.split()[1]))
-    def closure():
-        z = model(x)
-        return loss(z, x), z
-    def backward(xb):
-        opt.zero_grad()
-        l = loss(model(xb), xb)
-        l.backward()
-        return l
-    def one():
-        if name.startswith('hf'): opt.step(closure, module=model)
-        elif name=='lbfgs': opt.step(lambda: backward(x))
-        else:
-            for i in torch.randperm(len(x)).split(128):
-                backward(x[i])
-                opt.step()
+    model = autoencoder(act)
+    if init: init(model)
+    epoch,curve,spent = trainers[name](model, x),[],0.
     while spent<seconds:
         tic = time.process_time()
-        one()
+        epoch(spent/seconds)
         spent += time.process_time()-tic
         with torch.no_grad(): curve.append((spent, ((model(x).sigmoid()-x)**2).sum(1).mean().item()))
     return curve
@@ -211,13 +251,16 @@ def autoencoder_runs(args):
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     x,_ = digits()
-    names = ['hf fisher', 'adam 1e-3', 'adam 3e-3', 'lbfgs']
-    curves = {(n,s):train_autoencoder(n, s, x, args.seconds) for s in range(args.seeds) for n in names}
+    curves = {}
+    for s in range(args.seeds):
+        for n in trainers:
+            curves[n,s] = train_autoencoder(n, s, x, args.seconds)
+            print(n, s, curves[n,s][-1], flush=True)
     half = {k: next(e for t,e in c if t>=args.seconds/2) for k,c in curves.items()}
-    write('autoencoder', [dict(optimizer=n, seed=s, cpu_seconds=args.seconds, steps=len(c), error=round(c[-1][1], 4), half_time_error=round(half[n,s], 4))
+    write('autoencoder', [dict(optimizer=n, seed=s, cpu_seconds=args.seconds, epochs=len(c), error=round(c[-1][1], 4), half_time_error=round(half[n,s], 4))
         for (n,s),c in sorted(curves.items())])
     fig,ax = plt.subplots(figsize=(7,4))
-    for (n,s),c in curves.items(): ax.plot(*zip(*c), color=f'C{names.index(n)}', label=n if s==0 else None, lw=1)
+    for (n,s),c in curves.items(): ax.plot(*zip(*c), color=f'C{list(trainers).index(n)}', label=n if s==0 else None, lw=1)
     ax.set(yscale='log', xlabel='processor seconds, one thread', ylabel='squared error per image', title='Autoencoder 64-200-100-50-30-…-64 on digits')
     ax.legend()
     fig.savefig(out_dir/'hessian_free_autoencoder.png', dpi=80, bbox_inches='tight')
@@ -225,7 +268,7 @@ def autoencoder_runs(args):
 if __name__=='__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('parts', nargs='+', choices=['products','evaluations','memory','autoencoder','memory_of'])
-    parser.add_argument('--seconds', type=float, default=30, help='processor time of each autoencoder run')
+    parser.add_argument('--seconds', type=float, default=10, help='processor time of each autoencoder run')
     parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument('--repeats', type=int, default=15, help='timings of each product')
     parser.add_argument('--kind', default='hf')

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adahessian_fastai.adahessian import adahessian
 from adahessian_fastai.budget import Budget
-from adahessian_fastai.closure import replaying,rng_state
+from adahessian_fastai.closure import replaying
 from adahessian_fastai.estimators import Evaluation
 from adahessian_fastai.hvp import hessian_product
 from adahessian_fastai.learner import twice_differentiable
@@ -108,7 +108,7 @@ class Ours(Contender):
     "AdaHessian of this package, as a Learner calls it"
     kinds = ('estimate','other')
     def step(self, kind):
-        opt,rng = self.opt,rng_state()
+        opt = self.opt
         opt.n_steps,opt.update_each = (0,1) if kind=='estimate' else (1,10**9)
         opt.zero_grad()
         opt.looked_at = True # the look at the first batch is not a part of a step
@@ -117,7 +117,7 @@ class Ours(Contender):
             at = Evaluation(F.cross_entropy(out, self.yb), out, self.yb, F.cross_entropy, model=self.model, inputs=self.xb)
             if opt.ride: at.jvp = opt.ride.read(out)
             def again(twice=False):
-                with replaying(rng, self.model),twice_differentiable(self.model) if twice else nullcontext(): return self.loss()
+                with replaying(opt.before),twice_differentiable(self.model) if twice else nullcontext(): return self.loss()
             at.again = again
             opt.differentiate(at.loss, at=at)
             opt.step()

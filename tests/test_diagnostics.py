@@ -25,6 +25,7 @@ from torch import Tensor,nn
 from torch.utils.data import TensorDataset
 
 from adahessian_fastai.adahessian import adahessian
+from adahessian_fastai.closure import undisturbed
 from adahessian_fastai.diagnostics import *
 from adahessian_fastai.hessian_free import hessian_free
 from adahessian_fastai.hvp import flat
@@ -260,17 +261,17 @@ def test_recorded_numbers_are_those_of_the_dense_hessian():
         covered += r['trace_lo'] <= H.trace() <= r['trace_hi']
     assert len(learn.dense.H)==4 and covered>=3
 
-def test_dropout_masks_are_those_of_the_batch():
-    "With a learning rate of zero the recorded loss surface is the one of the training step, mask and all"
+@pytest.mark.parametrize('name', ['conv','remembers'])
+def test_masks_and_hidden_states_are_those_of_the_batch(name):
+    "With a learning rate of zero the recorded loss surface is the one of the training step, dropout mask, hidden state and all"
     class Grab(Callback):
-        def before_batch(self): self.rng = get_random_states()
         def after_pred(self): self.seen = self.pred.detach().clone()
     grab = Grab()
-    learn = learner(opt_func=SGD, cbs=[grab, CurvatureRecorder(every=1)])
+    learn = learner(name, SGD, cbs=[grab, CurvatureRecorder(every=1)])
     rec,preds = learn.curvature_recorder,[]
     original = rec.record
     def record():
-        with curvature_graph(learn, trained_params(learn), rng=rec.rng): preds.append((learn.pred.detach().clone(), grab.seen))
+        with curvature_graph(learn, trained_params(learn), before=rec.before): preds.append((learn.pred.detach().clone(), grab.seen))
         return original()
     rec.record = record
     with learn.no_bar(),learn.no_logging(): learn.fit(1, 0.)

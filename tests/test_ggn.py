@@ -189,3 +189,20 @@ def test_random_signs_estimate_the_fisher_diagonal():
     assert errs[1] < .1 and errs[1] < errs[0]/3   # the error falls like 1/sqrt(n)
 
 def test_convolutions_go_forward(): assert best_jvp(Transposed()) == 'dual' and best_jvp(mlp()) == 'reverse'
+
+def test_random_masks_are_those_of_the_graph_or_refused():
+    "Dropout: dual numbers replay the mask, the linearised pass cannot and says so"
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4,8), nn.Dropout(.5), nn.Linear(8,2))
+    x,ps = torch.randn(5,4),list(model.parameters())
+    v,state = [torch.randn_like(p) for p in ps],torch.get_rng_state()
+    out = output_tensors(model(x))
+    plain = model_forward(model, ps, x)
+    def forward(values):
+        torch.set_rng_state(state)
+        return plain(values)
+    assert torch.allclose(dual_jvp(forward, ps)(v)[0], reverse_jvp(out, ps)(v)[0], atol=1e-6)
+    linear = linear_jvp(plain, ps)
+    before = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match='random'): linear(v)
+    assert torch.equal(before, torch.get_rng_state())

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from torch import nn, tensor
 from fastai.basics import CancelFitException, Callback, CrossEntropyLossFlat, DataLoaders, L, Learner, Module, SGD, noop, set_seed
 from fastai.callback.all import GradientAccumulation, GradientClip, MixUp
+from fastai.callback.rnn import rnn_cbs
 from sklearn.datasets import load_digits
 from adahessian_fastai.hvp import flat
 from adahessian_fastai.hessian_free import *
@@ -192,6 +193,35 @@ def test_learner_and_closure_make_the_same_steps():
     steps(opt, f, 3, module=model)
     assert torch.allclose(weights(learn), flat(list(model.parameters())), **SAME)
 
+@pytest.mark.parametrize('model', [mlp, lambda: Conv()], ids=['mlp','conv'])
+@pytest.mark.parametrize('jvp', ['dual','linearize'])
+def test_ways_through_a_learner_make_the_same_steps(model, jvp, recwarn):
+    ws = [fit(learner(model, jvp=o), 3) for o in ('reverse',jvp)]
+    assert not ws[1].opt.failed and not [w for w in recwarn if 'failed' in str(w.message)]
+    assert torch.allclose(*map(weights, ws), **SAME)
+
+def test_convolutions_choose_by_the_cost_of_both_ways():
+    learn = fit(learner(Conv), 3)
+    opt = learn.opt
+    assert set(opt.costs) == {'dual','linearize'} and all(a>=0 and b>0 for a,b in opt.costs.values())
+    opt.costs = dict(dual=(0.,1.), linearize=(5.,.5))
+    for n,first in ((9,'dual'), (11,'linearize')):
+        opt.record.append(dict(n_iter=n))
+        assert opt._by_cost(learn.model)[0] == first
+    assert opt._by_cost(mlp()) == ['reverse']
+    other = learner(Conv)
+    other.create_opt()
+    other.opt.load_state_dict(opt.state_dict())
+    assert other.opt.costs == opt.costs
+
+def test_dropout_cannot_be_linearised_and_that_is_silent_unless_asked_for(recwarn):
+    class DropConv(Conv):
+        def forward(self, x): return super().forward(F.dropout(x, .3, self.training))
+    auto,dual = [fit(learner(DropConv, jvp=o, x0_decay=0.), 3) for o in ('auto','dual')]
+    assert auto.opt.failed == {'linearize'} and not [w for w in recwarn if 'failed' in str(w.message)]
+    assert torch.allclose(weights(auto), weights(dual), **SAME)
+    with pytest.warns(UserWarning, match='random numbers'): fit(learner(DropConv, jvp='linearize'))
+
 def test_curvature_and_trials_on_other_data():
     x,y = data(40)
     batches = list(zip(x.split(10), y.split(10)))
@@ -268,6 +298,78 @@ def test_buffers_and_generator_move_as_in_an_ordinary_forward_pass():
     model(x)
     assert xs == [torch.rand(1).item()]
     assert torch.equal(model.bn.running_mean, learn.model.bn.running_mean) and torch.equal(model.bn.running_var, learn.model.bn.running_var)
+
+class Remembers(Module):
+    "A recurrent model that carries its hidden state from batch to batch, in `kind` of a place"
+    def __init__(self, kind):
+        self.cell,self.out,self.kind,self.n = nn.RNNCell(2, 6),nn.Linear(6,3),kind,0
+        if kind=='buffer': self.register_buffer('h', torch.zeros(64, 6))
+        elif kind=='in place': self.h = torch.zeros(64, 6)
+        else: self.h = None if kind=='attribute' else [(torch.zeros(64, 6),)]
+    def forward(self, x):
+        h = self.h[0][0] if self.kind=='nested' else torch.zeros(64, 6) if self.h is None else self.h.clone()
+        for o in x.split(2, 1): h = self.cell(o, h)
+        self.n += 1
+        if self.kind=='nested': self.h[0] = (h.detach(),)
+        elif self.kind=='in place': self.h.copy_(h.detach())
+        else: self.h = h.detach()
+        return self.out(h)
+    def state(self): return self.h[0][0] if self.kind=='nested' else self.h
+
+places = ['attribute','in place','nested','buffer']
+
+@pytest.mark.parametrize('kwargs', [dict(), dict(jvp='dual'), dict(jvp='linearize'), dict(keep_graph=False), dict(curvature='hessian')], ids=str)
+@pytest.mark.parametrize('kind', places)
+def test_hidden_state_moves_as_in_one_forward_pass_and_trials_start_where_the_batch_did(kind, kwargs):
+    learn = learner(partial(Remembers, kind), **kwargs)
+    learn._do_epoch_validate = noop
+    x,y = data(64)
+    twin = deepcopy(learn.model)
+    class Look(Callback):
+        def before_batch(self): twin.load_state_dict(self.model.state_dict() if kind!='buffer' else {**self.model.state_dict(), 'h':twin.h})
+        def after_loss(self):
+            if torch.is_grad_enabled(): self.first = self.learn.loss.item()
+        def before_step(self):
+            batch, = self.opt.pending
+            assert batch.again()[0].item() == self.first
+        def after_batch(self):
+            twin(x)
+            assert torch.equal(twin.state(), self.model.state()) and twin.n == self.model.n
+    learn.add_cb(Look())
+    fit(learn, 4)
+    assert learn.opt.n_steps == 4 == learn.model.n and learn.opt.n_skipped == 0 and not learn.opt.failed
+    assert learn.opt.record[-1]['loss_after'] < learn.opt.record[0]['loss']
+
+@pytest.mark.parametrize('kind', places)
+def test_hidden_state_of_a_closure_is_protected_too(kind):
+    x,y = data(64)
+    torch.manual_seed(1)
+    model = Remembers(kind)
+    twin,opt = deepcopy(model),hessian_free(model.parameters(), check_deterministic=True)
+    f = objective(lambda: model(x), lambda z: F.cross_entropy(z, y))
+    for i in range(3):
+        opt.step(f, module=model)
+        twin(x)
+        assert torch.equal(twin.state(), model.state()) and model.n == i+1
+        twin.load_state_dict({**model.state_dict(), **{k:v for k,v in twin.named_buffers()}})
+    assert opt.n_skipped == 0
+
+def test_language_model_of_fastai_with_its_dropouts(recwarn):
+    from fastai.text.models.awdlstm import AWD_LSTM
+    from fastai.text.models.core import get_language_model
+    drops = dict(output_p=.1, hidden_p=.15, input_p=.25, embed_p=.02, weight_p=.2)
+    config = dict(emb_sz=6, n_hid=8, n_layers=2, pad_token=1, bidir=False, tie_weights=True, out_bias=True, **drops)
+    g = torch.Generator().manual_seed(0)
+    text = torch.randint(0, 12, (16,21), generator=g)
+    ds = L(zip(text[:,:-1], text[:,1:]))
+    dls = DataLoaders.from_dsets(ds, ds, bs=8, shuffle=False, num_workers=0)
+    set_seed(0)
+    learn = Learner(dls, get_language_model(AWD_LSTM, 12, config=config), CrossEntropyLossFlat(), cbs=rnn_cbs(alpha=2., beta=1.),
+        opt_func=partial(hessian_free, check_deterministic=True))
+    learn.logger = noop
+    fit(learn, 3)
+    assert not [w for w in recwarn if 'twice' in str(w.message)] and learn.opt.n_steps == 6 and learn.opt.n_skipped == 0 and not learn.opt.failed
+    assert all(r['loss_after'] <= r['loss'] for r in learn.opt.record)
 
 def test_an_undeterministic_model_is_reported():
     x,y = data()
@@ -413,6 +515,29 @@ def test_save_and_load_continue_bit_for_bit(tmp_path, kwargs):
     assert torch.equal(b.opt.state[b.model[0].weight]['x0'], a.opt.state[a.model[0].weight]['x0'])
     fit(b, 2)
     assert torch.equal(weights(b), weights(whole)) and list(b.opt.record) == list(whole.opt.record)
+
+def test_a_state_from_the_middle_of_an_accumulation_says_so_and_starts_the_step_anew():
+    "Five of eight batches: one step of three, and two batches that are lost to the continuation"
+    a = learner(bs=8, n_acc=3)
+    class Stop(Callback):
+        def after_batch(self):
+            if self.training and self.train_iter==3: self.after = deepcopy((self.model.state_dict(), self.opt.state_dict()))
+            if self.training and self.train_iter==5: raise CancelFitException()
+    a.add_cb(Stop())
+    fit(a)
+    with pytest.warns(UserWarning, match='last 2 batches'): middle = deepcopy(a.opt.state_dict())
+    ws = []
+    for model,state in (a.stop.after, (a.model.state_dict(), middle)):
+        b = learner(bs=8, n_acc=3)
+        b.create_opt()
+        b.model.load_state_dict(model)
+        b.opt.load_state_dict(deepcopy(state))
+        ws.append(weights(fit(b)))
+    assert torch.equal(*ws)
+    a.remove_cb(Stop)
+    a.opt.load_state_dict(middle)
+    assert a.opt.rounds == a.opt.pending == [] and not a.opt.sums
+    assert torch.equal(weights(fit(a)), ws[0])
 
 # --- faults
 
