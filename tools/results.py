@@ -85,9 +85,9 @@ def scaling():
 
 def autoencoder():
     "Error of the deep autoencoder at equal processor time"
-    body = [[k, mean_sd(nums(o, 'half_time_error')), mean_sd(nums(o, 'error')), shown(mean(nums(o, 'steps'))), len(o)]
+    body = [[k, mean_sd(nums(o, 'half_time_error')), mean_sd(nums(o, 'error')), shown(mean(nums(o, 'epochs'))), len(o)]
         for (k,),o in grouped(rows('hessian_free_autoencoder'), 'optimizer').items()]
-    return table(['optimizer', 'error at half time', 'error', 'steps', 'seeds'], body)
+    return table(['optimizer', 'error at half time', 'error', 'epochs', 'seeds'], body)
 
 def products(): return pivot(rows('hessian_free_products'), lambda r: r['product'], 'problem', 'gradients', 'product')
 
