@@ -112,7 +112,7 @@ variants = {'Adam': Entry(Adam, 3e-3), 'default': Entry(delayed, 0.15),  # chkst
     'sophia, hutchinson': Entry(partial(sophia, update_each=10, estimator='hutchinson'), 1e-3)}
 longer = {'Adam, in the time of AdaHessian': Entry(Adam, 3e-3, epochs=3, like='Adam')}
 translators = {'AdamW': Entry(Adam, 3e-3), **newton,  # chkstyle: ignore-node
-    'update_each=10, block_length=1': Entry(partial(delayed, block_length=1), 0.15),
+    'update_each=10, block_length=1': Entry(partial(delayed, block_length=1), 0.15, like='AdaHessian, update_each=10'),
     'update_each=10, mom=0.9 throughout': Entry(delayed, 0.15, like='AdaHessian, update_each=10', fit=dict(moms=(0.9,0.9,0.9))),
     'budget=0.25': Entry(partial(adahessian, budget=0.25), 0.15, like='AdaHessian, update_each=10'),
     'AdamW, in the time of AdaHessian': Entry(Adam, 3e-3, epochs=8, like='AdamW')}
