@@ -393,12 +393,12 @@ def _solve(self:HessianFree, obj, ps, b):
 
 @patch
 def _timed(self:HessianFree, how, build, solve):
-    "`solve()` after `build()`, and their first cost in `costs`"
+    "`solve()` after `build()`; where a way is chosen by cost, their first one goes to `costs`"
     tic = time.perf_counter()
     build()
     built = time.perf_counter()
     sol = solve()
-    self.costs.setdefault(how, (built-tic, (time.perf_counter()-built)/(sol.n_iter+1)))
+    if self.jvp=='auto': self.costs.setdefault(how, (built-tic, (time.perf_counter()-built)/(sol.n_iter+1)))
     return sol
 
 @patch

@@ -75,9 +75,8 @@ def everything(learn):
     def leaves(o):
         if isinstance(o, dict): return [x for k in sorted(o, key=str) for x in leaves(o[k])]
         return [x for e in o for x in leaves(e)] if isinstance(o, (list,tuple,L)) else [o]
-    rng,state = get_random_states(),learn.opt.state_dict()
-    state.get('hessian_free', {}).pop('costs', None) # Seconds, which no two runs share
-    return leaves([learn.model.state_dict(), state, rng['torch_state'], rng['numpy_state'][1].tolist(), list(rng['random_state'][1]),
+    rng = get_random_states()
+    return leaves([learn.model.state_dict(), learn.opt.state_dict(), rng['torch_state'], rng['numpy_state'][1].tolist(), list(rng['random_state'][1]),
         [p.grad for p in learn.model.parameters()], torch.rand(3), learn.recorder.losses, getattr(learn.model, 'h', 0)])
 
 def identical(a, b): return len(a)==len(b) and all(torch.equal(x, y) if isinstance(x, Tensor) else x==y for x,y in zip(a, b))

@@ -1,5 +1,5 @@
 "The plan of the training studies in `benchmarks/training.py`"
-import sys
+import math,sys
 from pathlib import Path
 
 import pandas as pd,pytest
@@ -29,6 +29,12 @@ def test_same_number_of_rates_then_seeds(training):
     counts = rows.groupby('entry').agg(rates=('lr','nunique'), runs=('lr','size'))
     assert counts.loc['a'].tolist() == counts.loc['b'].tolist() == [3,5] and counts.loc['longer'].tolist() == [1,3]
     assert set(rows.lr[rows.seed>0]) == {0.32} and set(rows.seed) == {0,1,2}
+
+@pytest.mark.parametrize('best,fourth', [(0.1,0.1),(1.,0.1),(2.,10.),(10.,10.)])
+def test_fourth_rate_lies_beyond_the_better_end(training, best, fourth):
+    training.TASKS['fake'].n_rates = 4
+    rows = simulate(training, lambda entry,lr,seed: abs(math.log(lr/best)) if lr<4 or best>4 else float('nan'))
+    assert rows.lr[(rows.entry=='a') & (rows.seed==0)].tolist() == [1.,0.32,3.2,fourth]
 
 def test_diverged_runs_are_not_chosen(training):
     rows = simulate(training, lambda entry,lr,seed: float('nan') if lr>=1 else 5-lr)
