@@ -5,14 +5,14 @@ from .averaging import *
 from .spectrum import *
 from .cg import *
 from .toys import *
-from .ggn import *
+from .ggn import best_jvp,dual_jvp,fisher_diagonal,fresh_ggn_product,ggn_product,linear_jvp,loss_hessian,model_forward,reverse_jvp  # chkstyle: ignore
 from .inverse import *
-from .gnb import *
+from .gnb import gnb_samples  # chkstyle: ignore
 from .estimators import Evaluation,curvatures,estimators  # chkstyle: ignore
 from .learner import twice_differentiable  # chkstyle: ignore
 from .steppers import *
 from .adahessian import AdaHessian,AdaHessianWrapper,adahessian  # chkstyle: ignore
-from .hessian_free import *
+from .hessian_free import HessianFree,hessian_free  # chkstyle: ignore
 from .sophia import *
-from .diagnostics import *
+from .diagnostics import CurvatureRecorder,SuggestedLR,curvature_stats,overestimate,own_diagonal,plot_noise  # chkstyle: ignore
 from .compare import compare_optimizers,comparison_table,plot_comparison  # chkstyle: ignore
