@@ -23,6 +23,7 @@ Modules:
 - `adahessian_fastai.spectrum`: The Hessian written out, its extreme eigenvalues, its trace and the density of its spectrum, all from products
 - `adahessian_fastai.steppers`: What an optimizer does with an estimated diagonal, as fastai stats and steppers
 - `adahessian_fastai.subbatch`: Evaluate some rows of a Learner's batch once more, and leave no trace of it
-- `adahessian_fastai.toys`: Two dimensions, a known answer and a picture: Rosenbrock, Rastrigin and quadratics"""
+- `adahessian_fastai.toys`: Two dimensions, a known answer and a picture: Rosenbrock, Rastrigin and quadratics
+- `adahessian_fastai.translation`: English to German with 30 000 sentences, small enough for one processor: data, model, loss, decoding and scores"""
 
 __version__ = "0.0.1"

@@ -97,7 +97,7 @@ class AdaHessianWrapper(Optimizer, GetAttr):
         estimator:str='hutchinson', # How the diagonal is estimated
         hvp:str='reverse', # How a product with the Hessian is computed: 'reverse', 'forward', 'compiled', 'finite_difference' or 'auto'
         probe='rademacher', # 'rademacher', 'gaussian' or a callable `(p, generator) -> tensor like p`
-        signed:bool=None, # Average the diagonal itself over blocks and kernels, not `|d|`? Default: where the steppers or `debiased` ask for it
+        signed_blocks:bool=None, # Average the diagonal itself over blocks and kernels, not `|d|`? Default: where the steppers or `debiased` ask for it
         average_kernels:bool=True, # Average over the kernels of convolutions?
         debiased:bool=False, # Take the noise out of the second moment? Needs `n_samples` >= 2
         hessian_bs:int|float|str=None, # Rows of the batch that the estimate is taken on, a number or a fraction; `None` for all, 'auto' with a `budget`; for a pair see `rows_due`
@@ -110,8 +110,8 @@ class AdaHessianWrapper(Optimizer, GetAttr):
         linear = average_diag_hessian in opt.cbs
         check_estimator(estimator, curvature, probe, n_samples, linear, debiased)
         check_rows(hessian_bs, budget)
-        if signed is None: signed = linear or debiased
-        if (linear or debiased) and not signed: raise ValueError(f"a signed or debiased average needs signed blocks, got {signed=}")
+        if signed_blocks is None: signed_blocks = linear or debiased
+        if (linear or debiased) and not signed_blocks: raise ValueError(f"a signed or debiased average needs signed blocks, got {signed_blocks=}")
         if budget is not None and update_each!=1: raise ValueError(f"budget chooses update_each: give one of them, got {budget=}, {update_each=}")
         on_graph = estimator=='gnb' or curvature!='hessian' or hessian_bs is not None
         self.rides = hvp=='forward' and estimator!='gnb' and curvature=='ggn' and hessian_bs is None
@@ -134,7 +134,7 @@ class AdaHessianWrapper(Optimizer, GetAttr):
         self.diags,self.noises,self.n_batches,self.n_items,self.bad_loss,self.scaled = {},{},0,0,False,False
 
     def zero_grad(self):
-        "Drop the gradients, which have no room beside an estimate, and what is pending"
+        "Set the gradients to `None`, which saves memory while an estimate is taken, and drop what is pending"
         for p in itertools.chain(*self.param_lists): p.grad = None
         self.forget()
 
@@ -471,7 +471,7 @@ def usable(self:AdaHessianWrapper)->dict: # Averaged diagonals by parameter
         for p in self.diags:
             if p.grad is not None or 'asked' not in self.opt.state[p]: self.opt.state[p]['asked'] = True
         self.note_noise()
-        return {p: average_diag(d, self.block_length, self.signed, self.average_kernels) for p,d in self.diags.items()}
+        return {p: average_diag(d, self.block_length, self.signed_blocks, self.average_kernels) for p,d in self.diags.items()}
     self.n_dropped += 1
     warn_rarely(self.n_dropped, "The estimate of the diagonal is not finite: dropped, the average stays")
     return {}
@@ -589,7 +589,7 @@ def __setstate__(self:AdaHessianWrapper, state):
 # %% ../nbs/12_adahessian.ipynb #0373d378
 def adahessian(
     params:Tensor|Iterable, # Model parameters, or lists of them as groups
-    lr:float|slice=0.15, # Learning rate, η; about 100 times Adam's
+    lr:float|slice=0.15, # Learning rate, η; 10 to 150 times Adam's
     mom:float=0.9, # Gradient moving average's weight of the past, β₁
     sqr_mom:float=0.999, # Squared diagonal's moving average's weight of the past, β₂
     eps:float=1e-4, # Added to the denominator

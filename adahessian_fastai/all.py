@@ -1,4 +1,4 @@
-"Everything a notebook needs: `from adahessian_fastai.all import *`. What the rooms need of each other only is left in them"
+"Everything a notebook needs: `from adahessian_fastai.all import *`. What only other modules need is left in its own"
 from .hvp import difference_product,flat,gradient,graph_product,hessian_product,hvp_methods,unflat  # chkstyle: ignore
 from .hutchinson import *
 from .averaging import *

@@ -1,7 +1,7 @@
 r"""Solve with a curvature product: preconditioned CG, its stopping rules, backtracking, line search, damping
 
 A Newton-type step is the minimiser of the quadratic model $m(x) = \tfrac12 x^\top A x - b^\top x$ with $b=-\nabla f$ and
-$A = B + \lambda I$, where $B$ is the Hessian or the Gauss-Newton matrix. $A$ is never formed: everything in this room sees a callable
+$A = B + \lambda I$, where $B$ is the Hessian or the Gauss-Newton matrix. $A$ is never formed: everything in this module sees a callable
 `A(v)` on flat vectors and can be tried on a 3×3 matrix. The parts are those of Hessian-free optimization: Martens, *Deep learning via
 Hessian-free optimization*, ICML 2010 (below [1]), with the details of Martens & Sutskever, *Training deep and recurrent networks with
 Hessian-free optimization*, 2012 (below [2])."""

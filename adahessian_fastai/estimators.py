@@ -57,25 +57,46 @@ def ggn_curvature(
     n_products:int, # How many there will be
 ): # `v -> Gv`
     "Product with the generalized Gauss-Newton matrix"
-    if evaluation.outputs is None: raise ValueError("curvature='ggn' needs the outputs of the model: give `differentiate` the `batch`")
+    if evaluation.outputs is None: raise ValueError("curvature='ggn' needs the outputs of the model: give `differentiate` an `Evaluation` with them as `at`")
     return evaluation.rescaled(ggn_product(evaluation.outputs, evaluation.loss, params, evaluation.jvp and evaluation.jvp(params)))
 
 curvatures = dict(hessian=hessian_curvature, ggn=ggn_curvature)
 
 # %% ../nbs/09_estimators.ipynb #1010817c
-def hutchinson_estimator(evaluation, params, n_samples, curvature, draw, **kwargs):
+def hutchinson_estimator(
+    evaluation:Evaluation, # What to estimate on
+    params:list, # Tensors to estimate for
+    n_samples:int, # Samples to draw
+    curvature:str, # A key of `curvatures`
+    draw, # `(p, generator) -> probe like p`
+    **kwargs
+): # Yields lists of tensors shaped like `params`
     "Samples `z ⊙ Hz`"
     return hutchinson_samples(curvatures[curvature](evaluation, params, n_samples), params, n_samples, draw)
 
-def control_variate_estimator(evaluation, params, n_samples, curvature, draw, center, **kwargs):
+def control_variate_estimator(
+    evaluation:Evaluation, # What to estimate on
+    params:list, # Tensors to estimate for
+    n_samples:int, # Samples to draw
+    curvature:str, # A key of `curvatures`
+    draw, # `(p, generator) -> probe like p`
+    center:list, # A guess of the diagonal, c
+    **kwargs
+): # Yields lists of tensors shaped like `params`
     "Samples `z ⊙ (H - diag(c))z + c` with `center` for `c`, times the weight of the batch"
     product,center = curvatures[curvature](evaluation, params, n_samples),[c*evaluation.weight for c in center]
     return control_variate_samples(product, params, center, n_samples, draw)
 
-def gnb_estimator(evaluation, params, n_samples, rng, **kwargs):
+def gnb_estimator(
+    evaluation:Evaluation, # Has outputs, targets and loss function; raises `ValueError` without
+    params:list, # Tensors to estimate for
+    n_samples:int, # Draws of the labels
+    rng, # `device -> generator`
+    **kwargs
+): # Yields lists of tensors shaped like `params`
     "Squared gradients at labels that the model draws"
     e = evaluation
-    if e.loss_func is None: raise ValueError("estimator='gnb' needs outputs, targets and loss function: give `differentiate` the `batch`")
+    if e.loss_func is None: raise ValueError("estimator='gnb' needs outputs, targets and loss function: give `differentiate` an `Evaluation` with them as `at`")
     samples = gnb_samples(e.outputs, params, label_noise(e.loss_func, e.outputs, e.targets), n_samples, rng(e.outputs.device), e.scale)
     return samples if e.weight==1 else ([d.mul_(e.weight) for d in s] for s in samples)
 

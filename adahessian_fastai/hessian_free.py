@@ -130,15 +130,21 @@ class Objective:
         loss = sum(w*l.detach().double() for (w,_),l in zip(self.trial, losses))
         return cross_rank_mean([loss.as_subclass(Tensor).reshape(1)], self.group)[0].item()
 
-    def loss0(self): return self._sum([b.loss for _,b in self.trial])
+    def loss0(self):
+        "The loss at the first evaluation"
+        return self._sum([b.loss for _,b in self.trial])
 
     def loss(self):
+        "The loss at the present parameters"
         self.n_evals += 1
         return self._sum([b.again()[0] for _,b in self.trial])
 
-    def build(self, params, how): self.products = [(w,b.product(params, how)) for w,b in self.curv]
+    def build(self, params, how):
+        "Make `product` ready, by the way `how`"
+        self.products = [(w,b.product(params, how)) for w,b in self.curv]
 
     def product(self, v):
+        "`Bv` over all batches of the curvature"
         total = None
         for w,product in self.products:
             Bv = product(v) if w==1. else [o*w for o in product(v)]
@@ -146,6 +152,7 @@ class Objective:
         return cross_rank_mean(total, self.group)
 
     def fisher(self, params, n_probes, generator, reduction):
+        "Diagonal of the empirical Fisher matrix over the same batches"
         total,n = [0.]*len(params),0
         for w,b in self.curv:
             (loss,outputs),scale = (b.graph,b.scale) if b.graph else (b.again(graph=True),1.)
@@ -154,6 +161,7 @@ class Objective:
         return cross_rank_mean([t*n if reduction=='mean' else t for t in total], self.group)
 
     def free(self):
+        "Let go of all graphs"
         self.products = None
         for _,b in self.curv+self.trial: b.graph = b.hessian = None
 
@@ -277,8 +285,11 @@ def _add_gradient(self:HessianFree, loss, weight=1.):
 
 # %% ../nbs/13_hessian_free.ipynb #e767f9fd
 @patch
-def step(self:HessianFree, closure=None, module=None):
-    "One Hessian-free step after `n_acc` calls; returns the loss there. For `closure` see below"
+def step(self:HessianFree,
+    closure=None, # In a plain loop: `() -> (loss, outputs)`, which does not call `backward`
+    module:nn.Module=None, # What `closure` evaluates; its buffers are protected
+)->float: # Loss after the step; `None` before `n_acc` calls
+    "One Hessian-free step after `n_acc` calls"
     if closure is not None: return self._closure_step(closure, module)
     self._close_round()
     if len(self.rounds)<self.n_acc: return

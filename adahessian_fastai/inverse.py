@@ -19,7 +19,7 @@ class Solution(NamedTuple):
     "What `solve` found"
     x: list          # Tensors shaped like `b`
     residual: float  # `‖(H+λI)x-b‖/‖b‖`, measured with a product of its own
-    reason: str      # Why conjugate gradients stopped: 'tolerance' or 'max_iter'
+    reason: str      # Why conjugate gradients stopped: 'tolerance', 'max_iter', or 'divergence' where a product was not finite
     n_products: int  # Products taken
 
 def solve(

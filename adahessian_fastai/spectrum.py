@@ -265,7 +265,11 @@ class SpectralDensity:
     nodes:Tensor # Ritz values, one row for each start vector
     weights:Tensor # Shares of the eigenvalues; all together 1
 
-    def mean(self, f): return (self.weights*f(self.nodes)).sum().item()
+    def mean(self,
+        f, # `eigenvalues -> values`, elementwise
+    )->float:
+        "Mean of `f` over the eigenvalues"
+        return (self.weights*f(self.nodes)).sum().item()
 
     def __call__(self,
         x:Tensor, # Where to evaluate
@@ -275,8 +279,14 @@ class SpectralDensity:
         z = (x[...,None]-self.nodes.flatten())/sigma
         return (self.weights.flatten()*torch.exp(-z**2/2)).sum(-1)/(sigma*math.sqrt(2*math.pi))
 
-    def plot(self, ax=None, sigma=None, bins=400, floor=1e-6, **kwargs):
-        "Smoothed density on a logarithmic scale; `sigma` defaults to 1% of the range"
+    def plot(self,
+        ax=None, # Axes to draw on
+        sigma:float=None, # Width of the smoothing; 1% of the range by default
+        bins:int=400, # Points of the curve
+        floor:float=1e-6, # Least density drawn
+        **kwargs
+    ):
+        "Smoothed density on a logarithmic scale"
         ax,lo,hi = ax or plt.subplots(figsize=(5,3))[1],self.nodes.min().item(),self.nodes.max().item()
         sigma = sigma or (hi-lo or 1.)/100
         x = torch.linspace(lo-5*sigma, hi+5*sigma, bins, dtype=torch.double)

@@ -1,6 +1,5 @@
 """Hessian-vector products and the largest eigenvalue beside `curvlinops`: the same numbers, and the time of each.
 
-    pip install curvlinops-for-pytorch
     python benchmarks/products.py
 
 Times are medians on one thread. `hessian_product` evaluates the loss for each product, as curvlinops does; `graph_product` keeps one graph for all of them.

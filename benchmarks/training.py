@@ -176,7 +176,7 @@ def next_rate(rows, name, entry):
 def best_lr(rows, name, entry):
     "The tried rate with the lowest loss on the choosing part, `None` while one is missing"
     if like := TASKS[name].entries[entry].like: return best_lr(rows, name, like)
-    return best_runs(rows[rows.entry==entry]).lr.iloc[0] if next_rate(rows, name, entry) is None else None
+    return float(best_runs(rows[rows.entry==entry]).lr.iloc[0]) if next_rate(rows, name, entry) is None else None
 
 def plan(rows, name, entries, seeds):
     "The runs to make next as (entry, lr, seed): rates at seed 0, for all in turn, and when an entry has its rates the other seeds"

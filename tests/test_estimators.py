@@ -443,8 +443,8 @@ def test_lookahead_equals_its_rule():
 
 def test_a_wrapper_reads_from_its_steppers_what_they_average():
     p = nn.Parameter(torch.zeros(2,2))
-    assert AdaHessianWrapper(AdaHessian([p], lr=0.1, signed=True)).signed is True
-    assert AdaHessianWrapper(AdaHessian([p], lr=0.1)).signed is False
+    assert AdaHessianWrapper(AdaHessian([p], lr=0.1, signed=True)).signed_blocks is True
+    assert AdaHessianWrapper(AdaHessian([p], lr=0.1)).signed_blocks is False
     assert average_sqr_diag_hessian in AdaHessian([p], lr=0.1).cbs
 
 

@@ -198,7 +198,7 @@ def module_table(path):
     return head + (linked('{.docments}\n| Name | What it does |\n|---|---|\n' + '\n'.join(rows)) if rows else '')
 
 def api_page(rooms):
-    intro = f'# API at a glance\n\n`from {lib}.all import *` brings all of it. Each heading leads to the notebook that defines, explains and tests its module.'
+    intro = f'# API at a glance\n\n`from {lib}.all import *` brings what notebooks usually need; the rest is imported from the module that a heading names. Each heading leads to the notebook that defines, explains and tests its module.'
     (out/'api.md').write_text('\n\n'.join([intro, *map(module_table, rooms)])+'\n', encoding='utf-8')
 
 def entry(name, title, about): return f"- [{title}]({name.rsplit('.', 1)[0]}.html)" + (f': {about}' if about else '')
