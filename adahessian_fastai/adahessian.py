@@ -18,7 +18,7 @@ from .hvp import gradient
 from .hutchinson import draw_like,get_probe,mean_and_noise,rademacher_like,sample_mean
 from .averaging import average_diag
 from .estimators import Evaluation,check_estimator,curvatures,estimators
-from .learner import (CurvatureScale,check_checkpoints,check_model,cross_rank_mean,hooks_resting,loss_scale,
+from .learner import (CurvatureScale,check_checkpoints,check_gradients,check_groups,check_model,cross_rank_mean,hooks_resting,loss_scale,
     loss_weight,sync_group,twice_differentiable)
 from .closure import forward_state
 from .foreach import update
@@ -393,6 +393,7 @@ def backward(self:AdaHessianWrapper,
     n_items = find_bs(learn.yb) if self.n_acc>1 or group is not None else 1
     scale = loss_scale(learn)
     self.differentiate(learn.loss_grad, scale, n_items, group, self.evaluation(learn, scale))
+    if not self.n_steps: check_gradients(self.trained())
     if self.n_batches>=self.n_acc: return
     learn('after_backward')
     raise CancelBatchException
@@ -411,12 +412,13 @@ def forward_context(self:AdaHessianWrapper,
 ):
     "Make a graph that can be differentiated twice when an estimate is due; leave nothing half done"
     check_model(learn.model)
+    if self.budget and getattr(learn, 'iter', 1)==0: self.budget.begin()
     try:
         on_graph = self.hessian_bs is None and self.estimator!='gnb' and (self.rides or self.hvp_used not in again_methods)
         due = self.due
         twice,self.before = due and on_graph,forward_state(learn.model) if due and self.hvp_used!='reverse' else None
         self.ride = self.ride_along() if due and self.rides and not hasattr(learn, 'mixed_precision') else None
-        with twice_differentiable(learn.model) if twice else nullcontext(),self.ride or nullcontext(): yield
+        with twice_differentiable(learn.model, self.rides) if twice else nullcontext(),self.ride or nullcontext(): yield
         self.forget()
     except CancelBatchException: raise
     except BaseException:
@@ -495,11 +497,20 @@ def keep_budget(self:AdaHessianWrapper):
 
 # %% ../nbs/12_adahessian.ipynb #7fa8abf2
 @patch
+def check_seen(self:AdaHessianWrapper,
+    work:dict, # Parameters of the step, with state and hyperparameters; raises `ValueError`
+):
+    "Refuse gradients that came past `differentiate` where there is no average to step with"
+    if self.n_batches or all('hess_step' in s or not s.get('do_hessian', True) for s,_ in work.values()): return
+    raise ValueError("there is no estimate to step with: call `opt.differentiate(loss)` in place of `loss.backward()`")
+
+@patch
 def step(self:AdaHessianWrapper, closure=None):
     "Move the parameters along their gradients and the averaged diagonal"
     if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
     groups = reversed(list(zip(self.param_lists, self.hypers)))
     work = {p: (self.opt.state[p],hyper) for ps,hyper in groups for p in reversed(ps) if p.grad is not None and p.requires_grad}
+    self.check_seen(work)
     if self.skips([p.grad for p in work]): return self.forget()
     diags = self.usable()
     noises = {p: average_diag(self.noises[p], self.block_length, True, self.average_kernels) for p in diags} if self.debiased else {}
@@ -540,15 +551,14 @@ def check_state(self:AdaHessianWrapper,
     sd:dict, # From `state_dict`
 ):
     "Raise `ValueError` if `sd` is not the state of an optimizer like this one"
-    ps = self.all_params().itemgot(0)
-    if not {'state','hypers','wrapper'} <= set(sd): raise ValueError(f"not a state of AdaHessianWrapper: {list(sd)=}")
-    names,own = [set(o) for o in sd['hypers']],sd['wrapper']
+    check_groups(self, sd, 'wrapper')
+    ps,own = self.all_params().itemgot(0),sd['wrapper']
     missing = {*_counts, 'curvature_scale', 'measured'}-set(own)
     if missing: raise ValueError(f"the state of AdaHessianWrapper is incomplete: {missing=}")
-    if names != [set(o) for o in self.hypers]: raise ValueError(f"other parameter groups or hyperparameters: {names=}")
+    for f,key in ((average_diag_hessian,'avg_diag_hessian'), (average_sqr_diag_hessian,'sqr_avg_diag_hessian')):
+        if f in self.opt.cbs and any('hess_step' in s and key not in s for s in sd['state']): raise ValueError(f"the state is of another kind of average, it has no {key}")
     grads,diags,noises = (own.get(k, [None]*len(ps)) for k in ('grads','diags','noises'))
-    if {len(o) for o in (sd['state'],grads,diags,noises)}!={len(ps)}:
-        raise ValueError(f"the state is for {len(sd['state'])} parameters, the model has {len(ps)}")
+    if {len(o) for o in (grads,diags,noises)}!={len(ps)}: raise ValueError(f"what is pending is for {len(grads)} parameters, the model has {len(ps)}")
     for i,(p,s,g,d) in enumerate(zip(ps, sd['state'], grads, diags)):
         for k,v in {**s, 'grad': g, 'diagonal': d}.items():
             if isinstance(v,Tensor) and v.ndim and v.shape!=p.shape:
@@ -564,7 +574,7 @@ def load_state_dict(self:AdaHessianWrapper,
     copied = lambda o,p: o.detach().to(p.device, copy=True) if isinstance(o,Tensor) else o
     self.opt.hypers = L(dict(o) for o in sd['hypers'])
     self.opt.state = defaultdict(dict, {p: {k: copied(v,p) for k,v in s.items()} for p,s in zip(ps, sd['state'])})
-    self.forget()
+    self.zero_grad()
     for k in _counts: setattr(self, k, own[k])
     if self.budget: self.update_each,self.budget.done = own['measured']['update_each'],own['measured']['done']
     if self.rows_chosen: self.hessian_bs = own['measured'].get('hessian_bs', self.hessian_bs)

@@ -78,6 +78,10 @@ class Budget:
         if self.last is not None: self.times[part].append(now-self.last)
         self.last = now
 
+    def begin(self):
+        "The next step begins now, so what lay between (validation, say) is no part of it"
+        if self.last is not None: self.last = self.clock()
+
     def ratio(self,
         part:float=1, # Of the batch
     )->float: # t₁/t₀ - 1

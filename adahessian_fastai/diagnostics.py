@@ -457,7 +457,7 @@ def step_rule(
     opt, # Any optimizer
 )->tuple: # Word for the rule, and its limit of lr·λ_max; the word is 'unknown' for other optimizers
     "How `opt` steps: 'gradient', 'momentum', 'adam', 'adahessian' or 'unknown'"
-    fs = {getattr(f, 'func', f).__name__: f for f in opt.cbs}
+    fs = {getattr(f, 'func', f).__name__: f for f in getattr(opt, 'cbs', [])}
     mom = opt.hypers[-1].get('mom', 0.)
     if 'sgd_step' in fs: return 'gradient',2.
     if 'momentum_step' in fs and not getattr(fs['average_grad'], 'keywords', {}).get('dampening'): return 'momentum',2*(1+mom)

@@ -19,7 +19,8 @@ from fastai.basics import *
 from .hvp import flat, gradient, graph_product, unflat
 from .ggn import best_jvp, check_twice, dual_jvp, fisher_diagonal, ggn_product, known_hessian, linear_jvp, model_forward, output_tensors
 from .cg import armijo, backtrack, cg, diag_preconditioner, flat_product, lm_damping, reduction_ratio
-from .learner import check_checkpoints, check_model, cross_rank_mean, hooks_resting, loss_scale, sync_group, twice_differentiable
+from adahessian_fastai.learner import (check_checkpoints,check_gradients,check_groups,check_model,cross_rank_mean,hooks_resting,loss_scale,sync_group,
+    twice_differentiable)
 from .adahessian import warn_rarely
 from .closure import _evaluate, as_it_was, forward_state, noted, replaying
 
@@ -34,7 +35,15 @@ class MicroBatch:
         scale:float=1., # The losses in `graph` are this many times too large
         count:float=1., # Weight of this batch in a mean
         hessian=None # Closed form of the loss Hessian at the outputs
-    ): store_attr()
+    ):
+        store_attr()
+        self.versions = self._versions()
+
+    def _versions(self): return [p._version for p in self.module.parameters()] if self.module else []
+
+    def held(self):
+        "The graph that was kept, unless the parameters have changed since"
+        return self.graph if self.versions==self._versions() else None
 
     def first(self, keep):
         "First evaluation by a plain function, the one that counts for generators and memory; later ones repeat it"
@@ -52,8 +61,9 @@ class MicroBatch:
     def product(self, params, how):
         "Product `v -> Bv` over lists like `params`; `how` is a way to the Jacobian, 'hessian', or 'none' for `B=0`"
         if how=='none': return lambda v: [torch.zeros_like(o) for o in v]
-        if self.graph is None: return lambda v: _product(self, self.again(graph=True), 1., params, how)(v)
-        return _product(self, self.graph, self.scale, params, how)
+        graph = self.held()
+        if graph is None: return lambda v: _product(self, self.again(graph=True), 1., params, how)(v)
+        return _product(self, graph, self.scale, params, how)
 
 class _Again(Module):
     "A batch as a module without inputs"
@@ -155,7 +165,8 @@ class Objective:
         "Diagonal of the empirical Fisher matrix over the same batches"
         total,n = [0.]*len(params),0
         for w,b in self.curv:
-            (loss,outputs),scale = (b.graph,b.scale) if b.graph else (b.again(graph=True),1.)
+            graph = b.held()
+            (loss,outputs),scale = (graph,b.scale) if graph else (b.again(graph=True),1.)
             ds = fisher_diagonal(outputs, loss, params, n_probes, 'sum', generator)
             total,n = [t+d*(w/scale)**2 for t,d in zip(total, ds)],n+len(output_tensors(outputs)[0])
         return cross_rank_mean([t*n if reduction=='mean' else t for t in total], self.group)
@@ -271,12 +282,19 @@ def backward(self:HessianFree, learn):
     self.learn,self.group = learn,sync_group(learn)
     self.pending.append(learner_batch(learn, self._before, self.keep_graph))
     self._add_gradient(learn.loss_grad)
+    if not self.n_steps: check_gradients(self.trained())
     learn.pred,learn.loss,learn.loss_grad = to_detach((learn.pred, learn.loss, learn.loss_grad), cpu=False, gather=False)
+
+# %% ../nbs/13_hessian_free.ipynb #hfgrad01
+@patch
+def trained(self:HessianFree)->list:
+    "The parameters that require a gradient, each once"
+    return list(dict.fromkeys(p for ps in self.param_lists for p in ps if p.requires_grad))
 
 @patch
 def _add_gradient(self:HessianFree, loss, weight=1.):
     "Add the gradient of `loss` to `p.grad`; held-out batches add nothing"
-    ps = [p for p,*_ in self.all_params() if p.requires_grad]
+    ps = self.trained()
     gs = gradient(loss, ps, retain_graph=self.keep_graph)
     on = [(p,g*weight) for p,g in zip(ps, gs) if g is not None]
     cross_rank_mean([g for _,g in on], self.group)
@@ -306,13 +324,20 @@ def _close_round(self:HessianFree):
     if self.n_acc==1 or n>self.n_acc-self.held_out: return
     counts = [sum(b.count for b in r) for r in self.rounds]
     old,new = (1.,1.) if self.reduction=='sum' else (1-counts[-1]/sum(counts), counts[-1]/sum(counts))
-    for p,*_ in self.all_params(with_grad=True): self.sums[p] = self.sums.get(p, torch.zeros_like(p.grad))*old + p.grad*new
+    for p in self.trained():
+        if p.grad is not None: self.sums[p] = self.sums.get(p, torch.zeros_like(p.grad))*old + p.grad*new
 
+# %% ../nbs/13_hessian_free.ipynb #hfzero01
 @patch
 def zero_grad(self:HessianFree):
     "Clear the gradients, and batches whose step was not made"
     Optimizer.zero_grad(self)
     self.pending = []
+
+@patch
+def forget(self:HessianFree):
+    "Drop all batches since the last step"
+    self.pending,self.rounds,self.sums = [],[],{}
 
 # %% ../nbs/13_hessian_free.ipynb #d1bd7f3b
 @patch
@@ -342,8 +367,8 @@ def _newton_step(self:HessianFree, obj, ps, trial):
 @patch
 def _hyper(self:HessianFree, ps, name):
     "Hyper `name` for each of `ps`"
-    ids = set(map(id, ps))
-    return [h[name]*(name!='wd' or s.get('do_wd', True)) for p,_,s,h in self.all_params() if id(p) in ids]
+    of = {p: h[name]*(name!='wd' or s.get('do_wd', True)) for p,_,s,h in reversed(self.all_params())}
+    return [of[p] for p in ps]
 
 @patch
 @torch.no_grad()
@@ -451,7 +476,7 @@ def _progress(self:HessianFree, wait=0.5):
 @patch
 def _guarded_step(self:HessianFree, obj):
     "`_newton_step` that leaves the parameters as they were if it fails"
-    ps = [p for p,*_ in self.all_params(with_grad=True) if p.requires_grad]
+    ps = [p for p in self.trained() if p.grad is not None]
     trial,lams = Trial(lambda: obj.loss()+self._decay(ps), ps),[h['damping'] for h in self.hypers]
     self.n_steps += 1
     try:
@@ -496,9 +521,10 @@ def state_dict(self:HessianFree):
 @patch
 def load_state_dict(self:HessianFree, sd):
     "Continue from `sd`; batches seen since the last step are forgotten"
+    check_groups(self, sd, 'hessian_free')
     Optimizer.load_state_dict(self, sd)
     self.zero_grad()
-    self.rounds,self.sums = [],{}
+    self.forget()
     own = sd['hessian_free']
     self.n_steps,self.n_skipped,self.costs = own['n_steps'],own['n_skipped'],own.get('costs', {})
     self.record = deque(own['record'], maxlen=self.record.maxlen)

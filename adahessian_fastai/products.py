@@ -137,12 +137,13 @@ def compiled_again(
     e,evaluation.loss = evaluation,None
     names = {p: n for n,p in e.model.named_parameters()}
     plain = lambda ts: tuple(t.as_subclass(Tensor) if isinstance(t, Tensor) else t for t in (ts if isinstance(ts, tuple) else (ts,)))
-    if e.model not in _compiled: _compiled[e.model] = compile_product(e.model, e.loss_func)
+    if _compiled.get(e.model, (None,))[0] is not e.loss_func: _compiled[e.model] = e.loss_func,compile_product(e.model, e.loss_func)
+    both = _compiled[e.model][1]
     def along(v, params):
         of,values = dict(zip(params, v)),{names[p]: p.detach() for p in trained}
         tangents = {names[p]: of[p] if p in of else torch.zeros_like(p) for p in trained}
         with undisturbed(e.model),batch_statistics(e.model),sdpa_kernel(SDPBackend.MATH):
-            gs,hs = _compiled[e.model](values, tangents, plain(e.inputs), plain(e.targets))
+            gs,hs = both(values, tangents, plain(e.inputs), plain(e.targets))
         e.grads = [gs[names[p]]*e.weight for p in trained]
         return [hs[names[p]]*e.weight for p in trained if p in of]
     return lambda params: partial(along, params=params)
@@ -178,7 +179,7 @@ def learner_again(
     "The loss of the present batch of `learn` as a function, for `Evaluation.again`"
     again = batch_closure(learn, state)
     def loss(twice=False):
-        with twice_differentiable(learn.model) if twice else nullcontext(): return again()[0].as_subclass(Tensor)
+        with twice_differentiable(learn.model, forward=True) if twice else nullcontext(): return again()[0].as_subclass(Tensor)
     return loss
 
 def check_compilable(

@@ -14,6 +14,7 @@ from contextlib import contextmanager,nullcontext
 from fastai.basics import *
 from fastai.callback.mixup import MixHandler
 from fastai.losses import LabelSmoothingCrossEntropy
+from torch.nn.modules.batchnorm import _BatchNorm
 from .estimators import Evaluation
 from .gnb import cross_entropy_weights,gnb_losses,softmax_noise
 from .learner import loss_weight,twice_differentiable
@@ -23,12 +24,12 @@ from .closure import as_it_was,noted,undisturbed
 def n_rows(
     hessian_bs:int|float, # Number of rows, or a fraction in (0,1]; raises `ValueError` for anything else
     bs:int, # Rows in the batch
-)->int: # Between 1 and `bs`
+)->int: # At most `bs`; a fraction gives at least 2, which a batch norm needs
     "How many of `bs` rows `hessian_bs` asks for"
     whole = isinstance(hessian_bs, int) and not isinstance(hessian_bs, bool) and hessian_bs>=1
     if not whole and not (isinstance(hessian_bs, float) and 0<hessian_bs<=1):
         raise ValueError(f"hessian_bs must be a whole number >= 1 or a fraction in (0,1], got {hessian_bs=}")
-    return min(hessian_bs, bs) if whole else max(1, round(hessian_bs*bs))
+    return min(hessian_bs if whole else max(2, round(hessian_bs*bs)), bs)
 
 def take_rows(
     xs, # A tensor, or tuples, lists and dicts of them
@@ -36,6 +37,7 @@ def take_rows(
     bs:int, # What is a row: tensors with another first dimension stay as they are
 ): # Like `xs`
     "Rows `idxs` of every tensor in `xs`"
+    if any(isinstance(o, list) and len(o)==bs for o in tuplify(xs)): raise ValueError(f"hessian_bs takes rows of tensors, got a list of {bs} items in the batch")
     return apply(lambda o: o[idxs.to(o.device)] if isinstance(o,Tensor) and o.ndim and len(o)==bs else o, xs)
 
 # %% ../nbs/11b_subbatch.ipynb #b2146530
@@ -62,13 +64,15 @@ def evaluated_rows(
     twice:bool=True, # Will the graph be differentiated twice?
 ): # Yields an `Evaluation`
     "Context with the loss of a random part of the batch; everything is as before when it is left"
+    if n_rows(hessian_bs, 2)==1 and any(isinstance(m, _BatchNorm) and m.training for m in learn.model.modules()):
+        raise ValueError(f"one row is too few for a batch norm, got {hessian_bs=}: use 2 or more")
     if any(isinstance(cb, MixHandler) for cb in learn.cbs): raise ValueError(f"hessian_bs does not go with MixUp or CutMix, got {hessian_bs=}")
     bs,weight = find_bs(learn.xb),loss_weight(learn)
     idxs = torch.randperm(bs, generator=generator)[:n_rows(hessian_bs, bs)]
     bare = getattr(learn.model, '_orig_mod', learn.model)
     model = bare.module if isinstance(bare, nn.parallel.DistributedDataParallel) else learn.model
     with untouched(learn), twice_differentiable(model) if twice else nullcontext():
-        learn.xb,learn.yb = take_rows((learn.xb,learn.yb), idxs, bs)
+        learn.xb,learn.yb = take_rows(learn.xb, idxs, bs),take_rows(learn.yb, idxs, bs)
         learn.pred = model(*learn.xb)
         learn('after_pred')
         loss = learn.loss_func(learn.pred, *learn.yb)

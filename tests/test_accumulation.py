@@ -1,8 +1,10 @@
 "Accumulated batches are one big batch: for `n_acc` and for fastai's `GradientAccumulation`, with everything that goes with them"
 import copy,gc
 import pytest,torch
+import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation,GradientClip
+from adahessian_fastai.adahessian import adahessian
 from helpers_learner import ROUNDING,Noted,data,distance,fit,given,learner,mlp,plain,split,state_of
 
 
@@ -141,3 +143,34 @@ def test_memory_does_not_grow_with_n_acc():
         fit(learner(mlp(), x, y, n_acc=n_acc, cbs=[sizes]))
         return max(sizes.notes)-sizes.notes[0]
     assert peak(10)<=peak(2)
+
+
+@pytest.mark.parametrize('how', ['load','weights','create_opt'])
+def test_half_a_step_is_worth_nothing_to_other_weights(how, tmp_path):
+    "A pending gradient neither reaches loaded weights nor a new optimizer on the same model"
+    x,y = data(24)
+    learn = learner(mlp(), x, y, probe=given(), n_acc=3, path=tmp_path)
+    learn.create_opt()
+    learn.save('start')
+    fit(learn)
+    assert learn.opt.n_batches==1
+    if how=='create_opt':
+        learn.model.load_state_dict(mlp().state_dict())
+        learn.create_opt()
+    else: learn.load('start', with_opt=how=='load')
+    assert learn.opt.n_batches==0 and all(p.grad is None for p in learn.model.parameters())
+
+
+def test_a_step_past_differentiate_is_refused():
+    "Nothing would move, as there is no average yet"
+    x,y = data(6)
+    net = mlp()
+    opt = adahessian(net.parameters())
+    F.cross_entropy(net(x), y).backward()
+    with pytest.raises(ValueError, match='opt.differentiate'): opt.step()
+    opt.zero_grad()
+    opt.differentiate(F.cross_entropy(net(x), y))
+    opt.step()
+    F.cross_entropy(net(x), y).backward()
+    opt.step()
+    assert opt.n_steps==2

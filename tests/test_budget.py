@@ -2,7 +2,7 @@
 import math
 
 import pytest,torch
-from fastai.basics import CrossEntropyLossFlat,DataLoaders,Learner,partial,set_seed
+from fastai.basics import Callback,CrossEntropyLossFlat,DataLoaders,Learner,partial,set_seed
 from torch import nn
 
 from adahessian_fastai.adahessian import adahessian
@@ -164,3 +164,14 @@ def test_parts_that_are_none(hessian_bs):
 
 def test_nobody_chooses():
     with pytest.raises(ValueError, match="hessian_bs='auto'.*budget=0.25.*budget=None"): adahessian([nn.Parameter(torch.ones(1))], hessian_bs='auto')
+
+@pytest.mark.parametrize('bs', [8,80])
+def test_validation_is_no_part_of_a_step(bs, capsys):
+    "Also with two batches in an epoch, whose estimates all begin one"
+    class Validates(Callback):
+        def before_validate(self): clock.now += 1000.
+    clock = Clock(3.)
+    learn = learner(clock)
+    learn.dls = DataLoaders.from_dsets(*[o.dataset for o in learn.dls.loaders], bs=bs, shuffle=False, num_workers=0)
+    learn.add_cb(Validates())
+    assert fit(learn, 2 if bs==8 else 8).opt.update_each==(12,8)

@@ -15,7 +15,7 @@ from fastai.data.core import DataLoaders,TfmdDL
 from fastai.learner import Callback
 from fastai.losses import CrossEntropyLossFlat,MSELossFlat
 from fastai.metrics import accuracy
-from fastai.optimizer import Adam,SGD,ranger
+from fastai.optimizer import Adam,OptimWrapper,SGD,ranger
 from fastai.text.models.awdlstm import AWD_LSTM
 from fastai.text.models.core import get_language_model
 from fastai.torch_core import get_random_states,set_seed
@@ -558,3 +558,8 @@ def test_trial_puts_everything_back():
     after = everything(learn)
     assert len(before)==len(after) and sum(torch.equal(a, b) if isinstance(a, Tensor) else a==b for a,b in zip(before, after)) >= len(before)-2
     (learn.path/'history.csv').unlink()
+
+def test_an_optimizer_of_torch():
+    "Nothing is known of its steps, and the curvature is the same"
+    other = run(learner(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW)))
+    assert other.stability(1).rule=='unknown' and len(other.curvature_summary(1))>0

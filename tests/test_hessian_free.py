@@ -5,7 +5,7 @@ from copy import deepcopy
 from functools import partial
 from types import SimpleNamespace
 from torch import nn, tensor
-from fastai.basics import CancelFitException, Callback, CrossEntropyLossFlat, DataLoaders, L, Learner, Module, SGD, noop, set_seed
+from fastai.basics import Adam, CancelFitException, Callback, CrossEntropyLossFlat, DataLoaders, L, Learner, Module, SGD, noop, set_seed
 from fastai.callback.all import GradientAccumulation, GradientClip, MixUp
 from fastai.callback.rnn import rnn_cbs
 from sklearn.datasets import load_digits
@@ -677,3 +677,49 @@ def test_accumulated_example():
     losses = [opt.acc_step(model, F.cross_entropy, batches, curv_data=batches[:2]) for _ in range(15)]
     assert losses[-1] < .1*losses[0]
     with pytest.raises(ValueError, match='at least one batch'): opt.acc_step(model, F.cross_entropy, [])
+
+# ---- what an accumulation leaves behind -----------------------------------------------------------------------------
+
+def test_loaded_weights_meet_no_old_graph(tmp_path):
+    "Rounds of an accumulation are dropped with the weights that they belong to"
+    learn = fit(learner(bs=16, n_acc=3))
+    learn.path = tmp_path
+    learn.save('half', with_opt=False)
+    assert len(learn.opt.rounds)==1
+    learn.load('half', with_opt=False)
+    assert not learn.opt.rounds and not learn.opt.sums
+    fit(learn, 3)
+    assert not learn.opt.failed and learn.opt.n_steps==5 and learn.opt.n_skipped==0
+
+def test_weights_may_change_within_an_accumulation():
+    "The graph of the old weights is not used; the curvature is that of the new ones"
+    class Clamp(Callback):
+        def after_batch(self):
+            with torch.no_grad():
+                for p in self.model.parameters(): p.clamp_(-.4, .4)
+    learn = fit(learner(bs=16, n_acc=2, cbs=Clamp()), 2)
+    assert not learn.opt.failed and learn.opt.n_skipped==0 and all(r['n_iter']>2 for r in learn.opt.record)
+
+class Tied(Module):
+    def __init__(self):
+        self.a,self.b = nn.Linear(6,6,bias=False),nn.Linear(6,6,bias=False)
+        self.b.weight = self.a.weight
+    def forward(self, x): return self.b(self.a(x).tanh())[:,:3]
+
+def test_a_weight_in_two_groups_counts_once():
+    splitter = lambda m: [list(m.a.parameters()), list(m.b.parameters())]
+    def run(splitter):
+        learn = learner(Tied, damping=.1)
+        learn.splitter = splitter
+        return fit(learn, 4)
+    two,one = run(splitter),run(lambda m: [list(m.a.parameters())])
+    assert len(two.opt.hypers)==2 and torch.allclose(weights(two), weights(one), **SAME)
+    assert [r['rho'] for r in two.opt.record]==pytest.approx([r['rho'] for r in one.opt.record], rel=1e-3)
+
+def test_the_state_of_another_optimizer_is_refused(tmp_path):
+    learn,other = fit(learner()),fit(learner(opt=Adam))
+    for o in (learn,other): o.path = tmp_path
+    other.save('adam')
+    before = deepcopy(learn.opt.hypers)
+    with pytest.raises(ValueError, match='not a state of HessianFree'): learn.load('adam')
+    assert learn.opt.hypers==before and fit(learn).opt.n_steps==2

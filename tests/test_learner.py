@@ -289,3 +289,12 @@ def test_tabular_learner_with_export(table, tmp_path):
         loaded = load_learner(tmp_path/'model.pkl')
     x = torch.zeros(1,1).long(),torch.ones(1,2)
     assert torch.equal(loaded.model.eval()(*x), learn.model.eval()(*x))
+
+
+def test_one_row_is_refused_by_a_batch_norm_and_not_chosen_for_it():
+    def run(**kw):
+        learn = learner(partial(adahessian, **kw))
+        with learn.no_bar(),learn.no_logging(): learn.fit(1)
+        return learn
+    assert run(hessian_bs=.01).opt.n_estimates==16
+    with pytest.raises(ValueError, match='hessian_bs=1'): run(hessian_bs=1)

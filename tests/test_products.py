@@ -263,6 +263,14 @@ def test_auto_of_recurrent_and_compiled_models(capsys):
         learn = run('auto', compiled)
         assert learn.opt.hvp_used=='finite_difference' and relative(values(learn), values(ref)) < NEAR_RUN
 
+@pytest.mark.parametrize('kwargs', [{}, dict(curvature='ggn')], ids=str)
+def test_forward_derivatives_of_recurrent_models(kwargs):
+    "oneDNN's layers have none"
+    def run(**kw):
+        set_seed(5)
+        return values(trained(model=Recurrent(), **kwargs, **kw))
+    assert relative(run(hvp='forward'), run()) < NEAR_RUN
+
 def test_graph_nodes_of_a_network():
     "The kinks and nothing else"
     net,ps,loss = problem(nn.GELU())
@@ -298,3 +306,14 @@ def test_compiled_trains_like_reverse():
 
 def test_compiled_refuses_callbacks():
     with pytest.raises(ValueError, match='GradientAccumulation'): trained(hvp='compiled', cbs=[GradientAccumulation(16)])
+
+def test_compiled_follows_the_loss_function(monkeypatch):
+    "The compiled function has the loss in it; another loss is another function"
+    monkeypatch.setattr('adahessian_fastai.products.torch.compile', lambda f: f)
+    def run(hvp):
+        set_seed(5)
+        learn = trained(model=nn.Sequential(nn.Flatten(), nn.Linear(75,3)), hvp=hvp)
+        learn.loss_func = nn.CrossEntropyLoss(weight=torch.tensor([1.,5.,.1]))
+        with learn.no_bar(),learn.no_logging(): learn.fit(1)
+        return values(learn)
+    assert relative(run('compiled'), run('reverse')) < SAME_RUN

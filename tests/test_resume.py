@@ -80,6 +80,14 @@ def test_the_state_of_adam_is_refused(tmp_path):
     learn.load('adam', with_opt=False)
 
 
+@pytest.mark.parametrize('kwargs', [dict(signed=True), dict()])
+def test_the_average_of_another_kind_is_refused(kwargs, tmp_path):
+    "Squares are no signed averages, and a count without the average that it counts would make steps too long"
+    fit(made(tmp_path, **kwargs)).save('one')
+    learn = fit(made(tmp_path, signed=not kwargs.get('signed', False)))
+    unchanged(learn, lambda: learn.load('one'), 'avg_diag_hessian')
+
+
 def test_the_state_of_another_model_is_refused(tmp_path):
     "Other shapes, and another number of parameters"
     torch.manual_seed(0)
