@@ -124,7 +124,7 @@ translators = {'AdamW': Entry(Adam, 3e-3), **newton,  # chkstyle: ignore-node
     'AdamW, in the time of AdaHessian': Entry(Adam, 3e-3, epochs=8, like='AdamW')}
 both = dict(Adam=Entry(Adam, 3e-3, swept=True), AdaHessian=Entry(adahessian, 0.15, swept=True))
 TASKS = dict(  # chkstyle: ignore-node
-    digits=Task(digits, 6, {**guessed, **both}),
+    digits=Task(digits, 6, {**guessed, **both}, n_rates=4),
     imagenette=Task(imagenette, 1, {**first_order, **newton, **longer}),
     imagenette_quarter=Task(partial(imagenette, part=0.25, bs=32), 2, on_images, n_rates=4),
     multi30k=Task(multi30k, 3, translators),
