@@ -80,7 +80,7 @@ class Budget:
 
     def begin(self):
         "The next step begins now, so what lay between (validation, say) is no part of it"
-        if self.last is not None: self.last = self.clock()
+        if self.last is not None and not self.done: self.last = self.clock()
 
     def ratio(self,
         part:float=1, # Of the batch

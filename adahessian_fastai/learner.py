@@ -215,8 +215,9 @@ _fastai_lr = inspect.signature(Learner.__init__).parameters['lr'].default
 def create_opt(self:Learner):
     "fastai's `create_opt`; a learning rate that nobody gave becomes the optimizer's own `default_lr`"
     if self.lr is self.__dict__.get('own_lr', ''): self.lr = _fastai_lr
+    old = self.opt
     self._orig_create_opt()
-    drop_pending(self.opt)
+    if old is not None: drop_pending(self.opt)
     own = getattr(self.opt, 'default_lr', None)
     if own is None or self.lr is not _fastai_lr: return
     self.lr = self.own_lr = own

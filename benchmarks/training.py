@@ -116,6 +116,7 @@ def study(*centres, **opt_funcs): return {k: Entry(f, c) for (k,f),c in zip({**v
 guessed = study(3e-3, 0.15, 0.15, 0.03, 0.15, 0.05, 0.1, 0.05, 0.15, 0.03, 1e-3, 1e-3)
 on_images = study(3e-3, 0.15, 0.05, 0.01, 0.15, 0.05, 0.3, 0.015, 0.15, 0.01, 3e-3, 3e-3) # What was best on the digits
 on_text = study(3e-3, 0.05, 0.015, 3e-3, 0.05, 0.015, 0.1, 0.05, 0.05, 3e-3, 1e-3, 1e-3, gnb=partial(delayed, estimator='gnb', eps=0.01)) # Half a decade lower
+as_long = {'Adam, in the time of n_samples=4': Entry(Adam, 3e-3, epochs=7, like='Adam')}
 longer = {'Adam, in the time of AdaHessian': Entry(Adam, 3e-3, epochs=3, like='Adam')}
 translators = {'AdamW': Entry(Adam, 3e-3), **newton,  # chkstyle: ignore-node
     'update_each=10, block_length=1': Entry(partial(delayed, block_length=1), 0.15, like='AdaHessian, update_each=10'),
@@ -128,7 +129,7 @@ TASKS = dict(  # chkstyle: ignore-node
     imagenette=Task(imagenette, 1, {**first_order, **newton, **longer}),
     imagenette_quarter=Task(partial(imagenette, part=0.25, bs=32), 2, on_images, n_rates=4),
     multi30k=Task(multi30k, 3, translators),
-    multi30k_quarter=Task(partial(multi30k, n_train=2500, decode=False), 4, on_text, n_rates=4))
+    multi30k_quarter=Task(partial(multi30k, n_train=2500, decode=False), 4, {**on_text, **as_long}, n_rates=4))
 
 # Runs
 

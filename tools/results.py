@@ -48,11 +48,11 @@ def pivot(rs, row, col, val, head):
 # The tables
 
 def choose(rs, by):
-    "Rows at the best learning rate: among those with the most seeds, the one with the lowest mean of `by`"
-    by_lr = grouped(rs, 'lr')
-    most = max(map(len, by_lr.values()))
-    score = lambda o: math.inf if math.isnan(m := mean(nums(o, by))) else m
-    return min((o for o in by_lr.values() if len(o)==most), key=score)
+    "Rows at the learning rate with the lowest `by` at the first seed"
+    seed = min((r['seed'] for r in rs), key=int)
+    score = lambda r: math.inf if math.isnan(v := num(r[by])) else v
+    lr = min((r for r in rs if r['seed']==seed), key=score)['lr']
+    return [r for r in rs if r['lr']==lr]
 
 def training(name):
     "Each entry of training_`name`.csv at its best learning rate"
