@@ -19,8 +19,8 @@ from fastai.basics import *
 from .hvp import flat, gradient, graph_product, unflat
 from .ggn import best_jvp, check_twice, dual_jvp, fisher_diagonal, ggn_product, known_hessian, linear_jvp, model_forward, output_tensors
 from .cg import armijo, backtrack, cg, diag_preconditioner, flat_product, lm_damping, reduction_ratio
-from adahessian_fastai.learner import (check_checkpoints,check_gradients,check_groups,check_model,cross_rank_mean,hooks_resting,loss_scale,sync_group,
-    twice_differentiable)
+from .learner import check_checkpoints, check_gradients, check_groups, check_model, cross_rank_mean, hooks_resting
+from .learner import loss_scale, sync_group, twice_differentiable
 from .adahessian import warn_rarely
 from .closure import _evaluate, as_it_was, forward_state, noted, replaying
 
