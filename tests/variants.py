@@ -10,7 +10,7 @@ import torch,torch.nn.functional as F
 import fastai.callback.fp16 as fp16
 from fastai.basics import *
 from fastai.callback.all import *
-from fastai.losses import LabelSmoothingCrossEntropyFlat
+from fastai.losses import LabelSmoothingCrossEntropy,LabelSmoothingCrossEntropyFlat
 from torch import nn
 import adahessian_fastai
 from adahessian_fastai.all import *
@@ -21,13 +21,14 @@ except ImportError: from adahessian_fastai.budget import Budget
 
 def data(dtype, n=90, kind='class'):
     g = torch.Generator().manual_seed(3)
-    x = torch.randn(n, 1, 6, 6, generator=g).to(dtype)
+    x = torch.randn(n, 1, 6, 6, generator=g, dtype=torch.double).to(dtype)
     y = (x.sum((1,2,3))>0).long()+(x[:,0,0,0]>0.8).long()
     if kind=='class': return x,y
-    return (x,F.one_hot(y, 3).to(dtype)) if kind=='hot' else (x,torch.randn(n, 3, generator=g).to(dtype))
+    return (x,F.one_hot(y, 3).to(dtype)) if kind=='hot' else (x,torch.randn(n, 3, generator=g, dtype=torch.double).to(dtype))
 
 def conv(act=nn.Tanh, drop=0.2):
-    return nn.Sequential(nn.Conv2d(1,4,3), nn.BatchNorm2d(4), act(), nn.Flatten(), nn.Dropout(drop), nn.Linear(64,8), act(), nn.Linear(8,3))
+    "No bias before the norm: its gradient is rounding alone, and Sophia takes the sign of that"
+    return nn.Sequential(nn.Conv2d(1,4,3,bias=False), nn.BatchNorm2d(4), act(), nn.Flatten(), nn.Dropout(drop), nn.Linear(64,8), act(), nn.Linear(8,3))
 
 def kinked(): return nn.Sequential(nn.Conv2d(1,4,3,padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36,8), nn.ReLU(), nn.Linear(8,3))
 
@@ -67,9 +68,10 @@ class Odd(nn.Module):
 nets = dict(conv=conv, relu=partial(conv, nn.ReLU), kinked=kinked, mlp=mlp, recurrent=Recurrent, attentive=Attentive,  # chkstyle: ignore-node
     attentive_drop=partial(Attentive, 0.1), odd=Odd, plain=partial(conv, drop=0.))
 
-losses = dict(cross_entropy=('class', CrossEntropyLossFlat), smoothed=('class', LabelSmoothingCrossEntropyFlat), mse=('number', MSELossFlat),  # chkstyle: ignore-node
-    bce=('hot', BCEWithLogitsLossFlat), weighted=('class', lambda: CrossEntropyLossFlat(weight=torch.tensor([1.,2.,0.5]).double())),
-    bare=('class', lambda: F.cross_entropy))
+# fastai's flattened losses compute in float32 whatever they get
+losses = dict(cross_entropy=('class', nn.CrossEntropyLoss), flat=('class', CrossEntropyLossFlat), smoothed=('class', LabelSmoothingCrossEntropy),  # chkstyle: ignore-node
+    flat_smoothed=('class', LabelSmoothingCrossEntropyFlat), mse=('number', nn.MSELoss), bce=('hot', nn.BCEWithLogitsLoss),
+    weighted=('class', lambda: nn.CrossEntropyLoss(weight=torch.tensor([1.,2.,0.5]).double())), bare=('class', lambda: F.cross_entropy))
 
 def groups(m): return [params(m[0])+params(m[1]), params(m[5]), params(m[7])]
 
@@ -107,7 +109,7 @@ def on_a_clock(overhead, n=12, **costs):
     "An `opt_func` with a budget, and the loss function that tells its clock how many rows there were"
     def made(**kwargs):
         clock = Clock(**costs)
-        return partial(adahessian, probe=clock.probe, budget=Budget(overhead, n, clock), **kwargs),clock.loss
+        return partial(adahessian, **gentle[adahessian][1], probe=clock.probe, budget=Budget(overhead, n, clock), **kwargs),clock.loss
     return made
 
 def broken_probe(at=9):
@@ -125,7 +127,7 @@ def own_lr(make, lr): return fit(make(), 2)
 
 def one_cycle(make, lr):
     learn = make()
-    learn.fit_one_cycle(2, lr)
+    with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(2, lr)
     return learn
 
 def thawing(make, lr):
@@ -206,14 +208,17 @@ def fit(learn, n, lr=None, **kwargs):
 
 # The table
 
+# Learning rate and keywords that lead nowhere far: where weights grow without bounds, rounding does so too
+gentle = {adahessian: (0.05, dict(eps=1e-2)), sophia: (0.02, dict(update_each=3)), hessian_free: (1., dict(cg_max_iter=12, jvp='reverse'))}
+
 class Case:
     "`opt_func` with `kwargs`, a network and a situation"
     def __init__(self, name, opt=adahessian, kwargs=None, lr=None, net='conv', loss='cross_entropy', way=straight, dtype=torch.double, cbs=lambda: [],
         half=None, n=90, bs=16, splitter=trainable_params, patches=(), made=None, ranks=1):
         store_attr()
-        self.kwargs,self.lr = kwargs or {},{adahessian: 0.1, sophia: 0.02, hessian_free: 1.}[opt] if lr is None else lr
+        self.kwargs,self.lr = {**gentle[opt][1], **(kwargs or {})},gentle[opt][0] if lr is None else lr
 
-variants = dict(default={}, update_each3=dict(update_each=3), dense_start=dict(update_each=(4,3)), signed=dict(signed=True),  # chkstyle: ignore-node
+variants = dict(default={}, own_eps=dict(eps=1e-4), update_each3=dict(update_each=3), dense_start=dict(update_each=(4,3)), signed=dict(signed=True),  # chkstyle: ignore-node
     samples4=dict(n_samples=4), debiased=dict(debiased=True, n_samples=2), signed_blocks=dict(signed_blocks=True), gaussian=dict(probe='gaussian'),
     control=dict(estimator='control_variate', probe='gaussian', signed=True),
     control2=dict(estimator='control_variate', probe='gaussian', signed=True, n_samples=2),
@@ -243,7 +248,7 @@ def in_situations():
     "AdaHessian's variants elsewhere than in a plain fit"
     accumulating,mixing = lambda: [GradientAccumulation(32)],lambda: [MixUp(0.4)]
     return [  # chkstyle: ignore-node
-        *crossed('default signed ggn gnb', 'one_cycle', way=one_cycle), *crossed('default ggn', 'own_lr', way=own_lr),
+        *crossed('default signed ggn gnb', 'one_cycle', way=one_cycle), *crossed('own_eps ggn', 'own_lr', way=own_lr),
         *crossed('default forward difference ggn ride gnb rows rows_gnb debiased update_each3 control', 'accumulation', cbs=accumulating),
         *crossed('default signed forward ride gnb rows update_each3 debiased', 'thawing', way=thawing, splitter=groups),
         *crossed('default update_each3 gnb', 'frozen_by_hand', way=frozen_by_hand),
@@ -266,25 +271,28 @@ def in_situations():
         *crossed('ggn ride gnb rows_gnb rows_ggn', 'smoothed', loss='smoothed'), *crossed('default ggn ride gnb auto', 'mse', loss='mse'),
         *crossed('default ggn ride gnb', 'bce', loss='bce'), *crossed('n_acc2 ggn ride gnb rows_gnb', 'weighted', loss='weighted'),
         *crossed('default ggn gnb compiled', 'bare', loss='bare'),
-        *crossed('default forward ggn', 'mixup', cbs=mixing, dtype=torch.float),
-        Case('broken_probe', made=lambda: (partial(adahessian, probe=broken_probe()),None)),
+        *crossed('default forward difference auto ggn ride gnb rows rows_gnb n_acc2', 'flat', loss='flat', dtype=torch.float),
+        *crossed('ggn gnb rows_gnb', 'flat_smoothed', loss='flat_smoothed', dtype=torch.float),
+        *crossed('default forward ggn', 'mixup', cbs=mixing, loss='flat', dtype=torch.float),
+        Case('broken_probe', made=lambda: (partial(adahessian, eps=1e-2, probe=broken_probe()),None)),
         Case('budget', made=on_a_clock(0.5), way=long), Case('budget_n_acc', made=partial(on_a_clock(0.5), n_acc=2), way=long),
         Case('budget_interrupted', made=on_a_clock(0.5), way=interrupted, n=250),
         Case('budget_rows', made=partial(on_a_clock(0.6, 18, a=0.1, b=2.4), hessian_bs='auto'), way=long)]
 
 def in_half():
     "Mixed precision. Autocast leaves a network of float64 alone, so there the scale is alone at work"
-    scales = dict(fp16={}, fp16_overflow=dict(init_scale=2.**140), fp16_growing=dict(init_scale=2.**10, growth_interval=3))
+    scales = dict(fp16={}, fp16_growing=dict(init_scale=2.**10, growth_interval=3))
     scaled = [c for k,v in scales.items() for c in crossed('default ggn gnb rows n_acc2 n_acc2_rows', k, half=('to_fp16',v))]
     truly = dict(dtype=torch.float)
     return [*scaled, *crossed('debiased update_each3 control ride rows_gnb auto', 'fp16', half=('to_fp16',{})),  # chkstyle: ignore-node
         *crossed('default ggn', 'fp16_accumulation', half=('to_fp16',{}), cbs=lambda: [GradientAccumulation(32)]),
         *crossed('default update_each3', 'fp16_interrupted', half=('to_fp16',{}), way=interrupted),
         *crossed('default ggn gnb rows n_acc2', 'float16', half=('to_fp16',{}), **truly),
+        *crossed('default ggn gnb rows n_acc2', 'float16_overflow', half=('to_fp16',dict(init_scale=2.**23)), **truly),
         *crossed('default ggn gnb rows forward ride', 'bfloat16', half=('to_bf16',{}), **truly), *crossed('default gnb', 'float32', **truly)]
 
 def of_sophia():
-    of = lambda name,kwargs=None,**where: Case(f'sophia_{name}', sophia, {'update_each': 3, **(kwargs or {})}, **where)
+    of = lambda name,kwargs=None,**where: Case(f'sophia_{name}', sophia, kwargs, **where)
     hutchinson = dict(estimator='hutchinson')
     return [of('gnb'), of('rare', dict(update_each=10)), of('hutchinson', hutchinson), of('ggn', dict(estimator='hutchinson', curvature='ggn')),  # chkstyle: ignore-node
         of('control', dict(estimator='control_variate', probe='gaussian')), of('samples', dict(n_samples=2)), of('rows', dict(hessian_bs=0.5)),
@@ -295,7 +303,7 @@ def of_sophia():
 
 def of_hessian_free():
     def of(name, kwargs=None, **where):
-        return Case(f'hessian_free_{name}', hessian_free, {'cg_max_iter': 12, 'jvp': 'reverse', **(kwargs or {})}, **{'net': 'plain', 'bs': 45, 'way': long, **where})
+        return Case(f'hessian_free_{name}', hessian_free, kwargs, **{'net': 'plain', 'bs': 45, 'way': long, **where})
     accumulated = dict(bs=16, way=straight)
     return [of('ggn'), of('hessian', dict(curvature='hessian')), of('abs', dict(curvature='hessian', neg_curv='abs')), of('dual', dict(jvp='dual')),  # chkstyle: ignore-node
         of('linearize', dict(jvp='linearize')), of('auto', dict(jvp='auto'), net='mlp'), of('precondition', dict(precondition=True)),
@@ -315,7 +323,7 @@ def of_hessian_free():
 def on_ranks():
     "Two processes, each with its own batches"
     return [*crossed('default debiased ggn gnb rows n_acc2', 'ranks', ranks=2), *crossed('default', 'fp16_ranks', ranks=2, half=('to_fp16',{})),  # chkstyle: ignore-node
-        Case('sophia_ranks', sophia, dict(update_each=3), ranks=2), Case('hessian_free_ranks', hessian_free, dict(jvp='reverse', cg_max_iter=12), net='plain', ranks=2)]
+        Case('sophia_ranks', sophia, ranks=2), Case('hessian_free_ranks', hessian_free, net='plain', ranks=2)]
 
 cases = {c.name: c for c in [*plain_cases(), *in_situations(), *in_half(), *of_sophia(), *of_hessian_free(), *on_ranks()]}
 
@@ -337,10 +345,16 @@ def loaders(case, rank=0):
     ds = list(zip(*[o[rank*case.n:(rank+1)*case.n] for o in (x,y)]))
     return DataLoaders(DataLoader(ds, bs=case.bs), DataLoader(ds[:case.bs], bs=case.bs), device=torch.device('cpu')),loss()
 
+def network(case, seed=0):
+    "The weights are drawn in float64, because vectorised generators of float32 round differently"
+    torch.manual_seed(seed)
+    torch.set_default_dtype(torch.double)
+    try: return nets[case.net]().to(case.dtype)
+    finally: torch.set_default_dtype(torch.float)
+
 def make(case, path='.', seed=0, rank=0):
     "A new Learner for `case`. The Recorder wants a loss of float32"
-    torch.manual_seed(seed)
-    model,(dls,loss_func) = nets[case.net]().to(case.dtype),loaders(case, rank)
+    model,(dls,loss_func) = network(case, seed),loaders(case, rank)
     opt_func,own_loss = case.made() if case.made else (partial(case.opt, **case.kwargs),None)
     learn = Learner(dls, model, own_loss or loss_func, opt_func=opt_func, splitter=case.splitter, cbs=case.cbs(), path=path)
     if case.dtype==torch.double: learn.remove_cb(learn.recorder)
