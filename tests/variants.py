@@ -235,8 +235,9 @@ variants = dict(default={}, own_eps=dict(eps=1e-4), update_each3=dict(update_eac
     kernels=dict(average_kernels=False), block1=dict(block_length=1), block7=dict(block_length=7), l2=dict(decouple_wd=False, wd=0.05), decay=dict(wd=0.05),
     power=dict(hessian_power=0.5), power0=dict(hessian_power=0.), signed_power=dict(hessian_power=0.5, signed=True), no_mom=dict(mom=0., sqr_mom=0.9, eps=1e-2))
 
-identity = lambda f=None,**kwargs: f
-situation = dict(compiled=dict(patches=[(torch,'compile',identity)]))
+# Compiling takes minutes and changes rounding alone. A part of the batch has dropout masks of its own
+situation = {'compiled': dict(patches=[(torch,'compile',lambda f=None,**kwargs: f)], net='plain'),  # chkstyle: ignore-node
+    **{k: dict(net='plain') for k,v in variants.items() if 'hessian_bs' in v}}
 
 def plain_cases(): return [Case(k, kwargs=v, **situation.get(k, {})) for k,v in variants.items()]
 
@@ -259,18 +260,19 @@ def in_situations():
         *crossed('n_acc3 n_acc2_gnb n_acc2_rows', 'interrupted', way=interrupted, n=106),
         *crossed('default update_each3 control auto gaussian', 'two_fits', way=two_fits),
         *crossed('default update_each3 control auto gaussian', 'interrupted', way=interrupted),
-        *crossed('default signed n_acc2 debiased', 'by_hand', way=by_hand),
-        *crossed('default forward difference auto ggn rows n_acc2', 'penalty', cbs=lambda: [Penalty()]),
+        *crossed('default signed debiased', 'by_hand', way=by_hand),
+        *crossed('default forward difference auto ggn n_acc2 rows rows_all', 'penalty', cbs=lambda: [Penalty()], net='plain'),
         *crossed('default n_acc2 gnb', 'clipped', cbs=lambda: [GradientClip(0.1)]),
         *crossed('default n_acc2 rows', 'bad_batch', cbs=lambda: [BadBatch()]),
         *crossed('default update_each3 forward ride rows', 'recurrent', net='recurrent'),
         *crossed('default forward difference auto ggn ride gnb rows', 'attentive', net='attentive'),
-        *crossed('default forward ride rows', 'attentive_drop', net='attentive_drop'),
+        *crossed('rows rows_all rows_gnb compiled', 'dropout', net='conv'),
+        *crossed('default forward ride', 'attentive_drop', net='attentive_drop'),
         *crossed('default update_each3 forward auto ggn ride gnb', 'odd', net='odd'),
         *crossed('default forward auto ggn ride rows', 'kinked', net='kinked'), *crossed('default auto', 'relu', net='relu'),
         *crossed('ggn ride gnb rows_gnb rows_ggn', 'smoothed', loss='smoothed'), *crossed('default ggn ride gnb auto', 'mse', loss='mse'),
         *crossed('default ggn ride gnb', 'bce', loss='bce'), *crossed('n_acc2 ggn ride gnb rows_gnb', 'weighted', loss='weighted'),
-        *crossed('default ggn gnb compiled', 'bare', loss='bare'),
+        *crossed('default ggn gnb compiled rows_gnb', 'bare', loss='bare'),
         *crossed('default forward difference auto ggn ride gnb rows rows_gnb n_acc2', 'flat', loss='flat', dtype=torch.float),
         *crossed('ggn gnb rows_gnb', 'flat_smoothed', loss='flat_smoothed', dtype=torch.float),
         *crossed('default forward ggn', 'mixup', cbs=mixing, loss='flat', dtype=torch.float),
@@ -304,25 +306,25 @@ def of_sophia():
 def of_hessian_free():
     def of(name, kwargs=None, **where):
         return Case(f'hessian_free_{name}', hessian_free, kwargs, **{'net': 'plain', 'bs': 45, 'way': long, **where})
-    accumulated = dict(bs=16, way=straight)
-    return [of('ggn'), of('hessian', dict(curvature='hessian')), of('abs', dict(curvature='hessian', neg_curv='abs')), of('dual', dict(jvp='dual')),  # chkstyle: ignore-node
-        of('linearize', dict(jvp='linearize')), of('auto', dict(jvp='auto'), net='mlp'), of('precondition', dict(precondition=True)),
+    accumulated,brief = dict(bs=16, way=straight),dict(way=straight)
+    return [of('ggn'), of('hessian', dict(curvature='hessian')), of('abs', dict(curvature='hessian', neg_curv='abs', cg_max_iter=5), **brief), of('dual', dict(jvp='dual')),  # chkstyle: ignore-node
+        of('linearize', dict(jvp='linearize')), of('auto', dict(jvp='auto'), net='mlp', **brief), of('precondition', dict(precondition=True)),
         of('precondition_exact', dict(precondition=True, fisher_probes=None)), of('no_graph', dict(keep_graph=False)), of('decay', dict(wd=0.1)),
-        of('short', dict(lr=0.5)), of('cold', dict(x0_decay=0.)), of('no_search', dict(line_search=False, backtracking=False)),
+        of('short', lr=0.5), of('cold', dict(x0_decay=0.)), of('no_search', dict(line_search=False, backtracking=False)),
         of('fixed_damping', dict(adapt_damping=False, damping=0.3)), of('whole_grid', dict(keep_iterates=None, grid=1.1)),
         of('n_acc2', dict(n_acc=2), **accumulated), of('held_out', dict(n_acc=3, held_out=1), **accumulated),
         of('curv_batches', dict(n_acc=3, curv_batches=1, curvature='hessian'), **accumulated), of('sum', dict(reduction='sum', n_acc=2), loss='mse', **accumulated),
         of('weighted', dict(n_acc=2), loss='weighted', **accumulated), of('mse', loss='mse'), of('bce', loss='bce'), of('smoothed', loss='smoothed'),
-        of('dropout', net='conv'), of('dropout_no_graph', dict(keep_graph=False, curvature='hessian'), net='conv'), of('kinked', net='kinked'),
-        of('recurrent', net='recurrent'), of('attentive', net='attentive'), of('odd', dict(curvature='hessian'), net='odd'),
+        of('dropout', net='conv'), of('dropout_no_graph', dict(keep_graph=False, curvature='hessian'), net='conv'), of('kinked', net='kinked', **brief),
+        of('recurrent', net='recurrent', **brief), of('attentive', net='attentive', **brief), of('odd', dict(curvature='hessian'), net='odd'),
         of('penalty', dict(curvature='hessian'), cbs=lambda: [Penalty()]), of('own_lr', way=own_lr), of('one_cycle', way=one_cycle),
         of('thawing', way=thawing, splitter=groups), of('interrupted', dict(precondition=True), way=interrupted), of('by_closure', way=by_closure),
-        of('discriminative', way=discriminative, splitter=groups), of('bad_batch', cbs=lambda: [BadBatch(2)]), of('fp16', half=('to_fp16',{})),
-        of('float32', dtype=torch.float)]
+        of('discriminative', way=discriminative, splitter=groups), of('bad_batch', cbs=lambda: [BadBatch(2)]), of('fp16', half=('to_fp16',{}), **brief),
+        of('float32', dtype=torch.float, **brief)]
 
 def on_ranks():
     "Two processes, each with its own batches"
-    return [*crossed('default debiased ggn gnb rows n_acc2', 'ranks', ranks=2), *crossed('default', 'fp16_ranks', ranks=2, half=('to_fp16',{})),  # chkstyle: ignore-node
+    return [*crossed('default debiased ggn ride gnb rows n_acc2 forward auto', 'ranks', ranks=2), *crossed('default', 'fp16_ranks', ranks=2, half=('to_fp16',{})),  # chkstyle: ignore-node
         Case('sophia_ranks', sophia, ranks=2), Case('hessian_free_ranks', hessian_free, net='plain', ranks=2)]
 
 cases = {c.name: c for c in [*plain_cases(), *in_situations(), *in_half(), *of_sophia(), *of_hessian_free(), *on_ranks()]}
@@ -396,6 +398,10 @@ def train_all(k=None, ranks=False, env=os.environ):
     found = {n: train(c) for n,c in chosen(k).items()}
     return {**found, **train_on_ranks(k, env)} if ranks and chosen(k, 2) else found
 
+def dump(file, k=None, ranks=False):
+    torch.save(train_all(k, ranks), f'{file}.{os.getpid()}')
+    os.replace(f'{file}.{os.getpid()}', file)
+
 # Two packages
 
 def fingerprint(folder):
@@ -420,7 +426,7 @@ def row(name, here, there):
         return f'{name:30s} {"":9s} {"as there" if said[0]==said[1] else "NO":9s} here: {said[0]} | there: {said[1]}'
     if here.shape!=there.shape: return f'{name:30s} {"":9s} NO        {len(here)} numbers here, {len(there)} there'
     bad = '' if here.isfinite().all() else '  not finite'
-    return f'{name:30s} {(here-there).abs().max().item():9.2e} {"yes" if same(here, there) else "NO":9s}{bad} {wrong_before.get(name, "")}'
+    return f'{name:30s} {(here-there).abs().max().item():9.2e} {"yes" if same(here, there) else "NO":9s}{bad} {"wrong before" if name in wrong_before else ""}'
 
 def against(folder, k=None, ranks=False):
     "Print a table, and return the names that differ"
@@ -438,7 +444,9 @@ def against(folder, k=None, ranks=False):
 
 # What is recorded
 
-wrong_before = {}
+# Where the code before the rebuild is wrong, and the case whose weights are right, where there is one
+wrong_before = dict(rows_all_dropout='default', rows_all_penalty='default_penalty', compiled_dropout='default',  # chkstyle: ignore-node
+    forward_ranks='default_ranks', rows_penalty=None, rows_dropout=None, rows_gnb_dropout=None, rows_recurrent=None, auto_ranks=None, hessian_free_ranks=None)
 
 recorded = Path(__file__).with_name('recorded_variants.json')
 
@@ -459,12 +467,13 @@ def stream():
 
 def record():
     found = train_all(ranks=True)
-    bad = {n: w.splitlines()[0] if isinstance(w, str) else 'not finite' for n,w in found.items() if isinstance(w, str) or not w.isfinite().all()}
+    known = [n for n in found if n not in wrong_before]
+    bad = {n: str(found[n]).splitlines()[0] for n in known if isinstance(found[n], str) or not found[n].isfinite().all()}
     if bad: sys.exit(f'these do not train: {bad}')
-    kept = {n: summary(w) for n,w in found.items()}
+    kept = {n: summary(found[wrong_before.get(n, n)]) for n in found if wrong_before.get(n, n)}
     lines = ',\n'.join(f'{json.dumps(n)}: {json.dumps(v)}' for n,v in kept.items())
     recorded.write_text(f'{{"random": {json.dumps(stream())},\n"cases": {{\n{lines}}}}}\n')
-    print(f'{len(found)} cases in {recorded}, {recorded.stat().st_size/1024:.0f} KB')
+    print(f'{len(kept)} of {len(found)} cases in {recorded}, {recorded.stat().st_size/1024:.0f} KB')
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -476,7 +485,7 @@ def main():
     a = p.parse_args()
     torch.set_num_threads(1)
     if a.record: record()
-    elif a.dump: torch.save(train_all(a.k, a.ranks), a.dump)
+    elif a.dump: dump(a.dump, a.k, a.ranks)
     elif a.against: sys.exit(1 if against(a.against, a.k, a.ranks) else 0)
     else: p.print_help()
 
