@@ -270,7 +270,7 @@ def in_situations():
         *crossed('default forward ride', 'attentive_drop', net='attentive_drop'),
         *crossed('default update_each3 forward auto ggn ride gnb', 'odd', net='odd'),
         *crossed('default forward auto ggn ride rows', 'kinked', net='kinked'), *crossed('default auto', 'relu', net='relu'),
-        *crossed('ggn ride gnb rows_gnb rows_ggn', 'smoothed', loss='smoothed'), *crossed('default ggn ride gnb auto', 'mse', loss='mse'),
+        *crossed('ggn ride gnb rows_gnb rows_ggn', 'smoothed', loss='smoothed'), *crossed('default forward ggn ride gnb auto', 'mse', loss='mse'),
         *crossed('default ggn ride gnb', 'bce', loss='bce'), *crossed('n_acc2 ggn ride gnb rows_gnb', 'weighted', loss='weighted'),
         *crossed('default ggn gnb compiled rows_gnb', 'bare', loss='bare'),
         *crossed('default forward difference auto ggn ride gnb rows rows_gnb n_acc2', 'flat', loss='flat', dtype=torch.float),
@@ -387,7 +387,7 @@ def train_on_ranks(k=None, env=os.environ, timeout=300):
     env = {**env, 'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(free_port()), 'WORLD_SIZE': '2', 'OMP_NUM_THREADS': '1'}
     worker = Path(__file__).with_name('variants_worker.py')
     with tempfile.TemporaryDirectory() as d:
-        ps = [subprocess.Popen([sys.executable, worker, d, str(r), k or ''], env={**env, 'RANK': str(r), 'LOCAL_RANK': str(r)}) for r in range(2)]
+        ps = [subprocess.Popen([sys.executable, '-W', 'ignore', worker, d, str(r), k or ''], env={**env, 'RANK': str(r), 'LOCAL_RANK': str(r)}) for r in range(2)]
         try: codes = [p.wait(timeout=timeout) for p in ps]
         finally: [p.kill() for p in ps]
         if any(codes): raise RuntimeError(f'a rank ended with {codes=}')
@@ -416,7 +416,7 @@ def start(folder, k, ranks):
     out = Path(tempfile.gettempdir())/f'variants-{name}.pt'
     if out.exists(): return None,out
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(folder), os.environ.get('PYTHONPATH', '')]), 'OMP_NUM_THREADS': '1'}
-    return subprocess.Popen([sys.executable, __file__, '--dump', out, '-k', k or '', *(['--ranks'] if ranks else [])], env=env),out
+    return subprocess.Popen([sys.executable, '-W', 'ignore', __file__, '--dump', out, '-k', k or '', *(['--ranks'] if ranks else [])], env=env),out
 
 def same(a, b): return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape==b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
 
@@ -445,7 +445,7 @@ def against(folder, k=None, ranks=False):
 # What is recorded
 
 # Where the code before the rebuild is wrong, and the case whose weights are right, where there is one
-wrong_before = dict(rows_all_dropout='default', rows_all_penalty='default_penalty', compiled_dropout='default',  # chkstyle: ignore-node
+wrong_before = dict(rows_all_dropout='default', rows_all_penalty='default_penalty', compiled_dropout='default', forward_mse='default_mse',  # chkstyle: ignore-node
     forward_ranks='default_ranks', rows_penalty=None, rows_dropout=None, rows_gnb_dropout=None, rows_recurrent=None, auto_ranks=None, hessian_free_ranks=None)
 
 recorded = Path(__file__).with_name('recorded_variants.json')
@@ -453,7 +453,7 @@ recorded = Path(__file__).with_name('recorded_variants.json')
 def signs(n, i):
     "`n` signs, others for each `i`, that no generator has to draw"
     j = torch.arange(1, n+1, dtype=torch.long)
-    return ((j*(2654435761+2*i)+j*j*40503)%4294967296>=2147483648).double()*2-1
+    return ((j*2654435761*(2*i+1)+j*j*40503*(i+3)).bitwise_and(0xffffffff)>=0x80000000).double()*2-1
 
 def summary(w): return [w.norm().item(), *((w*signs(len(w), i)).sum().item() for i in range(7))]
 
