@@ -214,7 +214,7 @@ def fit(learn, n, lr=None, **kwargs):
 
 # The table
 
-# Learning rate and keywords that lead nowhere far: where weights grow without bounds, rounding does so too
+# Learning rates and keywords under which weights stay small: where they grow without bounds, rounding does so too
 gentle = {adahessian: (0.05, dict(eps=1e-2)), sophia: (0.02, dict(update_each=3)), hessian_free: (1., dict(cg_max_iter=12, jvp='reverse'))}
 
 class Case:
