@@ -12,12 +12,12 @@ Modules:
 - `adahessian_fastai.estimators`: The arguments `estimator=` and `curvature=` of the optimizers: which matrix, and how its diagonal is estimated
 - `adahessian_fastai.foreach`: AdaHessian's steppers on lists of tensors: the same numbers in fewer passes over memory
 - `adahessian_fastai.ggn`: Products of a vector with the generalized Gauss-Newton matrix, with everything cached that does not depend on the vector
-- `adahessian_fastai.gnb`: The Gauss-Newton diagonal from labels that the model itself would have drawn, by first-order backward passes alone
 - `adahessian_fastai.hessian_free`: `opt_func=hessian_free`: Newton-type steps by conjugate gradients, for full batches and large ones
 - `adahessian_fastai.hutchinson`: The diagonal and the trace of a matrix from a few products with random vectors
 - `adahessian_fastai.hvp`: Products of a vector with the Hessian of a loss, without ever building the matrix
 - `adahessian_fastai.inverse`: The inverse of a curvature matrix applied to a gradient, without the inverse and without the matrix
 - `adahessian_fastai.learner`: The one place where fastai's training loop learns about curvature
+- `adahessian_fastai.losses`: One table of the losses whose Hessian at the outputs is known: as a product, as the covariance of noise that is easy to draw, and what their mean divides by
 - `adahessian_fastai.problem`: A loss as a function of parameters: the one thing that estimators, solvers and line searches are handed
 - `adahessian_fastai.products`: Forward mode and finite differences for the optimizers: which networks allow them, and which is the cheapest
 - `adahessian_fastai.sophia`: Momentum divided by a rarely estimated diagonal, with every entry of the step clipped at the learning rate

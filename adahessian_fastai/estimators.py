@@ -15,7 +15,7 @@ from fastcore.basics import noop,store_attr
 from .hvp import gradient,graph_product
 from .hutchinson import control_variate_samples,hutchinson_samples
 from .ggn import ggn_product
-from .gnb import gnb_samples,label_noise
+from .losses import gnb_samples,label_noise
 
 # %% ../nbs/09_estimators.ipynb #786006de
 class Evaluation:

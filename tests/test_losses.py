@@ -6,7 +6,7 @@ from fastai.callback.all import GradientAccumulation
 from fastai.losses import BCEWithLogitsLossFlat,FocalLossFlat,LabelSmoothingCrossEntropyFlat
 from adahessian_fastai.adahessian import adahessian
 from adahessian_fastai.estimators import Evaluation
-from adahessian_fastai.gnb import gnb_samples,label_noise
+from adahessian_fastai.losses import gnb_samples,label_noise
 
 # A mean over draws may be off by this many of its standard errors; one in 10^8 is, and there are some hundred entries
 STANDARD_ERRORS = 6
@@ -206,7 +206,7 @@ def test_accumulated_batches_weigh_as_one(monkeypatch):
 
 
 @pytest.mark.parametrize('loss,match', [(nn.L1Loss(), 'CrossEntropyLoss, MSELoss, BCEWithLogitsLoss'), (FocalLossFlat(), "estimator='hutchinson'"),
-    (lambda z,y: z.sum(), 'gnb_losses'), (nn.CrossEntropyLoss(reduction='none'), "reduction")], ids=['l1','focal','lambda','none'])
+    (lambda z,y: z.sum(), 'hutchinson'), (nn.CrossEntropyLoss(reduction='none'), "reduction")], ids=['l1','focal','lambda','none'])
 def test_other_losses_get_a_clear_error(loss, match):
     net,x = setup()
     with pytest.raises(ValueError, match=match): label_noise(loss, net(x), Y)
