@@ -61,8 +61,8 @@ gpu: install-bench ## Run what needs a GPU: the cuda tests and the benchmarks, i
 
 hooks: install ## Have git check each commit and show, merge and compare notebooks cell by cell
 	$(bin)/pre-commit install
-	git config merge.jupyternotebook.driver '$(CURDIR)/$(bin)/nbdev-merge %O %A %B %P'
-	git config diff.jupyternotebook.command '$(CURDIR)/$(bin)/nbdev-diff-driver'
+	git config merge.jupyternotebook.driver '"$(CURDIR)/$(bin)/nbdev-merge" %O %A %B %P'
+	git config diff.jupyternotebook.command '"$(CURDIR)/$(bin)/nbdev-diff-driver"'
 
 clean: ## Remove what was built; .venv and results stay
 	rm -rf _docs _proc build dist *.egg-info .pytest_cache .cache/coverage* */__pycache__ */.ipynb_checkpoints
