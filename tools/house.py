@@ -70,7 +70,7 @@ def imported(src, all_rooms):
 
 def public(src):
     "Names that a star import takes from `src`"
-    return next((ast.literal_eval(n.value) for n in ast.parse(src).body if isinstance(n, ast.Assign) and n.targets[0].id=='__all__'), [])
+    return next((ast.literal_eval(n.value) for n in ast.parse(src).body if isinstance(n, ast.Assign) and getattr(n.targets[0], 'id', '')=='__all__'), [])
 
 def circle(all_rooms):
     "Rooms of `all_rooms` that import each other in a circle, empty without one"
