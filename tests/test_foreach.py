@@ -6,10 +6,9 @@ from fastai.basics import partial
 from fastai.optimizer import Optimizer,average_grad,step_stat,weight_decay
 from torch import nn
 
-import adahessian_fastai.foreach as room
+import adahessian_fastai.steppers as room
 from adahessian_fastai.adahessian import AdaHessian,AdaHessianWrapper,adahessian,all_finite
-from adahessian_fastai.foreach import loop_step,portions,standard_kind,update
-from adahessian_fastai.steppers import adahessian_step,average_sqr_diag_hessian
+from adahessian_fastai.steppers import list_forms,loop_step,portions,update,adahessian_step,average_sqr_diag_hessian
 
 ROUNDING = 1e-8 # Relative, double precision: rounding that 20 steps of training amplify (measured up to 1e-10); a wrong term shows at 1e-3
 

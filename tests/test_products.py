@@ -8,8 +8,8 @@ from torch import nn
 from adahessian_fastai.adahessian import AdaHessian,AdaHessianWrapper,adahessian
 from adahessian_fastai.estimators import Evaluation
 from adahessian_fastai.hvp import difference_product,dual_gradient,gradient,hessian_product,moved,step_size,total_norm
-from adahessian_fastai.learner import twice_differentiable
-from adahessian_fastai.products import graph_kinks,kinks
+from adahessian_fastai.curvature import twice_differentiable
+from adahessian_fastai.curvature import nonsmooth,nonsmooth_graph
 
 EXACT = 1e-10 # Relative, double precision: a dozen layers of rounding
 CENTRAL = 1e-7 # Relative, double precision: the square of the step size 1e-6 times a third derivative
@@ -274,9 +274,9 @@ def test_forward_derivatives_of_recurrent_models(kwargs):
 def test_graph_nodes_of_a_network():
     "The kinks and nothing else"
     net,ps,loss = problem(nn.GELU())
-    assert graph_kinks(loss())==[] and kinks(net)==[]
+    assert nonsmooth_graph(loss())==[] and nonsmooth(net)==[]
     net,ps,loss = problem(nn.ReLU())
-    assert graph_kinks(loss())==['ReluBackward0'] and kinks(net)==['`act` (ReLU)']
+    assert nonsmooth_graph(loss())==['ReluBackward0'] and nonsmooth(net)==['`act` (ReLU)']
 
 # Gauss-Newton products with a forward pass of dual numbers
 
