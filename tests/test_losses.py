@@ -171,7 +171,7 @@ def test_a_row_that_is_not_finite_stays_alone():
         assert u[1,0].isnan() and u[[0,2]].isfinite().all()
 
 
-SHAPES = {
+SHAPES = {  # chkstyle: ignore-node
     'volume': (CrossEntropyLossFlat(axis=1, weight=W3.float()), (2,3,2,2,3), (2,2,2,3)),
     'picture': (CrossEntropyLossFlat(axis=1, weight=W3.float()), (2,3,2,4), (2,2,4)),
     'mask with a channel': (CrossEntropyLossFlat(axis=1, weight=W3.float()), (2,3,2,4), (2,1,2,4)),
