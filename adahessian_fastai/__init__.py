@@ -18,6 +18,7 @@ Modules:
 - `adahessian_fastai.inverse`: The inverse of a curvature matrix applied to a gradient, without the inverse and without the matrix
 - `adahessian_fastai.learner`: The one place where fastai's training loop learns about curvature
 - `adahessian_fastai.losses`: One table of the losses whose Hessian at the outputs is known: as a product, as the covariance of noise that is easy to draw, and what their mean divides by
+- `adahessian_fastai.problem`: A loss as a function of parameters: the one thing that estimators, solvers and line searches are handed
 - `adahessian_fastai.products`: Forward mode and finite differences for the optimizers: which networks allow them, and which is the cheapest
 - `adahessian_fastai.sophia`: Momentum divided by a rarely estimated diagonal, with every entry of the step clipped at the learning rate
 - `adahessian_fastai.spectrum`: The Hessian written out, its extreme eigenvalues, its trace and the density of its spectrum, all from products
