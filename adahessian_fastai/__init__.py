@@ -13,7 +13,7 @@ Modules:
 - `adahessian_fastai.ggn`: Products of a vector with the generalized Gauss-Newton matrix, with everything cached that does not depend on the vector
 - `adahessian_fastai.hessian_free`: `opt_func=hessian_free`: Newton-type steps by conjugate gradients, for full batches and large ones
 - `adahessian_fastai.hutchinson`: The diagonal and the trace of a matrix from a few products with random vectors
-- `adahessian_fastai.hvp`: Products of a vector with the Hessian of a loss, without ever building the matrix
+- `adahessian_fastai.hvp`: Products of a vector with the Hessian of a loss, without ever building the matrix, and a look at the graph they come from
 - `adahessian_fastai.inverse`: The inverse of a curvature matrix applied to a gradient, without the inverse and without the matrix
 - `adahessian_fastai.learner`: The one place where fastai's training loop learns about curvature
 - `adahessian_fastai.losses`: One table of the losses whose Hessian at the outputs is known: as a product, as the covariance of noise that is easy to draw, and what their mean divides by

@@ -146,11 +146,10 @@ def entry_rule(
     "Rule of a loss that is a sum over the entries of the outputs"
     return Rule(lambda f,z,y,axis: hessian(z, weights(f, z, y)), lambda f,z,y,axis: noise(z, weights(f, z, y)), lambda f,y,axis: y.numel())
 
-# %% ../nbs/06_losses.ipynb #2e68866e
+# %% ../nbs/06_losses.ipynb #ba60e15f
 def _settings(loss, *names): return {k: getattr(loss, k) for k in names}
 
 def _cross_entropy_weights(loss, z, y, axis):
-    if z.ndim==1: axis = 0
     return cross_entropy_weights(z, y, axis, **_settings(loss, 'weight', 'ignore_index', 'label_smoothing', 'reduction'))
 
 def _cross_entropy_count(loss, y, axis):
@@ -197,7 +196,7 @@ def bare_loss(
     if loss_func.flatten: return loss_func.func,loss_func.axis
     return (loss_func.func if loss_func.axis==-1 else loss_func),1
 
-# %% ../nbs/06_losses.ipynb #792a2ae0
+# %% ../nbs/06_losses.ipynb #8a150b5d
 def _paired(z, y, axis):
     "Targets `y` in the shape in which a flattened loss compares them with `z`"
     if y.numel()==z.numel(): return y.reshape(z.shape)
@@ -215,7 +214,7 @@ def _lookup(loss_func, outputs, targets):
     if z is None or y is None: return Rule(),()
     if z.dtype in (torch.half, torch.bfloat16): z = z.float()
     if _is_flattened(loss_func) and loss_func.flatten: y = _paired(z, y, axis)
-    return losses.get(type(f), Rule()),(f,z,y,axis)
+    return losses.get(type(f), Rule()),(f,z,y,axis if z.ndim>1 else 0)
 
 # %% ../nbs/06_losses.ipynb #75350594
 def known_hessian(
