@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend,sdpa_kernel
 
 from adahessian_fastai.averaging import average_diag
 from adahessian_fastai.estimators import Evaluation,curvatures
-from adahessian_fastai.gnb import gnb_samples,label_noise
+from adahessian_fastai.losses import gnb_samples,label_noise
 from adahessian_fastai.hutchinson import control_variate_samples,hutchinson_samples,sample_mean
 
 
