@@ -288,7 +288,7 @@ def in_situations():
         Case('broken_probe', made=lambda: (partial(adahessian, eps=1e-2, probe=broken_probe()),None)),
         Case('budget', made=on_a_clock(0.5), way=long), Case('budget_n_acc', made=partial(on_a_clock(0.5), n_acc=2), way=long),
         Case('budget_interrupted', made=on_a_clock(0.5), way=interrupted, n=250),
-        Case('budget_rows', made=partial(on_a_clock(0.6, 18, a=0.1, b=2.4), hessian_bs='auto'), way=long)]
+        Case('budget_rows', made=partial(on_a_clock(0.6, 18, a=0.1, b=2.4), hessian_bs='auto'), way=long, net='plain')]
 
 def in_half():
     "Mixed precision. Autocast leaves a network of float64 alone, so there the scale is alone at work"
