@@ -27,7 +27,8 @@ from .hutchinson import hutchinson_diag,hutchinson_samples
 from .averaging import average_diag
 from .spectrum import confidence_interval,extreme_eigenvalues,mean_product,spectral_density
 from .ggn import ggn_product
-from .curvature import hooks_disabled as hooks_resting,twice_differentiable
+from .hvp import hooks_disabled as hooks_resting
+from .curvature import twice_differentiable
 from .replay import preserving as undisturbed,restored as replaying,snapshot as forward_state
 from .batch import batch_of as as_it_was,noted
 

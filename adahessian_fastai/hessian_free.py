@@ -16,10 +16,10 @@ from contextlib import contextmanager
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.parallel import DistributedDataParallel
 from fastai.basics import *
-from .hvp import flat, gradient, graph_product, unflat
+from .hvp import check_checkpoints, flat, gradient, graph_product, hooks_disabled as hooks_resting, unflat
 from .ggn import best_jvp, check_twice, dual_jvp, fisher_diagonal, ggn_product, known_hessian, linear_jvp, model_forward, output_tensors
 from .cg import armijo, backtrack, cg, diag_preconditioner, flat_product, lm_damping, reduction_ratio
-from .curvature import check_checkpoints, hooks_disabled as hooks_resting, twice_differentiable
+from .curvature import twice_differentiable
 from .learner import callback_of, check_gradients, check_groups, check_model, cross_rank_mean, sync_group
 from .replay import restored as replaying, snapshot as forward_state
 from .batch import batch_of as as_it_was, loss_scale, noted

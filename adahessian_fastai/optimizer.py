@@ -12,17 +12,17 @@ __all__ = ['estimators', 'curvatures', 'peek_seed', 'warn_rarely', 'Counts', 'Pe
            'check_averages', 'checked_state', 'put_state', 'PartOf', 'CurvatureOptimizer', 'made', 'made_estimator',
            'made_schedule', 'check_together', 'AdaHessianWrapper']
 
-# %% ../nbs/15_optimizer.ipynb #9be8ca7a
+# %% ../nbs/15_optimizer.ipynb #87fae203
 import inspect,itertools,math,warnings
 from contextlib import contextmanager,nullcontext
 from collections import deque
 from typing import NamedTuple
 
 from fastai.basics import *
-from .hvp import check_count
+from .hvp import check_count,hooks_disabled
 from .averaging import average_diag
 from .problem import Problem
-from .curvature import GaussNewton,Hessian,hooks_disabled
+from .curvature import GaussNewton,Hessian
 from .estimators import ControlVariate,GNB,Hutchinson,seeded
 from .learner import callback_of,check_gradients,check_groups,check_model,cross_rank_mean,sync_group,trainable_params,unwrapped
 from .replay import backward_hooks,snapshot
