@@ -17,7 +17,7 @@ from typing import Literal
 
 from fastai.basics import *
 from .steppers import adahessian_step,average_diag_hessian,average_sqr_diag_hessian
-from .optimizer import AdaHessianWrapper
+from .optimizer import AdaHessianWrapper,Perturbation
 
 # %% ../nbs/16_adahessian.ipynb #0373d378
 def adahessian(
@@ -32,6 +32,8 @@ def adahessian(
     n_acc:int=1, # Batches accumulated before each step
     *,
     clip:float=0., # Largest entry of a step, in root mean squares of its tensor; 0 or `None` for no bound
+    cap:float=0., # Largest root mean square of a tensor's step before it is multiplied by `lr`; 0 or `None` for no bound
+    rho:float=0., # Take loss and curvature at θ - ρm/‖m‖ and not at θ, ρ; 0 or `None` for θ itself
     signed:bool=False, # Average the signed diagonal over time and not its square?
     block_length:int=32, # Entries averaged together in a 2-D parameter; 1 for none
     average_kernels:bool=True, # Average over the kernels of convolutions?
@@ -51,9 +53,9 @@ def adahessian(
 )->AdaHessianWrapper: # Raises `ValueError` for an argument outside its range
     "AdaHessian as `opt_func` of a `Learner`"
     check_names('adahessian', others)
-    opt = AdaHessian(params, lr, mom, sqr_mom, eps, wd, hessian_power, decouple_wd, signed, clip)
+    opt = AdaHessian(params, lr, mom, sqr_mom, eps, wd, hessian_power, decouple_wd, signed, clip, cap)
     return AdaHessianWrapper(opt, block_length, n_acc, estimator, curvature, hvp, probe, n_samples, signed_blocks, average_kernels, debiased,
-        update_each=update_each, hessian_bs=hessian_bs, budget=budget, dense=dense, when=when)
+        Perturbation(rho), update_each=update_each, hessian_bs=hessian_bs, budget=budget, dense=dense, when=when)
 
 # %% ../nbs/16_adahessian.ipynb #29a34df6
 def AdaHessian(
@@ -67,9 +69,10 @@ def AdaHessian(
     decouple_wd:bool=True, # Apply true weight decay or L2 regularization?
     signed:bool=False, # Average the signed diagonal and not its square?
     clip:float=0., # Largest entry of a step, in root mean squares of its tensor; 0 or `None` for no bound
+    cap:float=0., # Largest root mean square of a tensor's step before it is multiplied by `lr`; 0 or `None` for no bound
 )->Optimizer: # Raises `ValueError` for a value outside its range
     "An `Optimizer` of AdaHessian's steppers, to be wrapped by `AdaHessianWrapper`"
-    hypers = check_hypers(lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, hessian_power=hessian_power, clip=ifnone(clip, 0.))
+    hypers = check_hypers(lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, hessian_power=hessian_power, clip=ifnone(clip, 0.), cap=ifnone(cap, 0.))
     cbs = [weight_decay] if decouple_wd else [l2_reg]
     cbs += [partial(average_grad, dampening=True), step_stat]
     cbs += [average_diag_hessian if signed else average_sqr_diag_hessian, adahessian_step]
@@ -78,7 +81,7 @@ def AdaHessian(
 # %% ../nbs/16_adahessian.ipynb #6f4ba2f3
 _ranges = dict(lr=(lambda v: 0<=v<math.inf, '>= 0 and finite'), mom=(lambda v: 0<=v<1, 'in [0,1)'), sqr_mom=(lambda v: 0<=v<1, 'in [0,1)'),
     eps=(lambda v: 0<v<math.inf, '> 0 and finite'), wd=(lambda v: 0<=v<math.inf, '>= 0 and finite'), hessian_power=(lambda v: 0<=v<=1, 'in [0,1]'),
-    clip=(lambda v: 0<=v<math.inf, '>= 0 and finite'), rho=(lambda v: 0<v<math.inf, '> 0 and finite'))
+    clip=(lambda v: 0<=v<math.inf, '>= 0 and finite'), cap=(lambda v: 0<=v<math.inf, '>= 0 and finite'), rho=(lambda v: 0<v<math.inf, '> 0 and finite'))
 
 def _number(v):
     "`v` as a number of Python where it is one of NumPy or PyTorch"
