@@ -876,6 +876,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'adahessian_fastai.replay.snapshot': ('replay.html#snapshot', 'adahessian_fastai/replay.py'),
                                           'adahessian_fastai.replay.without_backward_hooks': ( 'replay.html#without_backward_hooks',
                                                                                                'adahessian_fastai/replay.py')},
+            'adahessian_fastai.sassha': { 'adahessian_fastai.sassha.m_sassha': ('sassha.html#m_sassha', 'adahessian_fastai/sassha.py'),
+                                          'adahessian_fastai.sassha.sassha': ('sassha.html#sassha', 'adahessian_fastai/sassha.py')},
             'adahessian_fastai.schedule': { 'adahessian_fastai.schedule.Budget': ('schedule.html#budget', 'adahessian_fastai/schedule.py'),
                                             'adahessian_fastai.schedule.Budget.__init__': ( 'schedule.html#budget.__init__',
                                                                                             'adahessian_fastai/schedule.py'),
