@@ -3,7 +3,7 @@
 Modules:
 
 - `adahessian_fastai.adahessian`: Momentum divided by a moving average of the Hessian's diagonal, as `opt_func` of a `Learner`
-- `adahessian_fastai.averaging`: Smoothing a noisy diagonal over the kernels of a convolution and the blocks of a matrix
+- `adahessian_fastai.averaging`: Smoothing a noisy diagonal over kernels of a convolution, rows or blocks of a matrix, blocks of anything
 - `adahessian_fastai.budget`: How often an estimate may be taken, and on how much of the batch, from the time that steps with and without one take
 - `adahessian_fastai.cg`: Solve with a curvature product: preconditioned CG, its stopping rules, backtracking, line search, damping
 - `adahessian_fastai.closure`: Evaluate the loss of a Learner's batch again, at other parameters, and leave no trace of it
