@@ -5,7 +5,7 @@ Modules:
 - `adahessian_fastai.adahessian`: Momentum divided by a moving average of the Hessian's diagonal, as `opt_func` of a `Learner`
 - `adahessian_fastai.averaging`: Smoothing a noisy diagonal over kernels of a convolution, rows or blocks of a matrix, blocks of anything
 - `adahessian_fastai.budget`: How often an estimate may be taken, and on how much of the batch, from the time that steps with and without one take
-- `adahessian_fastai.cg`: Solve with a curvature product: preconditioned CG, its stopping rules, backtracking, line search, damping
+- `adahessian_fastai.cg`: Solve with a curvature product: preconditioned CG, stopping rules, backtracking, line search, damping, the inverse times a gradient
 - `adahessian_fastai.closure`: Evaluate the loss of a Learner's batch again, at other parameters, and leave no trace of it
 - `adahessian_fastai.compare`: Train the same problem with several optimizers and see what each reaches, how fast, and in how much memory
 - `adahessian_fastai.diagnostics`: Curvature of any Learner: a callback that watches a training run, a table for each layer, and a learning rate with its reasons
@@ -15,7 +15,6 @@ Modules:
 - `adahessian_fastai.hessian_free`: `opt_func=hessian_free`: Newton-type steps by conjugate gradients, for full batches and large ones
 - `adahessian_fastai.hutchinson`: The diagonal and the trace of a matrix from a few products with random vectors
 - `adahessian_fastai.hvp`: Products of a vector with the Hessian of a loss, without ever building the matrix, and a look at the graph they come from
-- `adahessian_fastai.inverse`: The inverse of a curvature matrix applied to a gradient, without the inverse and without the matrix
 - `adahessian_fastai.learner`: The one place where fastai's training loop learns about curvature
 - `adahessian_fastai.losses`: One table of the losses whose Hessian at the outputs is known: as a product, as the covariance of noise that is easy to draw, and what their mean divides by
 - `adahessian_fastai.problem`: A loss as a function of parameters: the one thing that estimators, solvers and line searches are handed

@@ -6,7 +6,6 @@ from .spectrum import *
 from .cg import *
 from .toys import *
 from .ggn import best_jvp,dual_jvp,fisher_diagonal,fresh_ggn_product,ggn_product,linear_jvp,loss_hessian,model_forward,reverse_jvp  # chkstyle: ignore
-from .inverse import *
 from .losses import Rule,gnb_samples,known_hessian,label_noise,losses  # chkstyle: ignore
 from .estimators import Evaluation,curvatures,estimators  # chkstyle: ignore
 from .learner import twice_differentiable  # chkstyle: ignore

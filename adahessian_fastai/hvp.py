@@ -7,13 +7,13 @@ A *product* is a callable `v -> Hv`. `v` and `Hv` are lists of tensors shaped li
 
 # %% auto #0
 __all__ = ['substitutes', 'dual_substitutes', 'hvp_methods', 'check_real', 'AsComplex', 'real_parameters', 'flat', 'unflat',
-           'check_count', 'gradient', 'graph_nodes', 'check_twice', 'check_checkpoints', 'hooks_disabled',
-           'graph_product', 'Substituted', 'substituted', 'zero_tangents', 'dual_numbers', 'dual_backward',
-           'dual_gradient', 'total_norm', 'step_size', 'moved', 'difference_product', 'difference_error',
-           'hessian_product', 'asymmetry', 'check_symmetric']
+           'check_count', 'check_number', 'gradient', 'graph_nodes', 'check_twice', 'check_checkpoints',
+           'hooks_disabled', 'graph_product', 'Substituted', 'substituted', 'zero_tangents', 'dual_numbers',
+           'dual_backward', 'dual_gradient', 'total_norm', 'step_size', 'moved', 'difference_product',
+           'difference_error', 'hessian_product', 'asymmetry', 'check_symmetric']
 
 # %% ../nbs/00_hvp.ipynb #23113829
-import operator,re
+import math,operator,re
 from contextlib import contextmanager
 
 import torch, torch.nn.functional as F, torch.autograd.forward_ad as fwAD
@@ -47,9 +47,11 @@ def real_parameters(
 
 # %% ../nbs/00_hvp.ipynb #9394b316
 def flat(
-    ts:list, # Tensors of any shapes, on one device
-)->Tensor: # One vector, row-major; half precision becomes single, and complex numbers raise `ValueError`
+    ts:list, # Tensors of any shapes, at least one, on one device; raises `ValueError` for complex ones
+)->Tensor: # One vector, row-major; half precision becomes single
     "All entries of `ts` as one vector"
+    ts = list(ts)
+    if not ts: raise ValueError("a vector is made of at least one tensor, got none")
     check_real(ts)
     v = torch.cat([t.detach().reshape(-1) for t in ts]).as_subclass(Tensor)
     return v.float() if v.dtype in (torch.half, torch.bfloat16) else v
@@ -61,7 +63,7 @@ def unflat(
     "The vector `v` cut into tensors shaped like `params`, the inverse of `flat`"
     return [o.view(p.shape).to(p.dtype) for o,p in zip(v.split([p.numel() for p in params]), params, strict=True)]
 
-# %% ../nbs/00_hvp.ipynb #3e10cd00
+# %% ../nbs/00_hvp.ipynb #e68e8010
 def check_count(
     name:str, # Of the argument, for the error
     n, # Its value; raises `ValueError` unless it is a whole number of at least `least`
@@ -73,6 +75,20 @@ def check_count(
     except TypeError: k = None
     if k is None or k<least: raise ValueError(f"{name} must be a whole number >= {least}, got {name}={n!r}")
     return k
+
+def check_number(
+    name:str, # Of the argument, for the error
+    x, # Its value; raises `ValueError` unless it is a finite number from `least` to `most`
+    least:float=-math.inf, # Smallest value allowed
+    most:float=math.inf, # Largest value allowed
+)->float:
+    "`x` as a `float`"
+    is_bool = getattr(x, 'dtype', type(x)) in (bool, torch.bool)
+    try: v = math.nan if is_bool or isinstance(x, str) else float(x)
+    except (TypeError,ValueError,RuntimeError): v = math.nan
+    ends = ''.join(f' {sign} {end}' for sign,end in (('>=',least),('<=',most)) if math.isfinite(end))
+    if not (math.isfinite(v) and least<=v<=most): raise ValueError(f"{name} must be a number{ends}, got {name}={x!r}")
+    return v
 
 # %% ../nbs/00_hvp.ipynb #b1a28e31
 def gradient(
