@@ -16,7 +16,7 @@ Modules:
 - `adahessian_fastai.hutchinson`: The diagonal and the trace of a matrix from a few products with random vectors
 - `adahessian_fastai.hvp`: Products of a vector with the Hessian of a loss, without ever building the matrix, and a look at the graph they come from
 - `adahessian_fastai.learner`: The one place where fastai's training loop learns about curvature
-- `adahessian_fastai.losses`: One table of the losses whose Hessian at the outputs is known: as a product, as the covariance of noise that is easy to draw, and what their mean divides by
+- `adahessian_fastai.losses`: One table of losses whose Hessian at the outputs is known: its products, noise with it as covariance, what a mean divides by
 - `adahessian_fastai.problem`: A loss as a function of parameters: the one thing that estimators, solvers and line searches are handed
 - `adahessian_fastai.products`: Forward mode and finite differences for the optimizers: which networks allow them, and which is the cheapest
 - `adahessian_fastai.sophia`: Momentum divided by a rarely estimated diagonal, with every entry of the step clipped at the learning rate

@@ -16,7 +16,7 @@ from fastai.callback.mixup import MixHandler
 from fastai.losses import LabelSmoothingCrossEntropy
 from torch.nn.modules.batchnorm import _BatchNorm
 from .estimators import Evaluation
-from .losses import label_noise,losses,smoothed_cross_entropy_rule
+from .losses import losses,smoothed_cross_entropy_rule
 from .learner import loss_weight,twice_differentiable
 from .closure import as_it_was,noted,undisturbed
 
