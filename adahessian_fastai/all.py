@@ -7,11 +7,15 @@ from .cg import *
 from .toys import *
 from .ggn import best_jvp,dual_jvp,fisher_diagonal,fresh_ggn_product,ggn_product,linear_jvp,loss_hessian,model_forward,reverse_jvp  # chkstyle: ignore
 from .losses import Rule,gnb_samples,known_hessian,label_noise,losses  # chkstyle: ignore
-from .estimators import Evaluation,curvatures,estimators  # chkstyle: ignore
-from .learner import twice_differentiable  # chkstyle: ignore
-from .steppers import *
-from .adahessian import AdaHessian,AdaHessianWrapper,adahessian  # chkstyle: ignore
+from .problem import MeanProblem,Problem  # chkstyle: ignore
+from .curvature import GaussNewton,Hessian,twice_differentiable  # chkstyle: ignore
+from .estimators import ControlVariate,Estimate,GNB,Hutchinson  # chkstyle: ignore
+from .batch import LearnerProblem  # chkstyle: ignore
+from .schedule import Budget,Every  # chkstyle: ignore
+from .steppers import adahessian_step,average_diag_hessian,average_sqr_diag_hessian,denominator,sophia_step  # chkstyle: ignore
+from .optimizer import AdaHessianWrapper,CurvatureOptimizer  # chkstyle: ignore
+from .adahessian import AdaHessian,adahessian  # chkstyle: ignore
 from .hessian_free import HessianFree,hessian_free  # chkstyle: ignore
-from .sophia import *
+from .sophia import Sophia,sophia,win_rate  # chkstyle: ignore
 from .diagnostics import CurvatureRecorder,SuggestedLR,curvature_stats,overestimate,own_diagonal,plot_noise  # chkstyle: ignore
 from .compare import compare_optimizers,comparison_table,plot_comparison  # chkstyle: ignore

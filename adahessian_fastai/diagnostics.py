@@ -27,8 +27,10 @@ from .hutchinson import hutchinson_diag,hutchinson_samples
 from .averaging import average_diag
 from .spectrum import confidence_interval,extreme_eigenvalues,mean_product,spectral_density
 from .ggn import ggn_product
-from .learner import hooks_resting,twice_differentiable
-from .closure import as_it_was,forward_state,noted,replaying,undisturbed
+from .hvp import hooks_disabled as hooks_resting
+from .curvature import twice_differentiable
+from .replay import preserving as undisturbed,restored as replaying,snapshot as forward_state
+from .batch import batch_of as as_it_was,noted
 
 # %% ../nbs/20_diagnostics.ipynb #136488af
 loss_cbs = [RNNCallback, RNNRegularizer]

@@ -16,13 +16,25 @@ from contextlib import contextmanager
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.parallel import DistributedDataParallel
 from fastai.basics import *
-from .hvp import flat, gradient, graph_product, unflat
+from .hvp import check_checkpoints, flat, gradient, graph_product, hooks_disabled as hooks_resting, unflat
 from .ggn import best_jvp, check_twice, dual_jvp, fisher_diagonal, ggn_product, known_hessian, linear_jvp, model_forward, output_tensors
 from .cg import armijo, backtrack, cg, diag_preconditioner, flat_product, lm_damping, reduction_ratio
-from .learner import check_checkpoints, check_gradients, check_groups, check_model, cross_rank_mean, hooks_resting
-from .learner import loss_scale, sync_group, twice_differentiable
-from .adahessian import warn_rarely
-from .closure import _evaluate, as_it_was, forward_state, noted, replaying
+from .curvature import twice_differentiable
+from .learner import callback_of, check_gradients, check_groups, check_model, cross_rank_mean, sync_group
+from .replay import restored as replaying, snapshot as forward_state
+from .batch import batch_of as as_it_was, loss_scale, noted
+from .optimizer import warn_rarely
+
+def _evaluate(learn, model, loss=True):
+    "Loss, if it is wanted, and predictions of the present batch, as `Learner._do_one_batch` finds them"
+    if callback_of(learn, 'mixed_precision'): learn.mixed_precision.before_batch()
+    learn.pred = model(*learn.xb)
+    learn('after_pred')
+    if not loss: return None,learn.pred
+    learn.loss_grad = learn.loss_func(learn.pred, *learn.yb)
+    learn.loss = learn.loss_grad.clone()
+    learn('after_loss')
+    return learn.loss_grad,learn.pred
 
 # %% ../nbs/18_hessian_free.ipynb #d63d4a73
 class MicroBatch:

@@ -9,14 +9,15 @@ A `MeanProblem` answers for several batches at once."""
 # %% auto #0
 __all__ = ['Problem', 'MeanProblem']
 
-# %% ../nbs/07_problem.ipynb #a6f4cf2e
+# %% ../nbs/07_problem.ipynb #1e399ad3
+from contextlib import nullcontext
 from copy import copy
 import torch
 from torch import Tensor
 from fastcore.basics import noop, store_attr
 from .hvp import gradient
 
-# %% ../nbs/07_problem.ipynb #2c9f815b
+# %% ../nbs/07_problem.ipynb #330f2148
 class Problem:
     "A loss as a function of `params`, with the graph of one evaluation"
     def __init__(self,
@@ -33,6 +34,9 @@ class Problem:
         half:bool=False, # Is something computed in half precision?
         rescaled=noop, # `product -> product`: undoes what `loss` was multiplied by for a second derivative
     ): store_attr()
+
+    inputs,obstacle = None,'this problem has no `inputs` to call its model with' # For what calls the model as a function of its parameters
+    def preserving(self): return nullcontext() # Around such a call
 
     def replace(self,
         **kwargs # Fields that differ

@@ -8,9 +8,12 @@ from fastai.basics import DataLoaders,Learner,MSELossFlat,nn,partial,set_seed
 from fastai.callback.all import GradientAccumulation,MixUp
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Lookahead
-from adahessian_fastai.adahessian import AdaHessian,AdaHessianWrapper,adahessian
-from adahessian_fastai.estimators import Evaluation,curvatures,estimators
+from adahessian_fastai.adahessian import AdaHessian,adahessian
+from adahessian_fastai.curvature import GaussNewton,Hessian
+from adahessian_fastai.estimators import ControlVariate,GNB,Hutchinson
 from adahessian_fastai.hutchinson import control_variate_samples,gaussian_like,hutchinson_samples,mean_and_noise,rademacher_like,sample_mean
+from adahessian_fastai.optimizer import AdaHessianWrapper
+from adahessian_fastai.problem import Problem
 from adahessian_fastai.steppers import average_sqr_diag_hessian
 
 # A mean may be off by this many of its standard errors; one in 10^8 is, and there are some hundred entries
@@ -38,9 +41,12 @@ def problem(seed=3, bs=12):
 def flat(ts): return torch.cat([t.detach().flatten() for t in ts])
 
 
+curvatures = dict(hessian=Hessian, ggn=GaussNewton)
+
+
 def evaluation(net, x, y):
     out = net(x)
-    return Evaluation(F.cross_entropy(out, y), out, y, F.cross_entropy)
+    return Problem(list(net.parameters()), F.cross_entropy(out, y), out, y, F.cross_entropy)
 
 
 def matrix(net, x, y, curvature):
@@ -57,9 +63,10 @@ def matrix(net, x, y, curvature):
 
 def samples(kind, n, n_samples=1, probe=rademacher_like, curvature='hessian', center=None, f=sample_mean, seed=0):
     net,x,y = problem()
-    gen = torch.Generator().manual_seed(seed)
-    how = dict(params=list(net.parameters()), n_samples=n_samples, curvature=curvature, center=center, draw=lambda p,_: probe(p, gen), rng=lambda d: gen)
-    return [f(estimators[kind](evaluation=evaluation(net, x, y), **how)) for _ in range(n)]
+    gen,c = torch.Generator().manual_seed(seed),curvatures[curvature]()
+    est = dict(hutchinson=lambda: Hutchinson(c, n_samples, probe), control_variate=lambda: ControlVariate(c, n_samples, probe), gnb=lambda: GNB(n_samples))[kind]()
+    def one(): return est(evaluation(net, x, y), list(net.parameters()), lambda d: gen, lambda ps: center)
+    return [one().diag if f is sample_mean else tuple(one()[:2]) for _ in range(n)]
 
 
 @pytest.mark.parametrize('curvature', curvatures)
@@ -67,7 +74,7 @@ def test_products_equal_the_dense_matrix(curvature):
     net,x,y = problem()
     M = matrix(net, x, y, curvature)
     ps = list(net.parameters())
-    product = curvatures[curvature](evaluation(net, x, y), ps, 3)
+    product = curvatures[curvature]()(evaluation(net, x, y), ps, 3).product
     for seed in range(3):
         v = torch.randn(len(M), generator=torch.Generator().manual_seed(seed)).double()
         split = [o.view_as(p) for o,p in zip(v.split([p.numel() for p in ps]), ps)]
@@ -168,7 +175,7 @@ def fit(n=4, seed=0, lr=0.1, **kw):
     for _ in range(n):
         out = net(x)
         loss = F.cross_entropy(out, y)
-        opt.differentiate(loss, at=Evaluation(loss, out, y, F.cross_entropy))
+        opt.differentiate(Problem(list(net.parameters()), loss, out, y, F.cross_entropy))
         opt.step()
         opt.zero_grad()
     return flat(net.parameters()),opt
@@ -244,9 +251,9 @@ def test_probes_are_independent_between_parameters_estimates_and_ranks(monkeypat
     opt = adahessian([a,b], n_samples=1)
     draws = {}
     for rank in range(3):
-        monkeypatch.setattr('adahessian_fastai.adahessian.rank_distrib', lambda: rank)
+        monkeypatch.setattr('adahessian_fastai.optimizer.rank_distrib', lambda: rank)
         for opt.n_estimates in range(3):
-            draw = opt.drawer()
+            draw = opt.estimator.draw(opt.counts.rng())
             for k,p in dict(a=a, b=b).items(): draws[rank,opt.n_estimates,k] = draw(p, None)
     zs = list(draws.values())
     correlation = torch.stack(zs)@torch.stack(zs).T/512
@@ -261,7 +268,7 @@ def test_the_users_seed_decides_the_probes_and_the_global_generator_stays():
     for seed in (1,1,2):
         set_seed(seed)
         opt,state = adahessian([nn.Parameter(torch.zeros(50))]),torch.get_rng_state()
-        draws.append(opt.drawer()(torch.zeros(50), None))
+        draws.append(opt.estimator.draw(opt.counts.rng())(torch.zeros(50), None))
         assert torch.equal(state, torch.get_rng_state())
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
@@ -409,7 +416,7 @@ def test_opted_out_parameters_train_on_their_gradients(kw):
     p = nn.Parameter(torch.tensor([3.,-1.]))
     opt = adahessian([p], lr=0.1, wd=0., **kw)
     opt.opt_out(p)
-    assert not opt.due
+    assert not opt.due()[0]
     opt.differentiate((p**3).sum()*torch.tensor(1.)-30*p[0])
     g = p.grad.clone()
     opt.step()
@@ -443,8 +450,8 @@ def test_lookahead_equals_its_rule():
 
 def test_a_wrapper_reads_from_its_steppers_what_they_average():
     p = nn.Parameter(torch.zeros(2,2))
-    assert AdaHessianWrapper(AdaHessian([p], lr=0.1, signed=True)).signed_blocks is True
-    assert AdaHessianWrapper(AdaHessian([p], lr=0.1)).signed_blocks is False
+    assert AdaHessianWrapper(AdaHessian([p], lr=0.1, signed=True)).smooth.keywords['signed'] is True
+    assert AdaHessianWrapper(AdaHessian([p], lr=0.1)).smooth.keywords['signed'] is False
     assert average_sqr_diag_hessian in AdaHessian([p], lr=0.1).cbs
 
 

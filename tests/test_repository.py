@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest,yaml
 
 root = Path(__file__).resolve().parents[1]
-lib = 'adahessian_fastai'
+sys.path.insert(0, str(root/'tools'))
+import house
+lib = house.lib
 
 # Metadata
 
@@ -63,7 +65,7 @@ def test_facts_reach_the_wheel(metadata, settings):
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = {n for n in wheel.namelist() if '.dist-info/' not in n}
-    assert names == {f'{lib}/{p.name}' for p in (root/lib).glob('*.py')}
+    assert names == {f'{lib}/py.typed', *(f'{lib}/{p.name}' for p in (root/lib).glob('*.py'))}
     points = wheel.read(next(n for n in wheel.namelist() if n.endswith('entry_points.txt'))).decode()
     assert 'adahessian-compare = ' in points and '[nbdev]' in points
     assert any(n.endswith('LICENSE') for n in wheel.namelist())
@@ -155,15 +157,85 @@ def test_ci_is_the_test_command():
     assert re.search(r'exec make test\b', script) and os.access(root/'.ci/run', os.X_OK)
     assert 'make test' in (root/'README.md').read_text(encoding='utf-8')
 
-def test_workflows(settings):
-    flows = {p.stem: yaml.safe_load(p.read_text()) for p in (root/'.github/workflows').glob('*.yml')}
-    assert set(flows) == {'test', 'docs', 'release'}
-    newest,oldest = flows['test']['jobs']['newest'],flows['test']['jobs']['oldest']
-    pythons = newest['strategy']['matrix']['python']
-    assert pythons == ['3.10', '3.11', '3.12', '3.13'] and pythons[0] == settings['min_python']
-    assert newest['steps'][-1]['run'] == 'bash .ci/run' and 'settings.ini' in oldest['steps'][-2]['run']
-    assert flows['release']['jobs']['publish']['needs'] == 'build' and flows['release']['jobs']['build']['needs'] == 'test'
+@pytest.fixture(scope='module')
+def workflows(): return {p.stem: yaml.safe_load(p.read_text()) for p in (root/'.github/workflows').glob('*.yml')}
+
+def test_ci_tries_the_oldest_python_and_the_oldest_versions(workflows, settings):
+    jobs = workflows['test']['jobs']
+    for o in ('newest','oldest'): assert jobs[o]['strategy']['matrix']['python'][0] == settings['min_python']
+    assert any('settings.ini' in o.get('run', '') for o in jobs['oldest']['steps'])
+
+def test_actions_are_pinned(workflows):
+    "A tag can be moved to other code, a commit cannot; the comment is what Dependabot and people read"
+    assert len(workflows) > 3
+    uses = [m[1] for p in (root/'.github/workflows').glob('*.yml') for m in re.finditer(r'uses: (.+)', p.read_text())]
+    loose = [o for o in uses if not o.startswith('./') and not re.fullmatch(r'[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+', o)]
+    assert len(uses) > 8 and not loose
+
+def test_hooks_and_forms():
+    "They parse, and the hooks fetch nothing: each is a program of `make sync` or `make test`"
+    for p in (root/'.github').rglob('*.yml'): assert yaml.safe_load(p.read_text()), p
+    repos = yaml.safe_load((root/'.pre-commit-config.yaml').read_text())['repos']
+    entries = [h['entry'] for o in repos for h in o['hooks']]
+    assert {o['repo'] for o in repos} == {'local'} and len(entries) > 3
+    for o in entries: assert o.replace('.venv/bin/', '$(bin)/') in (root/'Makefile').read_text()
 
 def test_oldest_versions_are_exact(settings):
     "CI's job with the oldest versions turns each `>=` into `==`, so each has to name a release"
     assert all(re.fullmatch(r'[\w-]+>=\d+(\.\d+)+', o) for o in settings['requirements'].split())
+
+# The house
+
+@pytest.fixture(scope='module')
+def measured(): return house.measures()
+
+@pytest.mark.parametrize('measure', house.goals)
+def test_house(measured, measure):
+    value,where = measured[measure]
+    assert value <= house.allowed(measure), f'{measure}: {value} at {where}'
+
+def test_what_is_measured_is_there(measured):
+    "A measure that looks at nothing would pass; `house.meanwhile` names goals only"
+    assert set(house.goals) <= set(measured) and set(house.meanwhile) <= set(house.goals)
+    assert measured['functions'][0] > 200 and len(house.rooms()) > 15
+    for o in ('arguments', 'lines of a body', "names an optimizer's room imports", *(k for k in measured if ' of ' in k)): assert measured[o][0] > 1
+
+source = """'''A title
+
+{long}'''
+from .low import a,b
+from .star import *
+import torch
+def f(
+    x, # {long}
+    *args, y=1, **kwargs
+):
+    "Says"
+    def inner():
+        return x
+
+    return inner
+class A:
+    def one(self, z): pass
+    @property
+    def two(self):
+        return 2
+""".format(long='x'*141)
+
+def test_house_measures_what_it_says():
+    "Each measure on a source whose numbers can be counted by hand"
+    fs = dict(house.functions(source))
+    assert {k: house.body_lines(o) for k,o in fs.items()} == {'f': 4, 'A.one': 1, 'A.two': 1}
+    assert {k: house.n_args(o) for k,o in fs.items()} == {'f': 2, 'A.one': 1, 'A.two': 0}
+    assert house.long_lines(source, True) == [3] and house.long_lines(source, False) == [8]
+    rooms = dict(low='from .top import f', star="__all__ = ['c', 'd', 'e']", top=source)
+    assert house.n_imported(source, rooms) == 5
+    assert set(house.circle(rooms)) == {'low','top'} and house.circle(dict(top=source, low='')) == []
+    assert house.lettered(['11_a.ipynb', '11b_a.ipynb', 'index.ipynb']) == ['11b_a.ipynb']
+
+def test_house_counts_a_class():
+    "fastai's `Lookahead` by hand: seven methods, a property with getter and setter; `opt, k, alpha, count, slow_weights`"
+    from fastai.optimizer import Lookahead,SGD
+    from fastai.basics import nn,tensor
+    assert house.n_methods(Lookahead) == 9
+    assert house.n_attributes(Lookahead(SGD([nn.Parameter(tensor(1.))], lr=0.1))) == 5
