@@ -5,8 +5,8 @@ from fastai.basics import Callback,CrossEntropyLossFlat,DataLoaders,Learner,MSEL
 from fastai.callback.all import CutMix,GradientAccumulation,MixUp
 from fastai.losses import BCEWithLogitsLossFlat,FocalLossFlat,LabelSmoothingCrossEntropyFlat
 from adahessian_fastai.adahessian import adahessian
-from adahessian_fastai.estimators import Evaluation
 from adahessian_fastai.losses import Rule,gnb_samples,known_hessian,label_noise,loss_count,losses
+from adahessian_fastai.problem import Problem
 
 # A mean over draws may be off by this many of its standard errors; one in 10^8 is, and there are some hundred entries
 STANDARD_ERRORS = 6
@@ -406,9 +406,9 @@ def test_graph_is_gone_after_the_backward_pass():
     opt = adahessian(ps, estimator='gnb')
     out = net(x)
     loss = F.cross_entropy(out, Y)
-    opt.differentiate(loss, at=Evaluation(loss, out, Y, F.cross_entropy))
+    opt.differentiate(Problem(ps, loss, out, Y, F.cross_entropy))
     with pytest.raises(RuntimeError, match='second time'): torch.autograd.grad(loss, ps)
-    assert all(not p.grad.requires_grad for p in ps) and len(opt.diags)==4
+    assert all(not p.grad.requires_grad for p in ps) and len(opt.pending.diags)==4
 
 
 def test_in_a_plain_loop_what_is_missing_is_named():
@@ -423,7 +423,7 @@ def test_accumulated_batches_weigh_as_one(monkeypatch):
     seen = []
     class See(Callback):
         order = 100
-        def before_step(self): seen.append({k: self.opt.diags[p].clone() for k,p in self.model.named_parameters()})
+        def before_step(self): seen.append({k: self.opt.pending.diags[p].clone() for k,p in self.model.named_parameters()})
     def fixed(outputs, params, draw, *args): return gnb_samples(outputs, params, lambda g: torch.full_like(outputs, 0.1), *args)
     monkeypatch.setattr('adahessian_fastai.estimators.gnb_samples', fixed)
     for cbs in ([],[GradientAccumulation(32)]):
