@@ -1,5 +1,6 @@
 "Everything a notebook needs: `from adahessian_fastai.all import *`. What only other modules need is left in its own"
-from .hvp import difference_product,flat,gradient,graph_product,hessian_product,hvp_methods,unflat  # chkstyle: ignore
+from .hvp import check_symmetric,difference_error,difference_product,flat,gradient,graph_product,hessian_product,hvp_methods  # chkstyle: ignore
+from .hvp import real_parameters,substituted,unflat  # chkstyle: ignore
 from .hutchinson import *
 from .averaging import *
 from .spectrum import *

@@ -206,7 +206,7 @@ def reduction_ratio(
     "Achieved over promised reduction"
     return (f1-f0)/m1 if m1<0 else math.nan
 
-# %% ../nbs/04_cg.ipynb #e7b9cf00
+# %% ../nbs/04_cg.ipynb #c2451a06
 def _pair(name, pair):
     "`pair` as two numbers"
     try: a,b = pair

@@ -187,7 +187,7 @@ smoothed_cross_entropy_rule = row_rule(smoothed_cross_entropy_weights, lambda f,
 losses = {nn.CrossEntropyLoss: cross_entropy_rule, nn.MSELoss: squared_error_rule, nn.BCEWithLogitsLoss: binary_rule}
 _functions = {F.cross_entropy: nn.CrossEntropyLoss, F.mse_loss: nn.MSELoss, F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss}
 
-# %% ../nbs/06_losses.ipynb #f45c5d61
+# %% ../nbs/06_losses.ipynb #3189e9a9
 def _is_flattened(f): return getattr(type(f).__call__, '__module__', '')=='fastai.losses' and hasattr(f, 'func') and hasattr(f, 'axis')
 
 def _as_module(f):
@@ -204,7 +204,7 @@ def bare_loss(
     if loss_func.flatten: return loss_func.func,loss_func.axis
     return (loss_func.func if loss_func.axis==-1 else loss_func),1
 
-# %% ../nbs/06_losses.ipynb #4a97f61f
+# %% ../nbs/06_losses.ipynb #0eccff17
 def _paired(z, y, axis):
     "Targets `y` in the shape in which a flattened loss compares them with `z`"
     if y.numel()==z.numel(): return y.reshape(z.shape)
@@ -236,7 +236,7 @@ def known_hessian(
     product,dtype = rule.hessian(*args),args[1].dtype
     return lambda u: [product(u[0].as_subclass(Tensor).to(dtype)).to(u[0].dtype)]
 
-# %% ../nbs/06_losses.ipynb #f833c698
+# %% ../nbs/06_losses.ipynb #e84a40cf
 def _unknown(loss_func, outputs, targets):
     "The error for a loss without known noise"
     f,known,way = bare_loss(loss_func)[0],', '.join(o.__name__ for o in losses),"use estimator='hutchinson'"
@@ -259,7 +259,7 @@ def label_noise(
     draw,dtype = rule.noise(*args),_only(outputs).dtype
     return lambda generator=None: draw(generator).to(dtype)
 
-# %% ../nbs/06_losses.ipynb #9f9b605b
+# %% ../nbs/06_losses.ipynb #499ddbce
 def _first(xs):
     "The first tensor in `xs`, tensors in tuples, lists and dicts; `None` if there is none"
     if isinstance(xs, dict): xs = list(xs.values())
