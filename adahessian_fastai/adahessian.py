@@ -16,6 +16,7 @@ import math
 from typing import Literal
 
 from fastai.basics import *
+from .hvp import check_real
 from .steppers import adahessian_step,average_diag_hessian,average_sqr_diag_hessian
 from .optimizer import AdaHessianWrapper,Perturbation
 
@@ -35,7 +36,7 @@ def adahessian(
     cap:float=0.1, # Largest root mean square of a tensor's step before it is multiplied by `lr`; 0 or `None` for no bound
     rho:float=0.3, # Take loss and curvature at θ - ρm/‖m‖ and not at θ, ρ; 0 or `None` for θ itself
     signed:bool=False, # Average the signed diagonal over time and not its square?
-    block_length:int=32, # Entries averaged together in a 2-D parameter; 1 for none
+    block_length=32, # Entries averaged together in a matrix; 1 for none, 'row', or a dict by rank: see `check_block_length`
     average_kernels:bool=True, # Average over the kernels of convolutions?
     signed_blocks:bool=None, # Average the signed diagonal over blocks and kernels and not `|d|`? Default: with `signed` or `debiased`
     debiased:bool=False, # Take the noise of the estimate out of its square? Needs `n_samples` >= 2
@@ -113,7 +114,7 @@ def check_hypers(
         res[k] = v
     return res
 
-# %% ../nbs/16_adahessian.ipynb #54572b9f
+# %% ../nbs/16_adahessian.ipynb #44affd1f
 _renamed = dict(betas='mom and sqr_mom', weight_decay='wd', learning_rate='lr', update_period='update_each', hessian_update_interval='update_each',
     average_conv_kernel='average_kernels', seed='torch.manual_seed before the optimizer is made', amsgrad='nothing in its place')
 
@@ -131,6 +132,7 @@ def plain_params(
 ):
     "Refuse groups of PyTorch's form"
     params = params if isinstance(params, Tensor) else list(params)
+    check_real([o for o in ([params] if isinstance(params, Tensor) else L(params).concat() if params and is_listy(params[0]) else params) if isinstance(o, Tensor)])
     if any(isinstance(p, dict) for p in params):
         raise ValueError("the parameters are groups in PyTorch's form: give `opt_func=adahessian` itself, without `OptimWrapper`, and in a plain loop lists of parameters")
     return params

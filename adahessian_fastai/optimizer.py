@@ -12,7 +12,7 @@ __all__ = ['estimators', 'curvatures', 'peek_seed', 'warn_rarely', 'Counts', 'Pe
            'upgraded', 'check_entry', 'check_averages', 'checked_state', 'put_state', 'PartOf', 'CurvatureOptimizer',
            'made', 'made_estimator', 'made_schedule', 'check_together', 'AdaHessianWrapper']
 
-# %% ../nbs/15_optimizer.ipynb #cb5d0590
+# %% ../nbs/15_optimizer.ipynb #51fcdd5f
 import inspect,itertools,math,warnings
 from contextlib import contextmanager,nullcontext
 from collections import deque
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from fastai.basics import *
 from .hvp import check_count,hooks_disabled,total_norm
-from .averaging import average_diag
+from .averaging import average_diag,check_block_length
 from .problem import Problem
 from .curvature import GaussNewton,Hessian
 from .estimators import ControlVariate,GNB,Hutchinson,seeded
@@ -631,7 +631,7 @@ def made_schedule(
     if update_each!=1: raise ValueError(f"budget chooses update_each: give one of them, got {budget=}, {update_each=}")
     return budget.on(hessian_bs) if isinstance(budget, Budget) else Budget(budget, hessian_bs=hessian_bs, dense=dense)
 
-# %% ../nbs/15_optimizer.ipynb #9106b908
+# %% ../nbs/15_optimizer.ipynb #0c38790d
 def check_together(
     estimator, # What makes the estimates
     signed:bool, # Is the average one of signed diagonals?
@@ -650,7 +650,7 @@ class AdaHessianWrapper(CurvatureOptimizer):
     "Wrap `opt` so that its steppers receive an estimate of the Hessian's diagonal, with flat keywords"
     def __init__(self,
         opt:Optimizer, # `Optimizer` to wrap, usually from `AdaHessian`
-        block_length:int=32, # Entries averaged together in a 2-D parameter; 1 for none
+        block_length=32, # Entries averaged together in a matrix; 1 for none, 'row', or a dict by rank: see `check_block_length`
         n_acc:int=1, # Batches accumulated before each step
         estimator='hutchinson', # 'hutchinson', 'control_variate', 'gnb', or an object such as `GNB(n_samples=2)`
         curvature=None, # 'hessian' (default) or 'ggn', or an object such as `Hessian('auto')`
@@ -667,6 +667,6 @@ class AdaHessianWrapper(CurvatureOptimizer):
         if signed_blocks is None: signed_blocks = signed or debiased
         est = made_estimator(estimator, curvature, hvp, probe, n_samples)
         check_together(est, signed, signed_blocks, debiased)
-        check_count('block_length', block_length)
+        check_block_length(block_length)
         smooth = partial(average_diag, block_length=block_length, signed=signed_blocks, average_kernels=average_kernels)
         super().__init__(opt, est, made_schedule(**schedule), smooth, n_acc, debiased, perturb)
