@@ -131,7 +131,7 @@ def test_three_steps_with_a_frozen_first_layer(curvature, damping, precondition,
     opt = hessian_free(model.parameters(), curvature=curvature, damping=damping, precondition=precondition, jvp=jvp)
     f = objective(lambda: model(x), lambda z: F.mse_loss(z, y))
     before,losses = f()[0].item(),steps(opt, f, 3, module=model)
-    assert opt.n_skipped == 0 and not opt.failed and torch.equal(model[0].weight, frozen)
+    assert opt.n_skipped == 0 and not opt.curvature.failed and torch.equal(model[0].weight, frozen)
     assert losses[2] < losses[1] < losses[0] < before
 
 # --- the same step in other ways
@@ -197,28 +197,27 @@ def test_learner_and_closure_make_the_same_steps():
 @pytest.mark.parametrize('jvp', ['dual','linearize'])
 def test_ways_through_a_learner_make_the_same_steps(model, jvp, recwarn):
     ws = [fit(learner(model, jvp=o), 3) for o in ('reverse',jvp)]
-    assert not ws[1].opt.failed and not [w for w in recwarn if 'failed' in str(w.message)]
+    assert not ws[1].opt.curvature.failed and not [w for w in recwarn if 'failed' in str(w.message)]
     assert torch.allclose(*map(weights, ws), **SAME)
 
 def test_convolutions_choose_by_the_cost_of_both_ways():
     learn = fit(learner(Conv), 3)
     opt = learn.opt
-    assert set(opt.costs) == {'dual','linearize'} and all(a>=0 and b>0 for a,b in opt.costs.values())
-    opt.costs = dict(dual=(0.,1.), linearize=(5.,.5))
+    assert set(opt.curvature.costs) == {'dual','linearize'} and all(a>=0 and b>0 for a,b in opt.curvature.costs.values())
+    opt.curvature.costs = dict(dual=(0.,1.), linearize=(5.,.5))
     for n,first in ((9,'dual'), (11,'linearize')):
-        opt.record.append(dict(n_iter=n))
-        assert opt._by_cost(learn.model)[0] == first
-    assert opt._by_cost(mlp()) == ['reverse']
+        assert opt.curvature.by_cost(learn.model, n, opt.curvature.costs)[0] == first
+    assert opt.curvature.by_cost(mlp(), 9, opt.curvature.costs) == ['reverse']
     other = learner(Conv)
     other.create_opt()
     other.opt.load_state_dict(opt.state_dict())
-    assert other.opt.costs == opt.costs
+    assert other.opt.curvature.costs == opt.curvature.costs
 
 def test_dropout_cannot_be_linearised_and_that_is_silent_unless_asked_for(recwarn):
     class DropConv(Conv):
         def forward(self, x): return super().forward(F.dropout(x, .3, self.training))
     auto,dual = [fit(learner(DropConv, jvp=o, x0_decay=0.), 3) for o in ('auto','dual')]
-    assert auto.opt.failed == {'linearize'} and not [w for w in recwarn if 'failed' in str(w.message)]
+    assert auto.opt.curvature.failed == {'linearize'} and not [w for w in recwarn if 'failed' in str(w.message)]
     assert torch.allclose(weights(auto), weights(dual), **SAME)
     with pytest.warns(UserWarning, match='random numbers'): fit(learner(DropConv, jvp='linearize'))
 
@@ -282,7 +281,7 @@ class DropNorm(Module):
 def test_all_evaluations_of_a_step_see_one_function(kwargs, recwarn):
     learn = fit(learner(DropNorm, bs=32, check_deterministic=True, **kwargs), 4)
     assert learn.model.bn.num_batches_tracked == 8 == learn.opt.n_steps
-    assert not [w for w in recwarn if 'twice' in str(w.message)] and learn.opt.n_skipped == 0 and not learn.opt.failed
+    assert not [w for w in recwarn if 'twice' in str(w.message)] and learn.opt.n_skipped == 0 and not learn.opt.curvature.failed
     assert all(r['loss_after'] <= r['loss'] for r in learn.opt.record)
 
 def test_buffers_and_generator_move_as_in_an_ordinary_forward_pass():
@@ -330,14 +329,14 @@ def test_hidden_state_moves_as_in_one_forward_pass_and_trials_start_where_the_ba
         def after_loss(self):
             if torch.is_grad_enabled(): self.first = self.learn.loss.item()
         def before_step(self):
-            batch, = self.opt.pending
-            assert batch.again()[0].item() == self.first
+            batch, = self.opt.batches.pending
+            assert batch.again().loss.item() == self.first
         def after_batch(self):
             twin(x)
             assert torch.equal(twin.state(), self.model.state()) and twin.n == self.model.n
     learn.add_cb(Look())
     fit(learn, 4)
-    assert learn.opt.n_steps == 4 == learn.model.n and learn.opt.n_skipped == 0 and not learn.opt.failed
+    assert learn.opt.n_steps == 4 == learn.model.n and learn.opt.n_skipped == 0 and not learn.opt.curvature.failed
     assert learn.opt.record[-1]['loss_after'] < learn.opt.record[0]['loss']
 
 @pytest.mark.parametrize('kind', places)
@@ -368,7 +367,7 @@ def test_language_model_of_fastai_with_its_dropouts(recwarn):
         opt_func=partial(hessian_free, check_deterministic=True))
     learn.logger = noop
     fit(learn, 3)
-    assert not [w for w in recwarn if 'twice' in str(w.message)] and learn.opt.n_steps == 6 and learn.opt.n_skipped == 0 and not learn.opt.failed
+    assert not [w for w in recwarn if 'twice' in str(w.message)] and learn.opt.n_steps == 6 and learn.opt.n_skipped == 0 and not learn.opt.curvature.failed
     assert all(r['loss_after'] <= r['loss'] for r in learn.opt.record)
 
 def test_an_undeterministic_model_is_reported():
@@ -469,18 +468,18 @@ class Conv(Module):
 def test_architectures(model, loss, curvature):
     learn = fit(learner(model, loss=loss, curvature=curvature, damping=.01), 8)
     rs = learn.opt.record
-    assert learn.opt.n_skipped == 0 and not learn.opt.failed and rs[-1]['loss_after'] < .9*rs[0]['loss']
+    assert learn.opt.n_skipped == 0 and not learn.opt.curvature.failed and rs[-1]['loss_after'] < .9*rs[0]['loss']
 
 def test_progress_bar_shows_long_cg_runs():
     class Bar:
         last_v,shown = 0,0
         def update_bar(self, v): self.shown += 1
     opt = hessian_free(mlp().parameters())
-    opt.learn = SimpleNamespace(progress=SimpleNamespace(pbar=Bar()))
-    opt._progress(wait=0.)(7, -.5, 1.)
-    assert opt.learn.progress.pbar.comment.startswith('CG 7/250') and opt.learn.progress.pbar.shown == 1
-    opt._progress(wait=100.)(8, -.5, 1.)
-    assert opt.learn.progress.pbar.comment.startswith('CG 7')
+    opt.now = SimpleNamespace(learn=SimpleNamespace(progress=SimpleNamespace(pbar=Bar())))
+    progress(opt, wait=0.)(7, -.5, 1.)
+    assert opt.now.learn.progress.pbar.comment.startswith('CG 7/250') and opt.now.learn.progress.pbar.shown == 1
+    progress(opt, wait=100.)(8, -.5, 1.)
+    assert opt.now.learn.progress.pbar.comment.startswith('CG 7')
 
 def test_after_a_step_no_graph_is_alive():
     learn = learner()
@@ -488,7 +487,7 @@ def test_after_a_step_no_graph_is_alive():
     learn.add_cb(Callback())
     learn.cbs[-1].after_step = lambda: seen.extend(o.grad_fn for o in (learn.pred, learn.loss, learn.loss_grad))
     fit(learn)
-    assert seen == [None]*3 and learn.opt.rounds == learn.opt.pending == [] and learn.opt.learn is None
+    assert seen == [None]*3 and learn.opt.batches.rounds == learn.opt.batches.pending == [] and learn.opt.now is None
 
 def test_other_optimizers_train_as_before():
     x,y = data(64)
@@ -536,7 +535,7 @@ def test_a_state_from_the_middle_of_an_accumulation_says_so_and_starts_the_step_
     assert torch.equal(*ws)
     a.remove_cb(Stop)
     a.opt.load_state_dict(middle)
-    assert a.opt.rounds == a.opt.pending == [] and not a.opt.sums
+    assert a.opt.batches.rounds == a.opt.batches.pending == [] and not a.opt.batches.sums
     assert torch.equal(weights(fit(a)), ws[0])
 
 # --- faults
@@ -580,7 +579,7 @@ def test_an_interrupt_in_a_trial_restores_the_parameters_and_propagates(kind):
         if isinstance(kind, CancelFitException): fit(learn, 3)
         else:
             with pytest.raises(type(kind)): fit(learn, 3)
-    assert torch.equal(log['before'], weights(learn)) and learn.opt.rounds == []
+    assert torch.equal(log['before'], weights(learn)) and learn.opt.batches.rounds == []
     assert learn.opt.hypers[0]['damping'] == pytest.approx(1.5*log['lam'])
 
 class Once(torch.autograd.Function):
@@ -685,11 +684,11 @@ def test_loaded_weights_meet_no_old_graph(tmp_path):
     learn = fit(learner(bs=16, n_acc=3))
     learn.path = tmp_path
     learn.save('half', with_opt=False)
-    assert len(learn.opt.rounds)==1
+    assert len(learn.opt.batches.rounds)==1
     learn.load('half', with_opt=False)
-    assert not learn.opt.rounds and not learn.opt.sums
+    assert not learn.opt.batches.rounds and not learn.opt.batches.sums
     fit(learn, 3)
-    assert not learn.opt.failed and learn.opt.n_steps==5 and learn.opt.n_skipped==0
+    assert not learn.opt.curvature.failed and learn.opt.n_steps==5 and learn.opt.n_skipped==0
 
 def test_weights_may_change_within_an_accumulation():
     "The graph of the old weights is not used; the curvature is that of the new ones"
@@ -698,7 +697,7 @@ def test_weights_may_change_within_an_accumulation():
             with torch.no_grad():
                 for p in self.model.parameters(): p.clamp_(-.4, .4)
     learn = fit(learner(bs=16, n_acc=2, cbs=Clamp()), 2)
-    assert not learn.opt.failed and learn.opt.n_skipped==0 and all(r['n_iter']>2 for r in learn.opt.record)
+    assert not learn.opt.curvature.failed and learn.opt.n_skipped==0 and all(r['n_iter']>2 for r in learn.opt.record)
 
 class Tied(Module):
     def __init__(self):
