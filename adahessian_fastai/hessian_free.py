@@ -12,8 +12,8 @@ __all__ = ['groups', 'SettingError', 'check_number', 'check_choice', 'check_swit
            'weights_of', 'mean_of', 'without_graph', 'Trial', 'known_loss', 'loss_now', 'OverBatches', 'Kept',
            'hidden_states', 'with_states', 'grouped', 'made_group', 'checked_only', 'with_flat_keywords', 'HessianFree',
            'made_curvature', 'check_hypers', 'hyper_of', 'skipped', 'descended', 'decay', 'scaled', 'adapt',
-           'warm_start', 'warm', 'current', 'structured', 'flat_preconditioner', 'progress', 'modes_kept',
-           'present_state', 'compare_twice', 'divided', 'versions', 'upgraded_state', 'checked_state',
+           'warm_start', 'warm', 'through_saddle', 'current', 'structured', 'flat_preconditioner', 'progress',
+           'modes_kept', 'present_state', 'compare_twice', 'divided', 'versions', 'upgraded_state', 'checked_state',
            'check_warm_start', 'hessian_free', 'closure_problem', 'closure_step', 'DataBatch', 'accumulate']
 
 # %% ../nbs/18_hessian_free.ipynb #9cc3f5b5
@@ -489,7 +489,7 @@ def newton_step(self:HessianFree, ps, trial, product=None, preconditioner=None):
     if not math.isfinite(f0) or not b.isfinite().all(): raise FloatingPointError("the loss or its gradient is not finite")
     if not b.any(): raise FloatingPointError("the gradient is zero")
     cold = not any('x0' in self.state[p] for p in ps)
-    sol = self.solve(ps, b, product, preconditioner)
+    sol,saddle = self.solve(ps, b, product, preconditioner)
     lam,f,on = self.hypers[-1]['damping'],functools.cache(lambda i: trial(sol.iterates[i])),self.cg.candidates(sol, cold)
     if sol.reason=='divergence' and not sol.n_iter: raise FloatingPointError("the curvature is not finite")
     judged = self.damping.adapt or self.cg.backtracking or self.line_search
@@ -497,7 +497,9 @@ def newton_step(self:HessianFree, ps, trial, product=None, preconditioner=None):
     if self.damping.adapt: adapt(self, math.nan if sol.neg_curv else rho)
     best,f_best = backtrack(f, on) if self.cg.backtracking else (sol.n_iter, f(sol.n_iter) if judged else None)
     if best is None: raise FloatingPointError("the loss is not finite at any iterate of CG")
-    d,whole = scaled(self, ps, sol.iterates[best])
+    x = sol.iterates[best]
+    if saddle is not None and judged and not f_best<f0 and (f_saddle := trial(saddle))<f_best: x,f_best = saddle,f_saddle
+    d,whole = scaled(self, ps, x)
     alpha,f1 = 1.,f_best if whole else None
     if self.line_search: alpha,f1 = self.line_search(lambda a: f_best if whole and a==1. else trial(d, a), f0, -(b@d).item())
     trial.put(d, alpha) if alpha else trial.restore()
@@ -555,11 +557,19 @@ def solve(self:HessianFree, ps, b, product=None, preconditioner=None):
             product = self.curvature(structured(self, curv), ps).product
         M = flat_preconditioner(self, curv, ps, lams, preconditioner)
         del curv
-        def run(product): return self.cg(flat_product(product, ps, lams), b, warm_start(self, ps), M, progress(self))
+        def run(product):
+            A = flat_product(product, ps, lams)
+            sol = self.cg(A, b, warm_start(self, ps), M, progress(self))
+            return sol,through_saddle(A, b) if sol.reason=='negative curvature' and sol.n_iter<2 else None
         try: return run(product)
         except NoProductError as e:
             if len(self.curvature.failed)>n_failed: warnings.warn(f"No product with the curvature works here ({e}): steps go along the gradient", stacklevel=2)
             return run(lambda v: [torch.zeros_like(o) for o in v])
+
+# %% ../nbs/18_hessian_free.ipynb #e0ed42f0
+def through_saddle(A, b):
+    "Solution of `Ax = b` through negative curvature, after two iterations"
+    return cg(lambda v: A(A(v)), A(b), max_iter=2, eps=0, grid=None).x
 
 # %% ../nbs/18_hessian_free.ipynb #ea95e378
 def current(p, keep_graph):
@@ -585,7 +595,7 @@ def flat_preconditioner(opt, curv, ps, lams, own=None):
     ds = opt.preconditioner(curv, ps, opt.batches.reduction)
     return diag_preconditioner(flat([d+lam for d,lam in zip(ds, lams)]), exponent=opt.preconditioner.exponent)
 
-# %% ../nbs/18_hessian_free.ipynb #131a447d
+# %% ../nbs/18_hessian_free.ipynb #5ed2fe66
 def progress(opt, wait=0.5):
     "Callback for `cg` that writes to the progress bar, at most every `wait` seconds"
     bar,last = getattr(getattr(getattr(opt.now, 'learn', None), 'progress', None), 'pbar', None),time.perf_counter()
@@ -750,7 +760,7 @@ def load_state_dict(self:HessianFree,
     self.curvature.load_state_dict(own['products'])
     if self.preconditioner and own['generator'] is not None: self.preconditioner.generator.set_state(own['generator'].cpu())
 
-# %% ../nbs/18_hessian_free.ipynb #8a68fbe5
+# %% ../nbs/18_hessian_free.ipynb #23fd392e
 def upgraded_state(sd):
     "The own part of a state, also of one from version 0.0.1"
     if 'curvature' in sd or 'hessian_free' not in sd: return sd.get('curvature')
