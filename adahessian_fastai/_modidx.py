@@ -657,6 +657,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'adahessian_fastai/hessian_free.py'),
                                                 'adahessian_fastai.hessian_free.structured': ( 'hessian_free.html#structured',
                                                                                                'adahessian_fastai/hessian_free.py'),
+                                                'adahessian_fastai.hessian_free.through_saddle': ( 'hessian_free.html#through_saddle',
+                                                                                                   'adahessian_fastai/hessian_free.py'),
                                                 'adahessian_fastai.hessian_free.upgraded_state': ( 'hessian_free.html#upgraded_state',
                                                                                                    'adahessian_fastai/hessian_free.py'),
                                                 'adahessian_fastai.hessian_free.versions': ( 'hessian_free.html#versions',

@@ -78,11 +78,11 @@ def dual_jvp(
 
 def _tangent(dual): return (torch.zeros_like(dual.primal) if dual.tangent is None else dual.tangent).detach().as_subclass(Tensor)
 
-# %% ../nbs/05_ggn.ipynb #ec9cdf64
+# %% ../nbs/05_ggn.ipynb #41c1a05b
 def linear_jvp(
     forward, # `values -> [outputs]`, a function of the parameters' values
     params:list # The point of the linearisation
-): # `v -> Jv`; raises `RuntimeError` if `forward` draws random numbers
+): # `v -> Jv`; raises `RuntimeError` where the recorded pass cannot be repeated
     "Jacobian of `forward`, linearised once at the present values of `params`"
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -93,7 +93,9 @@ def linear_jvp(
         with torch.no_grad(), torch.random.fork_rng(devices): before,Jv,after = _states(),[o.as_subclass(Tensor) for o in lin(*v)],_states()
         if all(map(torch.equal, before, after)): return Jv
         raise RuntimeError("the model draws random numbers, and 'linearize' would draw others in each product")
-    return _jvp
+    first,second = (_jvp([torch.ones_like(p, requires_grad=False) for p in params]) for _ in range(2))
+    if all(torch.allclose(a, b, rtol=1e-2, atol=1e-6*a.abs().max().item(), equal_nan=True) for a,b in zip(first, second) if a.numel()): return _jvp
+    raise RuntimeError("the linearised pass overwrites what it has recorded, and gives something else the second time")
 
 # %% ../nbs/05_ggn.ipynb #d28c047f
 def adjoint_error(

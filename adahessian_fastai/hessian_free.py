@@ -17,9 +17,9 @@ __all__ = ['groups', 'SettingError', 'check_number', 'check_choice', 'check_swit
            'check_warm_start', 'hessian_free', 'closure_problem', 'closure_step', 'DataBatch', 'accumulate']
 
 # %% ../nbs/18_hessian_free.ipynb #9cc3f5b5
-import functools,inspect,math,numbers,sys,time,warnings
+import functools,inspect,math,sys,time,warnings
 from collections import deque
-from contextlib import ExitStack,contextmanager,nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch.autograd.forward_ad as fwAD,torch.distributed as dist
@@ -793,13 +793,14 @@ def check_warm_start(i, p, s):
     if not x0.isfinite().all(): raise ValueError(f"{where} is not finite")
 
 # %% ../nbs/18_hessian_free.ipynb #a25a8167
-@delegates(HessianFree)
 def hessian_free(
     params, # Parameters, or lists of them as groups
-    **kwargs
+    **kwargs # As for `HessianFree`
 )->HessianFree:
     "Hessian-free optimizer, for `opt_func` of a `Learner`"
     return HessianFree(params, **kwargs)
+
+hessian_free.__signature__ = inspect.signature(HessianFree)
 
 # %% ../nbs/18_hessian_free.ipynb #111c5238
 @patch
