@@ -605,6 +605,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'adahessian_fastai/hessian_free.py'),
                                                 'adahessian_fastai.hessian_free.check_warm_start': ( 'hessian_free.html#check_warm_start',
                                                                                                      'adahessian_fastai/hessian_free.py'),
+                                                'adahessian_fastai.hessian_free.checked_hyper': ( 'hessian_free.html#checked_hyper',
+                                                                                                  'adahessian_fastai/hessian_free.py'),
                                                 'adahessian_fastai.hessian_free.checked_only': ( 'hessian_free.html#checked_only',
                                                                                                  'adahessian_fastai/hessian_free.py'),
                                                 'adahessian_fastai.hessian_free.checked_state': ( 'hessian_free.html#checked_state',

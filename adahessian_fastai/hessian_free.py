@@ -11,8 +11,8 @@ __all__ = ['groups', 'SettingError', 'check_number', 'check_choice', 'check_swit
            'Damping', 'recurrent_layers', 'LineSearch', 'Preconditioner', 'Ranks', 'Batches', 'NothingCounts',
            'weights_of', 'mean_of', 'without_graph', 'Trial', 'known_loss', 'loss_now', 'OverBatches', 'Kept',
            'hidden_states', 'with_states', 'grouped', 'made_group', 'checked_only', 'with_flat_keywords', 'HessianFree',
-           'made_curvature', 'check_hypers', 'hyper_of', 'skipped', 'descended', 'decay', 'scaled', 'adapt',
-           'warm_start', 'warm', 'through_saddle', 'current', 'structured', 'flat_preconditioner', 'progress',
+           'made_curvature', 'checked_hyper', 'check_hypers', 'hyper_of', 'skipped', 'descended', 'decay', 'scaled',
+           'adapt', 'warm_start', 'warm', 'through_saddle', 'current', 'structured', 'flat_preconditioner', 'progress',
            'modes_kept', 'present_state', 'compare_twice', 'divided', 'versions', 'upgraded_state', 'checked_state',
            'check_warm_start', 'hessian_free', 'closure_problem', 'closure_step', 'DataBatch', 'accumulate']
 
@@ -456,13 +456,14 @@ class HessianFree(Optimizer):
         **settings # Objects `cg`, `damping`, `line_search`, `precondition`, `batches`, or their flat keywords
     ):
         parts = grouped(settings)
-        super().__init__(params, [], lr=lr, wd=wd, damping=parts['damping'].start)
-        check_hypers(self)
+        hypers = {k: checked_hyper(k, v) for k,v in dict(lr=lr, wd=wd, damping=parts['damping'].start).items()}
+        try: super().__init__(params, [], **hypers)
+        except AssertionError as e: raise ValueError(f"lr, wd and damping are numbers, or lists of one for each parameter group: {e}") from None
         self.cg,self.damping,self.line_search,self.preconditioner,self.batches = parts.values()
         self.curvature = made_curvature(curvature, jvp)
         self.n_steps,self.n_skipped,self.record,self.now = 0,0,deque(maxlen=10_000),None
 
-# %% ../nbs/18_hessian_free.ipynb #9ef98909
+# %% ../nbs/18_hessian_free.ipynb #66328c05
 def made_curvature(curvature, jvp):
     "The curvature that these arguments describe"
     check_choice('jvp', jvp, ('auto','reverse','dual','linearize'))
@@ -470,6 +471,12 @@ def made_curvature(curvature, jvp):
     elif not callable(curvature): raise SettingError('curvature', "'ggn', 'hessian' or a curvature", curvature)
     if curvature=='ggn': return GaussNewton(jvp, closed=True)
     return curvature if isinstance(curvature, GaussNewton) else OverBatches(Hessian() if curvature=='hessian' else curvature)
+
+def checked_hyper(name, v):
+    "`v` as a number, or as a list of one for each parameter group"
+    if isinstance(v, slice): return slice(check_if_given(name, v.start, above=0), check_number(name, v.stop, least=0))
+    if isinstance(v, (list,tuple,L)) and len(v): return [check_number(name, o, least=0) for o in v]
+    return check_number(name, v, least=0)
 
 def check_hypers(opt):
     "Raise `SettingError` for a hyperparameter that cannot be"
@@ -760,7 +767,7 @@ def load_state_dict(self:HessianFree,
     self.curvature.load_state_dict(own['products'])
     if self.preconditioner and own['generator'] is not None: self.preconditioner.generator.set_state(own['generator'].cpu())
 
-# %% ../nbs/18_hessian_free.ipynb #23fd392e
+# %% ../nbs/18_hessian_free.ipynb #a46a9cea
 def upgraded_state(sd):
     "The own part of a state, also of one from version 0.0.1"
     if 'curvature' in sd or 'hessian_free' not in sd: return sd.get('curvature')
@@ -779,6 +786,7 @@ def checked_state(opt, sd):
         for k,v in h.items(): check_number(k, v, least=0 if k in ('lr','wd','damping') else None)
     for i,(p,s) in enumerate(zip(ps, sd['state'])): check_warm_start(i, p, s)
     for k in ('n_steps','n_skipped'): check_number(k, own['counts'].get(k), least=0, whole=True)
+    for k,pair in own['products'].get('costs', {}).items(): check_pair(f'costs of {k}', pair, least=0)
     if not all(isinstance(r, dict) and 'step' in r for r in own['record']): raise ValueError("the record of the state is no list of steps")
     if own['generator'] is not None: torch.Generator().set_state(own['generator'].cpu())
     return own,L(dict(h) for h in sd['hypers']),{p: {k: o.to(p.device, copy=True) if k=='x0' else o for k,o in s.items()} for p,s in zip(ps, sd['state'])}
