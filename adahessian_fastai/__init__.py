@@ -20,6 +20,7 @@ Modules:
 - `adahessian_fastai.optimizer`: Obtains the curvature that steppers ask for: the conductor of problem, estimator, schedule and steps
 - `adahessian_fastai.problem`: A loss as a function of parameters: the one thing that estimators, solvers and line searches are handed
 - `adahessian_fastai.replay`: Evaluate a module again and leave no trace of it
+- `adahessian_fastai.sassha`: Sharpness-aware AdaHessian: curvature and gradient are taken uphill, and the step divides by the root of an averaged absolute diagonal
 - `adahessian_fastai.schedule`: When an estimate is taken, and on how much of the batch
 - `adahessian_fastai.sophia`: Momentum divided by a rarely estimated diagonal, with every entry of the step clipped at the learning rate
 - `adahessian_fastai.spectrum`: The Hessian written out, its extreme eigenvalues, its trace and the density of its spectrum, all from products

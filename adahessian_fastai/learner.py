@@ -11,14 +11,14 @@ __all__ = ['unwrapped', 'callback_of', 'is_sharded', 'check_model', 'check_gradi
 
 # %% ../nbs/10_learner.ipynb #d25dec26
 import inspect,math,zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager,nullcontext
 
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel,DistributedDataParallel
 from fastai.basics import *
 from fastai.callback.schedule import *
-from fastai.learner import load_model
+from fastai.learner import load_model,save_model
 
 # %% ../nbs/10_learner.ipynb #c598e581
 @patch
@@ -174,7 +174,15 @@ def load(self:Learner, file, device=None, **kwargs):
     opt.load_state_dict(held.sd) if held.sd is not None else drop_pending(opt)
     return self
 
-# %% ../nbs/10_learner.ipynb #2ede02a7
+# %% ../nbs/10_learner.ipynb #a901796b
+@patch
+@delegates(save_model)
+def save(self:Learner, file, **kwargs):
+    "fastai's `save`, of parameters that no optimizer has moved for the moment"
+    perturb = getattr(self.opt, 'perturb', None)
+    with perturb.unmoved() if perturb else nullcontext(): return self._orig_save(file, **kwargs)
+
+# %% ../nbs/10_learner.ipynb #e5fc839c
 def trainable_params(
     opt, # Any optimizer
 )->list: # Each once
