@@ -8,16 +8,19 @@ Each says what it needs: a graph that can be differentiated twice (`twice`), ano
 
 # %% auto #0
 __all__ = ['math_attention', 'plain_rnn', 'plain_cpu_rnn', 'eager', 'nonsmooth_modules', 'nonsmooth_functions', 'hvp_ways',
-           'max_error', 'SharedContext', 'needs_substitutes', 'has_rnn', 'own_statistics', 'twice_differentiable',
-           'nonsmooth', 'nonsmooth_graph', 'Local', 'check_dense', 'reverse', 'forward', 'finite_difference',
-           'batch_statistics', 'ModelWithLoss', 'compile_product', 'compiled', 'relative_error', 'trial_probes',
-           'asymmetry_of', 'checked_reverse', 'exact_way', 'against_differences', 'refuse_difference', 'choose_way',
-           'Hessian', 'against_reverse', 'refuse_wrong', 'warn_asymmetric', 'Ride', 'GaussNewton']
+           'max_error', 'jvp_ways', 'max_adjoint_error', 'SharedContext', 'needs_substitutes', 'has_rnn',
+           'own_statistics', 'twice_differentiable', 'nonsmooth', 'nonsmooth_graph', 'Local', 'check_dense', 'reverse',
+           'forward', 'finite_difference', 'batch_statistics', 'ModelWithLoss', 'compile_product', 'compiled',
+           'relative_error', 'trial_probes', 'asymmetry_of', 'checked_reverse', 'exact_way', 'against_differences',
+           'refuse_difference', 'choose_way', 'Hessian', 'against_reverse', 'refuse_wrong', 'warn_asymmetric', 'Ride',
+           'outputs_again', 'PlainTensors', 'Evaluated', 'closed_hessian', 'NoProductError', 'AgreedError',
+           'FirstThatWorks', 'GaussNewton', 'agreed_costs', 'evaluated', 'way_product']
 
 # %% ../nbs/08_curvature.ipynb #4338fba8
-import re,sys,threading,weakref
+import math,re,sys,threading,time,warnings,weakref
 import torch, torch.autograd.forward_ad as fwAD, torch.nn.functional as F
 from contextlib import ExitStack,contextmanager,nullcontext
+from fastcore.basics import noop
 from functools import partial
 from types import MethodType
 from torch import Tensor,nn
@@ -26,10 +29,15 @@ from torch.nn.attention import SDPBackend,sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 from .hvp import (asymmetry,check_checkpoints,check_twice,difference_error,difference_product,dual_gradient,dual_numbers,graph_nodes,
     graph_product,hooks_disabled,substituted,total_norm)
 from .hutchinson import rademacher_like
-from .ggn import ggn_product,output_tensors,reverse_jvp
+from adahessian_fastai.ggn import (NoOutputs,adjoint_error,best_jvp,dual_jvp,ggn_product,linear_jvp,model_forward,output_tensors,
+    reverse_jvp)
+from .losses import known_hessian
+from .problem import MeanProblem
 
 # %% ../nbs/08_curvature.ipynb #341a2761
 class SharedContext:
@@ -439,15 +447,113 @@ class Ride:
         self.stack.close()
         return lambda params: lambda v: known.pop() if known else reverse_jvp(zs, params)(v)
 
-# %% ../nbs/08_curvature.ipynb #7cca8ad0
+# %% ../nbs/08_curvature.ipynb #6fc4539c
+def outputs_again(
+    problem, # The `Problem`, with `outputs` and `evaluate`
+): # `() -> [outputs]`
+    "Another evaluation of those outputs that have a graph"
+    on = [o.requires_grad for o in output_tensors(problem.outputs, graph=False)]
+    def outputs(): return [o for o,has_graph in zip(output_tensors(problem.again(twice=True).outputs, graph=False), on, strict=True) if has_graph]
+    return outputs
+
+class PlainTensors(TorchFunctionMode):
+    "Context in which functions see plain tensors in the place of subclasses, whose types `linearize` cannot follow"
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        def plain(o): return o.as_subclass(Tensor) if isinstance(o, Tensor) and type(o) not in (Tensor,nn.Parameter) else o
+        args,kwargs = tree_map(plain, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+class Evaluated(nn.Module):
+    "Another evaluation of a problem, as a module without inputs"
+    def __init__(self,
+        problem, # The `Problem`, with `outputs` and `evaluate`
+    ):
+        super().__init__()
+        self.model,self.outputs = problem.model,outputs_again(problem)
+
+    def forward(self):
+        with PlainTensors(): return self.outputs()
+
+def _dual(problem, params):
+    outputs = outputs_again(problem)
+    return dual_jvp(lambda _: outputs(), params)
+
+jvp_ways = dict(reverse=lambda problem,params: reverse_jvp(output_tensors(problem.outputs), params), dual=_dual,
+    linearize=lambda problem,params: linear_jvp(model_forward(Evaluated(problem), params), params))
+
+# %% ../nbs/08_curvature.ipynb #f48d140a
+def closed_hessian(
+    problem, # The `Problem`, with `outputs`
+): # `u -> Hu` at the outputs, or `None`
+    "Closed form of the Hessian of the loss, where the loss is its loss function and that is known"
+    if problem.scale!=1 or problem.loss_func is None or problem.targets is None: return None
+    hessian = known_hessian(problem.loss_func, output_tensors(problem.outputs), problem.targets)
+    if hessian is None: return None
+    ys = problem.targets if isinstance(problem.targets, (tuple,list)) else [problem.targets]
+    with torch.no_grad(): bare = problem.loss_func(problem.outputs, *ys).item()
+    return hessian if bare and math.isclose(bare, problem.loss.item(), rel_tol=1e-5) else None
+
+# %% ../nbs/08_curvature.ipynb #00063189
+class NoProductError(RuntimeError):
+    "There is no way to a product with this matrix here; all processes know"
+
+class AgreedError(RuntimeError):
+    "Something failed in one of the processes; all know"
+    def __init__(self, code, why): super().__init__(why), setattr(self, 'code', code)
+
+class FirstThatWorks:
+    "A product by the first of several ways that works"
+    def __init__(self,
+        ways:list, # Names, the preferred one first
+        build, # `way -> (v -> Bv)`
+        check=lambda way: '', # `way -> reason`, empty where the product is right; asked after its first use
+        failed=noop, # Called with a way and the reason, when it is given up
+        reduce=noop, # `tensors -> tensors`: mean over the processes, in place
+    ):
+        self.ways,self.build,self.check,self.failed,self.reduce = list(ways),build,check,failed,reduce
+        self.product,self.right = None,False
+
+    def attempt(self, v):
+        "Product of this process by the present way"
+        if self.product is None: self.product = self.build(self.ways[0])
+        Bv = self.product(v)
+        if not self.right and (reason := self.check(self.ways[0])): raise RuntimeError(reason)
+        self.right = True
+        return Bv
+
+    def give_up(self, code, error):
+        "Turn to the next way, or raise"
+        if code>1: raise AgreedError(code, str(error)) from error
+        self.failed(self.ways.pop(0), str(error) or type(error).__name__)
+        self.product,self.right = None,False
+        if not self.ways: raise NoProductError(str(error)) from error
+
+    def __call__(self, v):
+        while self.ways:
+            try: Bv = self.attempt(v)
+            except NoOutputs: raise
+            except Exception as e:
+                code = 2 if isinstance(e, torch.OutOfMemoryError) else 1
+                self.give_up(getattr(self.reduce, 'worst', noop)(code), e)
+                continue
+            try: return self.reduce(Bv)
+            except AgreedError as e: self.give_up(e.code, e)
+        raise NoProductError("no way to a product is left")
+
+# %% ../nbs/08_curvature.ipynb #0911e03f
 class GaussNewton:
     "The generalized Gauss-Newton matrix of the loss"
-    twice,again = True,False
+    twice = True
     def __init__(self,
-        jvp:str='reverse', # Way to products with the Jacobian: 'reverse', or 'along' with the forward pass; raises `ValueError` for others
+        jvp:str='reverse', # Way to products with the Jacobian: 'reverse', 'along' with the forward pass, 'dual', 'linearize', or 'auto'; raises `ValueError` for others
+        closed:bool=False, # Use the closed form of the loss Hessian where there is one?
     ):
-        if jvp not in ('reverse','along'): raise ValueError(f"jvp must be 'reverse' or 'along', got {jvp=}")
-        self.jvp,self.ride = jvp,None
+        if jvp not in (*jvp_ways, 'along', 'auto'): raise ValueError(f"jvp must be one of {[*jvp_ways, 'along', 'auto']}, got {jvp=}")
+        self.jvp,self.closed,self.ride = jvp,closed,None
+        self.costs,self.failed,self.trusted,self.n_products = {},{},{'reverse'},0
+
+    @property
+    def again(self): return self.jvp not in ('reverse','along')
 
     def surround(self,
         model:nn.Module, # About to be called
@@ -462,15 +568,96 @@ class GaussNewton:
         return stack
 
     def __call__(self,
-        problem, # The `Problem`, with `outputs`; raises `ValueError` without
+        problem, # The `Problem`, or the `MeanProblem` of several; raises `ValueError` without outputs
         params:list, # Tensors to differentiate for, some of `problem.params`
-        n_products:int=None, # How many there will be
+        n_products:int=None, # How many there will be; by default as many as the last time
     )->Local:
         "Product at the present point"
-        if problem.outputs is None: raise ValueError("curvature='ggn' needs the outputs of the model: give the `Problem` its `outputs`")
-        jvp = self.ride.read(problem.outputs)(params) if self.ride else None
-        self.ride = None
-        return Local(ggn_product(problem.outputs, problem.loss, params, jvp))
+        ride,self.ride = self.ride,None
+        p = getattr(problem, 'problems', [problem])[0]
+        if p.outputs is None and p.evaluate is None:
+            raise NoOutputs("curvature='ggn' needs the outputs of the model: give the `Problem` its `outputs`, or take curvature='hessian'")
+        if p.evaluate is None or ride: return Local(self.product(problem, params, ride.read(p.outputs)(params) if ride else None))
+        return Local(way_product(self, problem, params, n_products))
 
-    def state_dict(self): return {}
-    def load_state_dict(self, sd): pass
+    def product(self, problem, params, jvp=None):
+        "Product on the graph of `problem`"
+        return ggn_product(problem.outputs, problem.loss, params, jvp, closed_hessian(problem) if self.closed else None)
+
+    def by_cost(self, model, n_products, costs):
+        "Ways for `model`: those not tried yet, then the cheapest"
+        if model is None or best_jvp(model)=='reverse': return ['reverse']
+        return sorted(('dual','linearize'), key=lambda o: costs[o][0]+n_products*costs[o][1] if o in costs else -1.)
+
+    def ways(self, model, n_products, costs):
+        "Ways that have not failed, the preferred one first"
+        first = self.by_cost(model, n_products, costs) if self.jvp=='auto' else [self.jvp] if self.jvp in jvp_ways else []
+        return [o for o in dict.fromkeys([*first,'reverse','dual']) if o not in self.failed]
+
+    def give_up(self, way, why):
+        "Note that `way` fails, and say so unless it was only tried"
+        self.failed[way] = why
+        if way!='linearize' or self.jvp==way: warnings.warn(f"Curvature products by {way!r} failed: {why.splitlines()[0]} The next way is tried.", stacklevel=2)
+
+    def state_dict(self): return dict(costs=self.costs.copy(), n_products=self.n_products) if self.again else {}
+    def load_state_dict(self, sd): self.costs,self.n_products = dict(sd.get('costs', {})),sd.get('n_products', 0)
+
+# %% ../nbs/08_curvature.ipynb #287316fb
+max_adjoint_error = dict(full=0.01, half=0.1) # Of a Jacobian product; convolutions on a GPU have 10 bits
+
+def _clock(params, measured):
+    "Seconds, after all that the device was asked for"
+    if measured and params[0].is_cuda: torch.cuda.synchronize()
+    return time.perf_counter()
+
+def agreed_costs(
+    costs:dict, # Pairs of seconds by way, of this process
+    reduce, # `tensors -> tensors`: mean over the processes, in place
+    like:Tensor, # On the device to communicate from
+)->dict:
+    "Means of `costs` over all processes, which so make the same choice"
+    if reduce is noop or not costs: return costs
+    t, = reduce([torch.tensor([costs[k] for k in sorted(costs)], device=like.device)])
+    return dict(zip(sorted(costs), t.tolist()))
+
+def evaluated(p):
+    "Another evaluation of `p`, with its outputs"
+    p = p.again(twice=True)
+    if p.outputs is None: raise NoOutputs("curvature='ggn' needs the outputs of the model beside the loss, got none: return both, or take curvature='hessian'")
+    return p
+
+def way_product(
+    gn, # `GaussNewton`; its costs, failures and trusted ways are brought up to date
+    problem, # `Problem` or `MeanProblem`, with `evaluate`
+    params:list, # Tensors to differentiate for
+    n_products:int=None, # How many there will be; by default as many as the last time
+): # `v -> Gv`
+    "Product with the Gauss-Newton matrix by the first way that works"
+    mean = problem if isinstance(problem, MeanProblem) else MeanProblem([problem.replace(rescaled=noop)], [1.])
+    local,Js = MeanProblem(mean.problems, mean.weights),{}
+    def one(way, p):
+        if p.outputs is None: return lambda v: one(way, evaluated(p))(v)
+        J = jvp_ways[way](p, params)
+        if way not in gn.trusted: Js[way] = J,output_tensors(p.outputs),p.half
+        return p.rescaled(gn.product(p, params, J))
+    def build(way):
+        measured = gn.jvp=='auto' and way not in gn.costs
+        tic = _clock(params, measured)
+        of = {p: one(way, p) for p in mean.problems}
+        start,spent = _clock(params, measured)-tic,[]
+        def product(v):
+            tic = _clock(params, measured)
+            Gv = local.mean(lambda p: of[p](v))
+            spent.append(_clock(params, measured)-tic)
+            if measured: gn.costs[way] = start,sum(spent)/len(spent)
+            gn.n_products = len(spent)
+            return Gv
+        return product
+    def check(way):
+        if way in gn.trusted: return ''
+        J,zs,half = Js.pop(way)
+        error = adjoint_error(J, zs, params)
+        if not error<=max_adjoint_error['half' if half else 'full']: return f"it is off by {error:.2g} from the transposed product."
+        gn.trusted.add(way)
+    ways = gn.ways(mean.problems[0].model, n_products or gn.n_products, agreed_costs(gn.costs, mean.reduce, params[0]))
+    return FirstThatWorks(ways, build, check, gn.give_up, mean.reduce)
