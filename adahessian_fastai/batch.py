@@ -7,8 +7,8 @@ A Learner evaluates a batch together with its callbacks: they may have mixed the
 
 # %% auto #0
 __all__ = ['send', 'autocast_of', 'targets_for', 'evaluate_batch', 'noted', 'batch_of', 'loss_scale', 'CurvatureScale',
-           'loss_weight', 'n_rows', 'take_rows', 'check_rows_possible', 'targets_of', 'in_half', 'LearnerProblem',
-           'problem_of']
+           'loss_weight', 'plain_number', 'n_rows', 'take_rows', 'check_rows_possible', 'targets_of', 'in_half',
+           'LearnerProblem', 'problem_of']
 
 # %% ../nbs/12_batch.ipynb #d4f4fa69
 import math
@@ -162,11 +162,18 @@ def loss_weight(
     return 1. if cb is None or isinstance(cb, leave_out) else find_bs(learn.yb)/cb.n_acc
 
 # %% ../nbs/12_batch.ipynb #292d7a7c
+def plain_number(
+    v, # A number of Python, NumPy or PyTorch, or anything else
+): # A number of Python where `v` is a number; `v` otherwise
+    "`v` as Python writes it"
+    return v.item() if hasattr(v, 'item') and getattr(v, 'ndim', 1)==0 else v
+
 def n_rows(
     hessian_bs:int|float, # Number of rows, or a fraction in (0,1]; raises `ValueError` for anything else
     bs:int, # Rows in the batch
 )->int: # At most `bs`; a fraction gives at least 2, which a batch norm needs
     "How many of `bs` rows `hessian_bs` asks for"
+    hessian_bs = plain_number(hessian_bs)
     whole = isinstance(hessian_bs, int) and not isinstance(hessian_bs, bool) and hessian_bs>=1
     if not whole and not (isinstance(hessian_bs, float) and 0<hessian_bs<=1):
         raise ValueError(f"hessian_bs must be a whole number >= 1 or a fraction in (0,1], got {hessian_bs=}")
