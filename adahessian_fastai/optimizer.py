@@ -7,10 +7,11 @@
 
 # %% auto #0
 __all__ = ['estimators', 'curvatures', 'peek_seed', 'warn_rarely', 'Counts', 'Pending', 'finite_ones', 'all_finite',
-           'signal_to_noise', 'Turn', 'turn_for', 'plain_turn', 'problem_for', 'signed_average', 'Perturbation',
-           'perturbed', 'work_of', 'check_seen', 'skip_step', 'one_ready', 'ready_for_step', 'curvature_state',
-           'upgraded', 'check_entry', 'check_averages', 'checked_state', 'put_state', 'PartOf', 'CurvatureOptimizer',
-           'made', 'made_estimator', 'made_schedule', 'check_together', 'AdaHessianWrapper']
+           'signal_to_noise', 'Turn', 'turn_for', 'plain_turn', 'problem_for', 'signed_average', 'check_hypers',
+           'put_hyper', 'Perturbation', 'perturbed', 'work_of', 'check_seen', 'skip_step', 'one_ready',
+           'ready_for_step', 'curvature_state', 'upgraded', 'check_entry', 'check_averages', 'checked_state',
+           'put_state', 'PartOf', 'CurvatureOptimizer', 'made', 'made_estimator', 'made_schedule', 'check_together',
+           'AdaHessianWrapper']
 
 # %% ../nbs/15_optimizer.ipynb #51fcdd5f
 import inspect,itertools,math,warnings
@@ -22,11 +23,11 @@ from fastai.basics import *
 from .hvp import check_count,hooks_disabled,total_norm
 from .averaging import average_diag,check_block_length
 from .problem import Problem
-from .curvature import GaussNewton,Hessian
+from .curvature import GaussNewton,Hessian,hvp_ways
 from .estimators import ControlVariate,GNB,Hutchinson,seeded
 from .learner import callback_of,check_gradients,check_groups,check_model,cross_rank_mean,sync_group,trainable_params,unwrapped
 from .replay import backward_hooks,snapshot
-from .batch import CurvatureScale,LearnerProblem,in_half,n_rows
+from .batch import CurvatureScale,LearnerProblem,in_half,n_rows,plain_number
 from .schedule import Budget,Every
 from .steppers import average_diag_hessian,average_sqr_diag_hessian,update
 
@@ -199,6 +200,34 @@ def signed_average(
         return s['avg_diag_hessian']/(1-h['sqr_mom']**s['hess_step'])
     return [one(p, *of[p]) for p in params]
 
+# %% ../nbs/15_optimizer.ipynb #09188b23
+_not_negative = (lambda v: 0<=v<math.inf, '>= 0 and finite')
+_ranges = dict(lr=_not_negative, wd=_not_negative, clip=_not_negative, cap=_not_negative, mom=(lambda v: 0<=v<1, 'in [0,1)'), sqr_mom=(lambda v: 0<=v<1, 'in [0,1)'),
+    eps=(lambda v: 0<v<math.inf, '> 0 and finite'), hessian_power=(lambda v: 0<=v<=1, 'in [0,1]'), rho=(lambda v: 0<v<math.inf, '> 0 and finite'))
+
+def check_hypers(
+    **hypers # Hyperparameters by name; a slice or a list as fastai takes them
+)->dict: # The same as numbers of Python; raises `ValueError` for one outside its range
+    "Refuse a hyperparameter outside its range"
+    res = {}
+    for k,v in hypers.items():
+        sliced = isinstance(v, slice)
+        vals = [plain_number(o) for o in ((v.start,v.stop) if sliced else L(plain_number(v), use_list=None)) if o is not None or not sliced]
+        ok,rule = _ranges.get(k, (noop,''))
+        if rule and not (vals and all(isinstance(o, (int,float)) and not isinstance(o, bool) and ok(o) for o in vals)):
+            raise ValueError(f"{k} must be {rule}, got {k}={v!r}")
+        res[k] = v if not rule else slice(*map(plain_number, (v.start,v.stop,v.step))) if sliced else vals if len(vals)>1 else vals[0]
+    return res
+
+def put_hyper(
+    opt:Optimizer, # Gets the hyperparameter
+    k:str, # Its name
+    v, # A number, a slice, or a number for each group; raises `ValueError` outside its range, and for another number of groups
+):
+    "Set a hyperparameter of all groups"
+    try: opt.set_hyper(k, check_hypers(**{k: v})[k])
+    except AssertionError as e: raise ValueError(f"{e}, got {k}={v!r}") from None
+
 # %% ../nbs/15_optimizer.ipynb #be47f732
 class Perturbation:
     "Moves the parameters for the forward and backward pass"
@@ -206,7 +235,7 @@ class Perturbation:
         rho:float=0., # How far, ρ; 0 or `None` for not at all; raises `ValueError` below 0
         along:str='momentum', # 'momentum' (against it) or 'gradient' (up, at the price of another gradient); raises `ValueError` for others
     ):
-        rho = ifnone(rho, 0.)
+        rho = plain_number(ifnone(rho, 0.))
         if isinstance(rho, bool) or not isinstance(rho, (int,float)) or not 0<=rho<math.inf: raise ValueError(f"rho must be a number >= 0, got {rho=}")
         if along not in ('momentum','gradient'): raise ValueError(f"along must be 'momentum' or 'gradient', got {along=}")
         self.rho,self.along,self.kept = float(rho),along,[]
@@ -562,6 +591,8 @@ class CurvatureOptimizer(Optimizer, GetAttr):
         self.opt.clear_state()
         if self.n_batches: self.zero_grad()
 
+    def set_hyper(self, k, v): put_hyper(self.opt, k, v)
+
     def opt_out(self,
         params, # A parameter, an iterable of them, or a module
     ):
@@ -593,6 +624,8 @@ def made(
     "The object that `name` and `kwargs` describe"
     given = {k: v for k,v in kwargs.items() if v is not None}
     if isinstance(name, str) and name not in table: raise ValueError(f"{what} must be one of {list(table)}, got {what}={name!r}")
+    if not isinstance(name, str) and (isinstance(name, type) or not callable(name)):
+        raise ValueError(f"{what} must be one of {list(table)}, or an object made by one of {[o.__name__ for o in table.values()]}, got {what}={name!r}")
     takes = inspect.signature(table[name]).parameters if isinstance(name, str) else ()
     odd = {k: v for k,v in given.items() if k not in takes and v!=_usual.get(k)}
     if odd: raise ValueError(f"{what}={name!r} takes no {', '.join(odd)}, got {', '.join(f'{k}={v!r}' for k,v in odd.items())}")
@@ -607,11 +640,12 @@ def made_estimator(
     n_samples:int=None, # For each estimate
 ): # Raises `ValueError` for what does not go together
     "The estimator that these keywords describe"
+    if hvp is not None and not isinstance(hvp, str): raise ValueError(f"hvp must be one of {list(hvp_ways)}, got {hvp=}")
     if isinstance(estimator, str) and estimator in ('hutchinson','control_variate'):
         jvp = dict(forward='along', auto='reverse').get(hvp, hvp)
         name = 'hessian' if curvature is None else curvature
-        if name=='hessian': curvature = made('curvature', name, curvatures, method=hvp)
-        elif name=='ggn' and hvp in ('finite_difference','compiled'):
+        if isinstance(name, str) and name=='hessian': curvature = made('curvature', name, curvatures, method=hvp)
+        elif isinstance(name, str) and name=='ggn' and hvp in ('finite_difference','compiled'):
             raise ValueError(f"hvp={hvp!r} is for products with the Hessian: use hvp='reverse' or 'forward' with curvature='ggn'")
         else: curvature = made('curvature', name, curvatures, jvp=jvp)
         return made('estimator', estimator, estimators, curvature=curvature, probe=probe, n_samples=n_samples)

@@ -14,7 +14,7 @@ from typing import Literal
 
 from .steppers import average_diag_hessian,denominator,sophia_step
 from .optimizer import AdaHessianWrapper
-from .adahessian import check_hypers,check_names,plain_params
+from .adahessian import check_names,made_steppers
 
 # %% ../nbs/17_sophia.ipynb #3bd3487b
 def Sophia(
@@ -27,8 +27,8 @@ def Sophia(
     eps:float=1e-12, # Least denominator
 )->Optimizer: # Raises `ValueError` for a value outside its range
     "An `Optimizer` of Sophia's steppers, to be wrapped by `AdaHessianWrapper`"
-    hypers = check_hypers(lr=lr, mom=mom, sqr_mom=sqr_mom, rho=rho, wd=wd, eps=eps)
-    return Optimizer(plain_params(params), [weight_decay, partial(average_grad, dampening=True), average_diag_hessian, sophia_step], **hypers)
+    cbs = [weight_decay, partial(average_grad, dampening=True), average_diag_hessian, sophia_step]
+    return made_steppers(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, rho=rho, wd=wd, eps=eps)
 
 # %% ../nbs/17_sophia.ipynb #59deeb8e
 def sophia(
