@@ -48,7 +48,9 @@ def warn_rarely(
 class Counts:
     "What an optimizer counts"
     names = ('seed','n_steps','n_estimates','n_dropped','n_skipped')
-    def __init__(self): self.seed,self.n_steps,self.n_estimates,self.n_dropped,self.n_skipped = peek_seed(),0,0,0,0
+    def __init__(self):
+        self.seed,self.n_steps,self.n_estimates,self.n_dropped,self.n_skipped = peek_seed(),0,0,0,0
+        self.noise_record = deque(maxlen=10_000)
 
     def rng(self,
         stream:int=0, # Another number gives other random numbers for the same estimate
@@ -471,10 +473,11 @@ class PartOf:
 
 class CurvatureOptimizer(Optimizer, GetAttr):
     "Wrap `opt` so that its steppers receive an estimate of the diagonal of a curvature"
-    _default,default_lr = 'opt',0.15
+    _default,default_lr,param_lists = 'opt',0.15,PartOf('opt')
     seed,n_steps,n_estimates,n_dropped,n_skipped = (PartOf('counts') for _ in range(5))
     update_each,hessian_bs,dense = (PartOf('when') for _ in range(3))
     diags,noises,n_batches,n_items = (PartOf('pending') for _ in range(4))
+    noise_record = PartOf('counts')
     def __init__(self,
         opt:Optimizer, # `Optimizer` of steppers, usually from `AdaHessian` or `Sophia`
         estimator=None, # How the diagonal is estimated: `Hutchinson(...)` by default, `ControlVariate(...)` or `GNB(...)`
@@ -486,14 +489,9 @@ class CurvatureOptimizer(Optimizer, GetAttr):
     ):
         check_count('n_acc', n_acc)
         self.opt,self.estimator,self.when,self.smooth,self.n_acc,self.debiased = opt,estimator or Hutchinson(),when or Every(),smooth,n_acc,debiased
-        self.counts,self.pending,self.curvature_scale,self.turn,self.noise_record = Counts(),Pending(),CurvatureScale(),None,deque(maxlen=10_000)
+        self.counts,self.pending,self.curvature_scale,self.turn = Counts(),Pending(),CurvatureScale(),None
         self.perturb = perturb or Perturbation()
         opt._keep_on_clear = [*opt._keep_on_clear, 'do_hessian']
-
-    @property
-    def param_lists(self): return self.opt.param_lists
-    @param_lists.setter
-    def param_lists(self, v): self.opt.param_lists = v
 
     def due(self)->tuple: # Parameters, and the part of the batch, see `Every.part`
         "For which parameters does the next backward pass take an estimate, and on what?"
