@@ -383,7 +383,8 @@ def upgraded(
     if own.get('n_batches'): new['pending'] = dict(pending, share=None, losses=[math.nan] if own.get('bad_loss') else [])
     age = lambda s: dict(age=s.get('step', own.get('n_steps', 0))) if 'hess_step' in s else {}
     state = [{**{k: v for k,v in s.items() if k!='asked'}, **age(s)} for s in sd['state']]
-    return {'state': state, 'hypers': sd['hypers'], 'curvature': new}
+    hypers = [{**(dict(clip=0., cap=0.) if 'hessian_power' in h else {}), **h} for h in sd['hypers']]
+    return {'state': state, 'hypers': hypers, 'curvature': new}
 
 # %% ../nbs/15_optimizer.ipynb #4b88598c
 _counted = ('step','hess_step','age','asked')
