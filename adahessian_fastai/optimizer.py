@@ -582,7 +582,7 @@ class CurvatureOptimizer(Optimizer, GetAttr):
         turn,weight = self.turn or plain_turn(*self.due()),self.pending.weigh(problem.params, n_items, self.n_acc)
         self.pending.note(problem.loss, n_items, group)
         half = problem.scale!=1 and self.estimator.second_order
-        if not turn.due or half and not math.isfinite(problem.loss.item()): return problem.backward(weight)
+        if not turn.due or half and not math.isfinite(self.pending.losses[-1].item()): return problem.backward(weight)
         ahead = turn.aside or problem.scale!=1
         if ahead: problem.backward(weight, retain_graph=not turn.aside)
         with problem_for(problem, turn, self.estimator, self.counts) as on,hooks_disabled(problem.params):
