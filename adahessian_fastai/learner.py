@@ -171,7 +171,7 @@ def load(self:Learner, file, device=None, **kwargs):
     try: self._orig_load(file, device=device, **kwargs)
     except Exception as e:
         path = join_path_file(file, self.path/self.model_dir, ext='.pth')
-        if zipfile.is_zipfile(path) or not Path(path).exists(): raise
+        if not isinstance(path, Path) or zipfile.is_zipfile(path) or not path.exists(): raise
         raise ValueError(f"{path} is not a whole checkpoint, it may have been cut off while it was written") from e
     finally: self.opt = opt
     opt.load_state_dict(held.sd) if held.sd is not None else drop_pending(opt)
@@ -202,6 +202,9 @@ def check_groups(
     if not isinstance(sd, dict) or not {'state','hypers',own} <= set(sd):
         raise ValueError(f"not a state of {type(opt).__name__} but of another optimizer: load the weights alone with `with_opt=False`, "
             f"got {list(sd)}")
+    if wrong := [k for k in ('state','hypers') if not (isinstance(sd[k], (list,tuple,L)) and all(isinstance(o, dict) for o in sd[k]))]:
+        raise ValueError(f"{wrong[0]} must be a list of dicts, got {sd[wrong[0]]!r}")
+    if not isinstance(sd[own], dict): raise ValueError(f"{own} must be a dict, got {sd[own]!r}")
     names,n = [set(o) for o in sd['hypers']],len(opt.all_params())
     if len(names)!=len(opt.hypers) or not all(set(h)<=o for o,h in zip(names, opt.hypers)):
         raise ValueError(f"other parameter groups or hyperparameters: {names=}")

@@ -9,15 +9,17 @@
 __all__ = ['estimators', 'curvatures', 'peek_seed', 'warn_rarely', 'Counts', 'Pending', 'finite_ones', 'all_finite',
            'signal_to_noise', 'Turn', 'turn_for', 'plain_turn', 'problem_for', 'signed_average', 'check_hypers',
            'put_hyper', 'Perturbation', 'perturbed', 'work_of', 'check_seen', 'skip_step', 'one_ready',
-           'ready_for_step', 'curvature_state', 'upgraded', 'check_entry', 'check_averages', 'checked_state',
-           'put_state', 'PartOf', 'CurvatureOptimizer', 'made', 'made_estimator', 'made_schedule', 'check_together',
-           'AdaHessianWrapper']
+           'ready_for_step', 'curvature_state', 'upgraded', 'check_entry', 'check_averages', 'check_part',
+           'check_pending', 'checked_state', 'put_state', 'PartOf', 'CurvatureOptimizer', 'made', 'made_estimator',
+           'made_schedule', 'check_together', 'AdaHessianWrapper']
 
 # %% ../nbs/15_optimizer.ipynb #51fcdd5f
 import inspect,itertools,math,warnings
 from contextlib import contextmanager,nullcontext
 from collections import deque
 from typing import NamedTuple
+
+from torch.utils.checkpoint import CheckpointError
 
 from fastai.basics import *
 from .hvp import check_count,hooks_disabled,total_norm
@@ -324,7 +326,7 @@ def check_seen(
 ):
     "Refuse gradients that came past `differentiate` where there is no average to step with"
     if opt.n_batches or all('hess_step' in s or not s.get('do_hessian', True) for s,_ in work.values()): return
-    raise ValueError("there is no estimate to step with: call `opt.differentiate(loss)` in place of `loss.backward()`")
+    raise ValueError("there is no estimate to step with: call `opt.differentiate(loss)` in place of `loss.backward()`; in a Learner give `opt_func=adahessian` itself, without `OptimWrapper`")
 
 def skip_step(
     opt, # `CurvatureOptimizer`
@@ -389,11 +391,12 @@ def upgraded(
     if 'wrapper' not in sd or 'curvature' in sd: return sd
     own = sd['wrapper']
     m,pending = own.get('measured', {}),{k: own.get(k) for k in ('n_batches','n_items','scaled','grads','diags','noises')}
-    new = dict(counts={k: own[k] for k in Counts.names if k in own}, scale=own.get('curvature_scale', {}), estimator=dict(used=m.get('hvp_used')), when=m)
+    new = dict(counts={k: own[k] for k in Counts.names if k in own}, scale=own.get('curvature_scale') or dict(c=1., n_good=0), estimator=dict(used=m.get('hvp_used')), when=m)
     if own.get('n_batches'): new['pending'] = dict(pending, share=None, losses=[math.nan] if own.get('bad_loss') else [])
     age = lambda s: dict(age=s.get('step', own.get('n_steps', 0))) if 'hess_step' in s else {}
     state = [{**{k: v for k,v in s.items() if k!='asked'}, **age(s)} for s in sd['state']]
-    return {'state': state, 'hypers': sd['hypers'], 'curvature': new}
+    hypers = [{**(dict(clip=0., cap=0.) if 'hessian_power' in h else {}), **h} for h in sd['hypers']]
+    return {'state': state, 'hypers': hypers, 'curvature': new}
 
 # %% ../nbs/15_optimizer.ipynb #2b47b053
 _counted = ('step','hess_step','age','asked')
@@ -403,13 +406,14 @@ def check_entry(
     k:str, # Name of the entry
     v, # Its value; raises `ValueError` for one that cannot be
     p:Tensor, # The parameter
+    finite:bool=True, # Has it to be finite?
 ):
     "Refuse an entry of a state that does not fit its parameter"
     where = f"{k} of parameter {i}"
     if isinstance(v, Tensor):
         if v.shape!=p.shape: raise ValueError(f"{where} has shape {tuple(v.shape)}, the parameter {tuple(p.shape)}")
         if v.dtype!=p.dtype: raise ValueError(f"{where} is {v.dtype}, the parameter {p.dtype}: load it into a model of that type, or the weights alone with `with_opt=False`")
-        if not all_finite([v.detach()]): raise ValueError(f"{where} is not finite")
+        if finite and not all_finite([v.detach()]): raise ValueError(f"{where} is not finite")
     elif k in _counted and (isinstance(v, bool) or not isinstance(v, int) or v<0): raise ValueError(f"{where} must be a whole number >= 0, got {v!r}")
 
 def check_averages(
@@ -419,10 +423,44 @@ def check_averages(
 ):
     "Refuse a state without the averages that its counts speak of"
     need = [k for f,k in ((average_diag_hessian,'avg_diag_hessian'), (average_sqr_diag_hessian,'sqr_avg_diag_hessian')) if f in opt.opt.cbs]
-    if 'hess_step' not in s: return
+    if 'hess_step' not in s and not any(isinstance(v, Tensor) for v in s.values()): return
+    counts = [k for k in _counted[:3] if k!='step' or step_stat in opt.opt.cbs]
+    if lost := [k for k in counts if k not in s]: raise ValueError(f"the state of parameter {i} is incomplete, it has no {lost[0]}")
     if lost := [k for k in (*need, 'grad_avg') if not isinstance(s.get(k), Tensor)]: raise ValueError(f"the state of parameter {i} is of another kind of average, it has no {lost[0]}")
 
 # %% ../nbs/15_optimizer.ipynb #55eeb8b4
+_whole = (lambda v: isinstance(v, int) and not isinstance(v, bool) and v>=0, 'a whole number >= 0')
+_flag = (lambda v: isinstance(v, bool), 'True or False')
+_any = (lambda v: True, '')
+_counts = {k: _whole for k in Counts.names}
+_scale = dict(c=(lambda v: isinstance(v, (int,float)) and 0<v<math.inf, 'a number > 0'), n_good=_whole)
+_numbers = (lambda v: isinstance(v, list) and all(isinstance(o, (int,float)) for o in v), 'a list of numbers')
+_pending = dict(n_batches=_whole, n_items=_whole, scaled=_flag, share=(lambda v: v is None or isinstance(v, (int,float)) and v>=0, '`None` or a number >= 0'),
+    losses=_numbers, **{k: (lambda v: isinstance(v, list), 'a list') for k in ('grads','diags','noises')})
+
+def check_part(
+    name:str, # Of a part of a state
+    part, # Its state; raises `ValueError`
+    rules:dict, # Pairs of a test and what it says, by key
+):
+    "Refuse a part whose entries are missing, or cannot be"
+    if not isinstance(part, dict): raise ValueError(f"{name} must be a dict, got {part!r}")
+    if lost := set(rules)-set(part): raise ValueError(f"{name} is incomplete, it has no {sorted(lost)}")
+    for k,(ok,rule) in rules.items():
+        if not ok(part[k]): raise ValueError(f"{k} of {name} must be {rule}, got {part[k]!r}")
+
+def check_pending(
+    ps:list, # Parameters
+    pending, # What is pending; raises `ValueError`
+):
+    "Refuse what cannot be pending; numbers that are not finite may be, since the step drops them"
+    check_part('pending', pending, _pending)
+    for k in ('grads','diags','noises'):
+        if len(pending[k])!=len(ps): raise ValueError(f"what is pending is for {len(pending[k])} parameters, the model has {len(ps)}")
+        for i,(v,p) in enumerate(zip(pending[k], ps)):
+            if v is not None and not isinstance(v, Tensor): raise ValueError(f"{k} of parameter {i} must be a tensor, got {v!r}")
+            check_entry(i, k, v, p, finite=False)
+
 def checked_state(
     opt, # `CurvatureOptimizer`
     sd:dict, # From `state_dict`; raises `ValueError` if it is not the state of an optimizer like `opt`
@@ -430,14 +468,12 @@ def checked_state(
     "Look at all of `sd`"
     check_groups(opt, sd := upgraded(sd) if isinstance(sd, dict) else sd, 'curvature')
     ps,own = opt.all_params().itemgot(0),sd['curvature']
-    if lost := {'counts','scale','estimator','when'}-set(own): raise ValueError(f"the state is incomplete, it has no {sorted(lost)}")
-    for k in Counts.names:
-        n = own['counts'].get(k)
-        if isinstance(n, bool) or not isinstance(n, int) or n<0: raise ValueError(f"{k} must be a whole number >= 0, got {n!r}")
-    pending = {k: own.get('pending', {}).get(k) or [None]*len(ps) for k in ('grads','diags','noises')}
-    if {len(o) for o in pending.values()}!={len(ps)}: raise ValueError(f"what is pending is for {len(pending['grads'])} parameters, the model has {len(ps)}")
+    check_part('the state', own, {k: _any for k in ('counts','scale','estimator','when')})
+    for h in sd['hypers']: check_hypers(**h)
+    for k,rules in dict(counts=_counts, scale=_scale, estimator={k: _any for k in opt.estimator.state_dict()}, when={}).items(): check_part(k, own[k], rules)
+    if 'pending' in own: check_pending(ps, own['pending'])
     for i,(p,s) in enumerate(zip(ps, sd['state'])):
-        for k,v in {**s, **{k: o[i] for k,o in pending.items()}}.items(): check_entry(i, k, v, p)
+        for k,v in s.items(): check_entry(i, k, v, p)
         check_averages(opt, i, s)
     return sd
 
@@ -454,13 +490,13 @@ def put_state(
         vars(pending).update({k: held[k] for k in ('n_batches','n_items','scaled','share')}, params=list(ps))
         pending.losses = [torch.tensor([o], device=ps[0].device) for o in held['losses']]
         for k in ('diags','noises'): vars(pending)[k] = {p: copied(d,p) for p,d in zip(ps, held[k]) if d is not None}
+    opt.when.load_state_dict(own['when'])
+    opt.estimator.load_state_dict(own['estimator'])
     opt.opt.hypers,opt.opt.state = L(dict(o) for o in sd['hypers']),state
     opt.zero_grad()
     opt.pending = pending
     vars(opt.counts).update({k: own['counts'][k] for k in Counts.names})
-    vars(opt.curvature_scale).update(own['scale'])
-    opt.estimator.load_state_dict(own['estimator'])
-    opt.when.load_state_dict(own['when'])
+    vars(opt.curvature_scale).update({k: own['scale'][k] for k in _scale})
     for p,g in zip(ps, held.get('grads', [])): p.grad = copied(g,p)
 
 # %% ../nbs/15_optimizer.ipynb #98b6222e
@@ -517,9 +553,10 @@ class CurvatureOptimizer(Optimizer, GetAttr):
             with nullcontext() if plain else self.estimator.surround(unwrapped(learn.model), t.due, self.counts.rng(), in_half(learn)): yield
             self.pending = Pending()
         except CancelBatchException: raise
-        except BaseException:
+        except BaseException as e:
             self.zero_grad()
-            raise
+            if not isinstance(e, CheckpointError): raise
+            raise ValueError("a checkpoint does not find the tensors of its first pass again, as where products run along with that pass: use hvp='reverse'") from e
         finally:
             self.perturb.back()
             self.turn = None
@@ -553,7 +590,7 @@ class CurvatureOptimizer(Optimizer, GetAttr):
         turn,weight = self.turn or plain_turn(*self.due()),self.pending.weigh(problem.params, n_items, self.n_acc)
         self.pending.note(problem.loss, n_items, group)
         half = problem.scale!=1 and self.estimator.second_order
-        if not turn.due or half and not math.isfinite(problem.loss.item()): return problem.backward(weight)
+        if not turn.due or half and not math.isfinite(self.pending.losses[-1].item()): return problem.backward(weight)
         ahead = turn.aside or problem.scale!=1
         if ahead: problem.backward(weight, retain_graph=not turn.aside)
         with problem_for(problem, turn, self.estimator, self.counts) as on,hooks_disabled(problem.params):

@@ -182,5 +182,10 @@ class Budget(Every):
 
     def state_dict(self): return dict(update_each=self.update_each, hessian_bs=self.hessian_bs, done=self.done)
     def load_state_dict(self, sd):
+        "Go on from `sd`; measure anew where it is of another schedule"
+        if not {'update_each','hessian_bs','done'}<=set(sd): return
+        check_period(sd['update_each'])
+        check_rows(sd['hessian_bs'], self.overhead)
+        if not isinstance(sd['done'], bool): raise ValueError(f"done must be True or False, got done={sd['done']!r}")
         self.update_each,self.done = sd['update_each'],sd['done']
         if self.auto: self.hessian_bs = sd['hessian_bs']
