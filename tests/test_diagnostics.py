@@ -737,7 +737,7 @@ def test_summary_has_the_layers_numbers(name):
         snr = (block.diag().square().sum()/off).sqrt().item()
         at += n
         row = rows[name.split()[0]].split()
-        if row[2]=='±': row.insert(1, '')
+        if row[3]=='±': row.insert(1, '')
         tr,err,lam = float(row[3]),float(row[5]),float(row[6])
         assert int(row[2].replace(',',''))==n
         assert abs(tr-block.trace()) < 4*err+1e-2*abs(tr)
