@@ -196,7 +196,7 @@ def rates_around(
     res = [float(f'{(middle or own)*10**(2*i/(n-1)-1):.2g}') for i in range(n)] if n>1 else [own]
     return sorted({*res, own}) if res[0]<=own<=res[-1] else res
 
-# %% ../nbs/22_compare.ipynb #84ebeb51
+# %% ../nbs/22_compare.ipynb #0edf06a1
 def rates_table(
     runs:pd.DataFrame, # From `compare_optimizers` with several rates
 )->pd.DataFrame: # One row for each optimizer
@@ -204,8 +204,9 @@ def rates_table(
     def one(o):
         means = o.groupby('lr').valid_loss.mean()
         own = means[np.isclose(means.index, o.default.iloc[0])]
-        res = dict(default=o.default.iloc[0], loss=own.iloc[0] if len(own) else math.nan, best=means.idxmin(), lowest=means.min(), near=(means<=1.1*means.min()).mean())
-        return pd.Series({**res, 's/epoch': o['s/epoch'].median()})
+        loss = own.iloc[0] if len(own) else math.nan
+        return pd.Series({'default lr': o.default.iloc[0], 'loss': loss, 'best lr': means.idxmin(), 'lowest loss': means.min(),
+            'near best': (means<=1.1*means.min()).mean(), 's/epoch': o['s/epoch'].median()})
     return pd.DataFrame({name: one(o) for name,_,o in _by_name(runs)}).T.rename_axis('optimizer')
 
 def plot_rates(

@@ -483,7 +483,7 @@ def plot_diagonal(self:CurvatureRecorder,
         ylabel="the optimizer's average" if own else f"estimate of {n_samples} {'probe' if n_samples==1 else 'probes'}")
     return ax
 
-# %% ../nbs/20_diagnostics.ipynb #dfc08584
+# %% ../nbs/20_diagnostics.ipynb #7f7b50a2
 def group_names(
     learn:Learner, # With an optimizer
 )->list: # One string for each parameter group

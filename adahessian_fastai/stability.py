@@ -136,7 +136,7 @@ def curvature_summary(self:Learner,
     judged = f"\nTraining at lr={lr:.3g} is {lr/s.limit:.2g} times that" if 0<s.limit<math.inf else ''
     return PrettyString('\n'.join([head, line, *rows, line, total, '', f'{s}{judged}']))
 
-# %% ../nbs/21_stability.ipynb #bc7fdcb6
+# %% ../nbs/21_stability.ipynb #836279eb
 @patch
 def suggest_lr_from_curvature(self:Learner, *args, **kwargs):
     "Gone: says what to use instead"
