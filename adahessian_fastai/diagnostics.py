@@ -20,10 +20,9 @@ from matplotlib.ticker import LogLocator
 from fastai.basics import *
 from fastai.optimizer import debias
 from torch.distributed.tensor import DTensor
-from .hvp import check_count,flat,unflat
+from .hvp import check_count,flat,hooks_disabled,unflat
 from .hutchinson import hutchinson_diag,hutchinson_samples
 from .spectrum import confidence_interval,extreme_eigenvalues,mean_product,spectral_density
-from .curvature import hooks_disabled
 from .learner import is_sharded,trainable_params,unwrapped
 from .replay import snapshot
 from .batch import problem_of

@@ -7,17 +7,18 @@ fastai calls `loss.backward()` in `Learner._backward` and nothing else of its lo
 
 # %% auto #0
 __all__ = ['unwrapped', 'callback_of', 'is_sharded', 'check_model', 'check_gradients', 'sync_group', 'cross_rank_mean',
-           'drop_pending', 'trainable_params', 'check_groups']
+           'drop_pending', 'lr_untouched', 'trainable_params', 'check_groups']
 
 # %% ../nbs/10_learner.ipynb #d25dec26
 import inspect,math,zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager,nullcontext
 
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel,DistributedDataParallel
 from fastai.basics import *
-from fastai.learner import load_model
+from fastai.callback.schedule import *
+from fastai.learner import load_model,save_model
 
 # %% ../nbs/10_learner.ipynb #c598e581
 @patch
@@ -114,17 +115,41 @@ def drop_pending(
 # %% ../nbs/10_learner.ipynb #947802aa
 _fastai_lr = inspect.signature(Learner.__init__).parameters['lr'].default
 
+def lr_untouched(
+    learn:Learner, # Any Learner
+)->bool:
+    "Has nobody given `learn` a learning rate?"
+    return learn.lr is _fastai_lr or vars(learn).get('lr_untouched') is not None and vars(learn)['lr_untouched']==learn.lr
+
 @patch
 def create_opt(self:Learner):
     "fastai's `create_opt`; a learning rate that nobody gave becomes the optimizer's own `default_lr`"
-    if self.lr is self.__dict__.get('own_lr', ''): self.lr = _fastai_lr
-    old = self.opt
+    old,untouched = self.opt,lr_untouched(self)
+    if untouched: self.lr = _fastai_lr
     self._orig_create_opt()
     if old is not None: drop_pending(self.opt)
-    own = getattr(self.opt, 'default_lr', None)
-    if own is None or self.lr is not _fastai_lr: return
-    self.lr = self.own_lr = own
-    self.opt.set_hyper('lr', own)
+    if self.lr is not _fastai_lr: return # Given to the Learner or by `partial`
+    self.lr = self.lr_untouched = getattr(self.opt, 'default_lr', _fastai_lr)
+    self.opt.set_hyper('lr', self.lr)
+
+@patch
+def __getstate__(self:Learner):
+    "fastai's state of a Learner, with a note of a learning rate that nobody gave"
+    return {**self._orig___getstate__(), 'lr_untouched': self.lr if lr_untouched(self) else None}
+
+# %% ../nbs/10_learner.ipynb #dfa71ddf
+@patch
+def fine_tune(self:Learner,
+    epochs:int, # Epochs with all layers
+    base_lr:float=None, # Learning rate of the head; the optimizer's `default_lr`, or fastai's 2e-3 where it has none
+    *args, **kwargs # As in fastai
+):
+    "fastai's `fine_tune`; a rate that nobody gave becomes the optimizer's own `default_lr`"
+    if self.opt is None: self.create_opt()
+    given = {} if base_lr is None else dict(base_lr=base_lr)
+    if base_lr is None and hasattr(self.opt, 'default_lr'): given = dict(base_lr=self.opt.default_lr)
+    if args and not given: given = dict(base_lr=inspect.signature(self._orig_fine_tune).parameters['base_lr'].default)
+    return self._orig_fine_tune(epochs, *given.values(), *args, **kwargs)
 
 # %% ../nbs/10_learner.ipynb #45933831
 class _Held:
@@ -149,7 +174,15 @@ def load(self:Learner, file, device=None, **kwargs):
     opt.load_state_dict(held.sd) if held.sd is not None else drop_pending(opt)
     return self
 
-# %% ../nbs/10_learner.ipynb #dc28c7ca
+# %% ../nbs/10_learner.ipynb #a901796b
+@patch
+@delegates(save_model)
+def save(self:Learner, file, **kwargs):
+    "fastai's `save`, of parameters that no optimizer has moved for the moment"
+    perturb = getattr(self.opt, 'perturb', None)
+    with perturb.unmoved() if perturb else nullcontext(): return self._orig_save(file, **kwargs)
+
+# %% ../nbs/10_learner.ipynb #e5fc839c
 def trainable_params(
     opt, # Any optimizer
 )->list: # Each once

@@ -7,22 +7,22 @@
 
 # %% auto #0
 __all__ = ['estimators', 'curvatures', 'peek_seed', 'warn_rarely', 'Counts', 'Pending', 'finite_ones', 'all_finite',
-           'signal_to_noise', 'Turn', 'turn_for', 'plain_turn', 'problem_for', 'signed_average', 'work_of',
-           'check_seen', 'skip_step', 'one_ready', 'ready_for_step', 'curvature_state', 'upgraded', 'check_entry',
-           'check_averages', 'checked_state', 'put_state', 'PartOf', 'CurvatureOptimizer', 'made', 'made_estimator',
-           'made_schedule', 'check_together', 'AdaHessianWrapper']
+           'signal_to_noise', 'Turn', 'turn_for', 'plain_turn', 'problem_for', 'signed_average', 'Perturbation',
+           'perturbed', 'work_of', 'check_seen', 'skip_step', 'one_ready', 'ready_for_step', 'curvature_state',
+           'upgraded', 'check_entry', 'check_averages', 'checked_state', 'put_state', 'PartOf', 'CurvatureOptimizer',
+           'made', 'made_estimator', 'made_schedule', 'check_together', 'AdaHessianWrapper']
 
-# %% ../nbs/15_optimizer.ipynb #9be8ca7a
+# %% ../nbs/15_optimizer.ipynb #51fcdd5f
 import inspect,itertools,math,warnings
 from contextlib import contextmanager,nullcontext
 from collections import deque
 from typing import NamedTuple
 
 from fastai.basics import *
-from .hvp import check_count
-from .averaging import average_diag
+from .hvp import check_count,hooks_disabled,total_norm
+from .averaging import average_diag,check_block_length
 from .problem import Problem
-from .curvature import GaussNewton,Hessian,hooks_disabled
+from .curvature import GaussNewton,Hessian
 from .estimators import ControlVariate,GNB,Hutchinson,seeded
 from .learner import callback_of,check_gradients,check_groups,check_model,cross_rank_mean,sync_group,trainable_params,unwrapped
 from .replay import backward_hooks,snapshot
@@ -145,7 +145,7 @@ def signal_to_noise(
     ratios = [ratio([p for p in ps if p in noises]) for ps in param_lists]
     return torch.stack([r.to(ratios[0].device) for r in ratios])
 
-# %% ../nbs/15_optimizer.ipynb #90f01f4a
+# %% ../nbs/15_optimizer.ipynb #ca794101
 class Turn(NamedTuple):
     "What the next batch is to have"
     due:list=() # Parameters whose estimate is due
@@ -159,13 +159,15 @@ def turn_for(
     due:list, # Parameters whose estimate is due
     share, # On what part of the batch, see `Every.part`
     estimator, # Says what it needs
+    twice:bool=False, # Is every batch evaluated again?
 )->Turn:
     "Decide on the rows, and take a snapshot where one is needed"
-    if not due or share==0: return Turn()
     model,bs = unwrapped(learn.model),find_bs(learn.xb)
+    if not due or share==0: return Turn(start=snapshot(model) if twice else None)
     rows = None if share is None or (n := n_rows(share, bs))>=bs else n
     hooked = rows is None and backward_hooks(model)
-    return Turn(due, rows, snapshot(model) if rows is None and (hooked or estimator.again) else None, hooked or rows is not None, share)
+    start = twice or rows is None and (hooked or estimator.again)
+    return Turn(due, rows, snapshot(model) if start else None, hooked or rows is not None, share)
 
 def plain_turn(
     due:list, # Parameters whose estimate is due
@@ -197,7 +199,87 @@ def signed_average(
         return s['avg_diag_hessian']/(1-h['sqr_mom']**s['hess_step'])
     return [one(p, *of[p]) for p in params]
 
-# %% ../nbs/15_optimizer.ipynb #b3f07085
+# %% ../nbs/15_optimizer.ipynb #be47f732
+class Perturbation:
+    "Moves the parameters for the forward and backward pass"
+    def __init__(self,
+        rho:float=0., # How far, ρ; 0 or `None` for not at all; raises `ValueError` below 0
+        along:str='momentum', # 'momentum' (against it) or 'gradient' (up, at the price of another gradient); raises `ValueError` for others
+    ):
+        rho = ifnone(rho, 0.)
+        if isinstance(rho, bool) or not isinstance(rho, (int,float)) or not 0<=rho<math.inf: raise ValueError(f"rho must be a number >= 0, got {rho=}")
+        if along not in ('momentum','gradient'): raise ValueError(f"along must be 'momentum' or 'gradient', got {along=}")
+        self.rho,self.along,self.kept = float(rho),along,[]
+
+    @property
+    def twice(self): return self.rho>0 and self.along=='gradient'
+
+    @torch.no_grad()
+    def move(self,
+        params:list, # Changed in place
+        d:list, # Direction, like `params`
+        sign:float, # 1 along `d`, -1 against it
+    ):
+        "Move by ρ along the direction `d`"
+        on = [(p,o) for p,o in zip(params, d) if o is not None]
+        if not on or self.kept: return
+        self.kept = [(p, p.detach().clone()) for p,_ in on]
+        norm = total_norm([o for _,o in on])
+        size = torch.where(norm>0, sign*self.rho/norm, 0.)
+        with torch.autograd._unsafe_preserve_version_counter(tuple(p for p,_ in on)):
+            for p,o in on: p.add_(o*size)
+
+    @torch.no_grad()
+    def back(self):
+        "Put the parameters back"
+        with torch.autograd._unsafe_preserve_version_counter(tuple(p for p,_ in self.kept)):
+            for p,o in self.kept: p.copy_(o)
+        self.kept = []
+
+    def ahead(self,
+        opt:Optimizer, # About to see a batch
+    ):
+        "Move against the momentum, where that is the way"
+        if not self.rho or self.along!='momentum': return
+        ps = trainable_params(opt)
+        self.move(ps, [opt.state[p].get('grad_avg') for p in ps], -1.)
+
+    def up(self,
+        problem, # The `LearnerProblem` of the batch, with `start`
+        twice:bool, # Will its graph be differentiated twice?
+    ): # A `Problem` at the other point, or the same one where the gradient is not the way
+        "Move along the gradient, and evaluate the batch again there"
+        if not self.twice: return problem
+        grads = problem.gradient()
+        self.move(problem.params, [None if g is None else g.detach() for g in grads], 1.)
+        there = problem.again(twice=twice)
+        return there.replace(loss=there.loss*problem.scale, scale=problem.scale)
+
+    @contextmanager
+    def unmoved(self):
+        "Context in which the parameters are where they belong"
+        there = [(p, p.detach().clone()) for p,_ in self.kept]
+        home,self.kept = self.kept,[]
+        def put(rows):
+            with torch.no_grad(),torch.autograd._unsafe_preserve_version_counter(tuple(p for p,_ in rows)):
+                for p,o in rows: p.copy_(o)
+        put(home)
+        try: yield
+        finally:
+            put(there)
+            self.kept = home
+
+# %% ../nbs/15_optimizer.ipynb #e26ed4b6
+@contextmanager
+def perturbed(
+    opt, # `CurvatureOptimizer`; its `differentiate` is called inside
+):
+    "Context for the forward and backward pass of a plain loop"
+    opt.perturb.ahead(opt)
+    try: yield
+    finally: opt.perturb.back()
+
+# %% ../nbs/15_optimizer.ipynb #41727c9e
 def work_of(
     opt:Optimizer, # Its parameters have their gradients
 )->dict: # State and hyperparameters by parameter
@@ -221,7 +303,7 @@ def skip_step(
     opt.counts.warn('n_skipped', why)
     opt.pending = Pending()
 
-# %% ../nbs/15_optimizer.ipynb #4f4f11a8
+# %% ../nbs/15_optimizer.ipynb #3284f847
 def one_ready(
     opt, # `CurvatureOptimizer`
     p:Tensor, # Parameter with a gradient
@@ -254,7 +336,7 @@ def ready_for_step(
     def noise(p): return opt.smooth(noises[p]) if opt.debiased and p in noises else None
     return [(p, s, h, d, noise(p)) for p,s,h,d in ready if not isinstance(d, str)]
 
-# %% ../nbs/15_optimizer.ipynb #0603a2c9
+# %% ../nbs/15_optimizer.ipynb #5665e816
 def _pending_state(o, ps):
     "What is pending, by the places of `ps`"
     by = {k: [v.get(p) for p in ps] for k,v in (('diags',o.diags), ('noises',o.noises))}
@@ -282,7 +364,7 @@ def upgraded(
     state = [{**{k: v for k,v in s.items() if k!='asked'}, **age(s)} for s in sd['state']]
     return {'state': state, 'hypers': sd['hypers'], 'curvature': new}
 
-# %% ../nbs/15_optimizer.ipynb #918163a8
+# %% ../nbs/15_optimizer.ipynb #2b47b053
 _counted = ('step','hess_step','age','asked')
 
 def check_entry(
@@ -309,7 +391,7 @@ def check_averages(
     if 'hess_step' not in s: return
     if lost := [k for k in (*need, 'grad_avg') if not isinstance(s.get(k), Tensor)]: raise ValueError(f"the state of parameter {i} is of another kind of average, it has no {lost[0]}")
 
-# %% ../nbs/15_optimizer.ipynb #330cdc1c
+# %% ../nbs/15_optimizer.ipynb #55eeb8b4
 def checked_state(
     opt, # `CurvatureOptimizer`
     sd:dict, # From `state_dict`; raises `ValueError` if it is not the state of an optimizer like `opt`
@@ -350,7 +432,7 @@ def put_state(
     opt.when.load_state_dict(own['when'])
     for p,g in zip(ps, held.get('grads', [])): p.grad = copied(g,p)
 
-# %% ../nbs/15_optimizer.ipynb #19a895f1
+# %% ../nbs/15_optimizer.ipynb #98b6222e
 class PartOf:
     "An attribute that belongs to a part"
     def __init__(self, part): self.part = part
@@ -371,10 +453,12 @@ class CurvatureOptimizer(Optimizer, GetAttr):
         smooth=average_diag, # `d -> d`, smooths an estimate
         n_acc:int=1, # Batches accumulated before each step; raises `ValueError` below 1
         debiased:bool=False, # Hand the noise of the estimate to the steppers?
+        perturb:Perturbation=None, # Where loss and curvature are taken; at the parameters themselves by default
     ):
         check_count('n_acc', n_acc)
         self.opt,self.estimator,self.when,self.smooth,self.n_acc,self.debiased = opt,estimator or Hutchinson(),when or Every(),smooth,n_acc,debiased
         self.counts,self.pending,self.curvature_scale,self.turn,self.noise_record = Counts(),Pending(),CurvatureScale(),None,deque(maxlen=10_000)
+        self.perturb = perturb or Perturbation()
         opt._keep_on_clear = [*opt._keep_on_clear, 'do_hessian']
 
     @property
@@ -386,9 +470,11 @@ class CurvatureOptimizer(Optimizer, GetAttr):
         "For which parameters does the next backward pass take an estimate, and on what?"
         of = {p: self.opt.state[p] for p in trainable_params(self)}
         parts = {a: self.when.part(a) for a in {s.get('age', 0) for s in of.values()}}
-        def is_due(s): return s.get('late') or parts[s.get('age', 0)]!=0 and s.get('asked')!=s.get('age', 0)
-        due = [p for p,s in of.items() if s.get('do_hessian', True) and is_due(s)]
-        return due,next((o for p in due if (o := parts[of[p].get('age', 0)])!=0), self.when.part(0) if due else 0)
+        def scheduled(s): return parts[s.get('age', 0)]!=0
+        def wants(s): return s.get('do_hessian', True) and (s.get('late') or scheduled(s) and s.get('asked')!=s.get('age', 0))
+        if not any(map(wants, of.values())): return [],0
+        due = [p for p,s in of.items() if s.get('do_hessian', True) and (s.get('late') or scheduled(s))]
+        return due,next((o for p in due if (o := parts[of[p].get('age', 0)])!=0), self.when.part(0))
 
     @contextmanager
     def forward_context(self,
@@ -398,15 +484,18 @@ class CurvatureOptimizer(Optimizer, GetAttr):
         check_model(learn.model)
         if vars(learn).get('iter', 1)==0: self.when.begin()
         try:
-            self.turn = t = turn_for(learn, *self.due(), self.estimator)
-            plain = t.aside or not t.due
+            self.perturb.ahead(self)
+            self.turn = t = turn_for(learn, *self.due(), self.estimator, self.perturb.twice)
+            plain = t.aside or not t.due or self.perturb.twice
             with nullcontext() if plain else self.estimator.surround(unwrapped(learn.model), t.due, self.counts.rng(), in_half(learn)): yield
             self.pending = Pending()
         except CancelBatchException: raise
         except BaseException:
             self.zero_grad()
             raise
-        finally: self.turn = None
+        finally:
+            self.perturb.back()
+            self.turn = None
 
     def backward(self,
         learn:Learner, # In the middle of a batch; called by its `_backward`
@@ -418,7 +507,9 @@ class CurvatureOptimizer(Optimizer, GetAttr):
             raise ValueError(f"{type(learn).__name__} has a `_do_one_batch` of its own: put `with self.opt.forward_context(self):` around its body")
         group,ps = sync_group(learn),trainable_params(self)
         n_items = find_bs(learn.yb) if self.n_acc>1 or group is not None else 1
-        self.differentiate(LearnerProblem(learn, ps, self.turn.start), n_items=n_items, group=group)
+        problem = self.perturb.up(LearnerProblem(learn, ps, self.turn.start), bool(self.turn.due))
+        self.differentiate(problem, n_items=n_items, group=group)
+        self.perturb.back()
         if not self.n_steps: check_gradients(ps)
         if self.n_batches>=self.n_acc: return
         learn('after_backward')
@@ -455,7 +546,7 @@ class CurvatureOptimizer(Optimizer, GetAttr):
         if not all(fine): return skip_step(self, "The loss or its gradient is not finite: step skipped, parameters and averages untouched")
         ready = ready_for_step(self, work, {p: d for (p,d),o in zip(due.items(), ok) if o})
         if self.pending.scaled: self.curvature_scale.update(all(ok))
-        if not all(ok): self.counts.warn('n_dropped', f"The estimate is not finite for {ok.count(False)} of {len(ok)} parameters: dropped there")
+        if not all(ok): self.counts.warn('n_dropped', f"The estimate of the diagonal is not finite for {ok.count(False)} of {len(ok)} parameters: dropped there")
         if work and not ready: return skip_step(self, "No parameter moves, for none has an estimate that is finite: step skipped")
         update(ready, self.opt.cbs)
         self.counts.n_steps += 1
@@ -488,7 +579,7 @@ class CurvatureOptimizer(Optimizer, GetAttr):
         "Continue exactly where the optimizer that gave `sd` stood"
         put_state(self, checked_state(self, sd))
 
-# %% ../nbs/15_optimizer.ipynb #af0da18e
+# %% ../nbs/15_optimizer.ipynb #f2953c35
 estimators = dict(hutchinson=Hutchinson, control_variate=ControlVariate, gnb=GNB)
 curvatures = dict(hessian=Hessian, ggn=GaussNewton)
 _usual = dict(curvature='hessian', hvp='reverse', method='reverse', jvp='reverse', probe='rademacher', n_samples=1)
@@ -507,7 +598,7 @@ def made(
     if odd: raise ValueError(f"{what}={name!r} takes no {', '.join(odd)}, got {', '.join(f'{k}={v!r}' for k,v in odd.items())}")
     return table[name](**{k: v for k,v in given.items() if k in takes}) if isinstance(name, str) else name
 
-# %% ../nbs/15_optimizer.ipynb #ccfe2ff7
+# %% ../nbs/15_optimizer.ipynb #f32b376d
 def made_estimator(
     estimator='hutchinson', # A key of `estimators`, or an estimator
     curvature=None, # A key of `curvatures`, or a curvature
@@ -540,7 +631,7 @@ def made_schedule(
     if update_each!=1: raise ValueError(f"budget chooses update_each: give one of them, got {budget=}, {update_each=}")
     return budget.on(hessian_bs) if isinstance(budget, Budget) else Budget(budget, hessian_bs=hessian_bs, dense=dense)
 
-# %% ../nbs/15_optimizer.ipynb #019f1f3f
+# %% ../nbs/15_optimizer.ipynb #0c38790d
 def check_together(
     estimator, # What makes the estimates
     signed:bool, # Is the average one of signed diagonals?
@@ -559,7 +650,7 @@ class AdaHessianWrapper(CurvatureOptimizer):
     "Wrap `opt` so that its steppers receive an estimate of the Hessian's diagonal, with flat keywords"
     def __init__(self,
         opt:Optimizer, # `Optimizer` to wrap, usually from `AdaHessian`
-        block_length:int=32, # Entries averaged together in a 2-D parameter; 1 for none
+        block_length=32, # Entries averaged together in a matrix; 1 for none, 'row', or a dict by rank: see `check_block_length`
         n_acc:int=1, # Batches accumulated before each step
         estimator='hutchinson', # 'hutchinson', 'control_variate', 'gnb', or an object such as `GNB(n_samples=2)`
         curvature=None, # 'hessian' (default) or 'ggn', or an object such as `Hessian('auto')`
@@ -569,12 +660,13 @@ class AdaHessianWrapper(CurvatureOptimizer):
         signed_blocks:bool=None, # Average the diagonal itself over blocks and kernels, not `|d|`? Default: where the steppers or `debiased` ask for it
         average_kernels:bool=True, # Average over the kernels of convolutions?
         debiased:bool=False, # Take the noise out of the second moment? Needs `n_samples` >= 2
+        perturb:Perturbation=None, # Where loss and curvature are taken
         **schedule # `update_each`, `hessian_bs`, `budget`, `dense` or `when`, see `made_schedule`
     ):
         signed = average_diag_hessian in opt.cbs
         if signed_blocks is None: signed_blocks = signed or debiased
         est = made_estimator(estimator, curvature, hvp, probe, n_samples)
         check_together(est, signed, signed_blocks, debiased)
-        check_count('block_length', block_length)
+        check_block_length(block_length)
         smooth = partial(average_diag, block_length=block_length, signed=signed_blocks, average_kernels=average_kernels)
-        super().__init__(opt, est, made_schedule(**schedule), smooth, n_acc, debiased)
+        super().__init__(opt, est, made_schedule(**schedule), smooth, n_acc, debiased, perturb)

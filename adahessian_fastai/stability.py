@@ -8,13 +8,14 @@ measures that limit at the present weights. `learn.curvature_summary()` is a tab
 # %% auto #0
 __all__ = ['fresh_states', 'Stability', 'trained_lr']
 
-# %% ../nbs/21_stability.ipynb #d985aa02
+# %% ../nbs/21_stability.ipynb #37d3f990
 import math
 from copy import deepcopy
 from typing import NamedTuple
 from fastai.basics import *
+from .hvp import hooks_disabled
 from .spectrum import extreme_eigenvalues
-from .curvature import Hessian,hooks_disabled
+from .curvature import Hessian
 from .estimators import Hutchinson,seeded
 from .learner import callback_of
 from .batch import problem_of

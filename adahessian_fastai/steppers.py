@@ -7,7 +7,8 @@ Those here receive the estimate of the Hessian's diagonal as `diag_hessian`, or 
 
 # %% auto #0
 __all__ = ['signed_adahessian_step', 'forms', 'cpu_portion', 'average_sqr_diag_hessian', 'average_diag_hessian', 'denominator',
-           'adahessian_step', 'sophia_step', 'Portion', 'list_forms', 'portions', 'foreach_step', 'loop_step', 'update']
+           'bounded', 'adahessian_step', 'sophia_step', 'Portion', 'list_forms', 'portions', 'foreach_step',
+           'loop_step', 'update']
 
 # %% ../nbs/14_steppers.ipynb #bc6ee5b2
 import itertools
@@ -51,18 +52,32 @@ def average_diag_hessian(
 
 average_diag_hessian.defaults = dict(sqr_mom=0.999)
 
-# %% ../nbs/14_steppers.ipynb #765e8e48
+# %% ../nbs/14_steppers.ipynb #bd138136
 def denominator(
     state:dict, # Of a parameter, or the keywords of a stepper
     hyper:dict, # Hyperparameters of its group
 )->Tensor: # Shaped like the parameter; raises `ValueError` without an estimate
     "What the step of a parameter divides by"
-    if not state.get('hess_step'): raise ValueError("this step needs a diagonal: wrap the optimizer in `AdaHessianWrapper`")
+    if state.get('avg_diag_hessian') is None and not state.get('hess_step'):
+        raise ValueError("this step needs a diagonal: wrap the optimizer in `AdaHessianWrapper`")
     if 'hessian_power' not in hyper: return state['avg_diag_hessian'].mul(hyper['rho']).clamp_(min=hyper['eps'])
     debias2,power = debias(hyper['sqr_mom'], 1-hyper['sqr_mom'], state['hess_step']),hyper['hessian_power']
     if state.get('sqr_avg_diag_hessian') is None: d = (state['avg_diag_hessian']/debias2).abs_().pow_(power)
     else: d = (state['sqr_avg_diag_hessian']/debias2).abs_().pow_(power/2)
     return d.add_(hyper['eps'])
+
+# %% ../nbs/14_steppers.ipynb #4e8bf666
+def bounded(
+    us:list, # Tensors, changed in place
+    clip:float=0., # Largest entry, in root mean squares of its tensor; 0 for no bound
+    cap:float=0., # Largest root mean square; 0 for no bound
+)->list: # `us`
+    "Steps with bounds on their entries or on their size"
+    for u,n in zip(us, torch._foreach_norm(us)):
+        rms = n/max(u.numel(), 1)**0.5
+        if clip: u.clamp_(-clip*rms, clip*rms)
+        if cap: u.mul_((cap/rms).clamp_(max=1.))
+    return us
 
 # %% ../nbs/14_steppers.ipynb #d59d2c82
 def adahessian_step(
@@ -75,21 +90,18 @@ def adahessian_step(
     hessian_power, # Exponent of the curvature, k
     grad_avg, # Dampened average of gradients, m
     clip=0., # Largest entry of a step, in root mean squares of its tensor; 0 for no bound
+    cap=0., # Largest root mean square of a step before it is multiplied by `lr`; 0 for no bound
     **state # Its average of diagonals and their count
 ):
     "AdaHessian's step for `p`"
     denom,size = denominator(state, dict(sqr_mom=sqr_mom, eps=eps, hessian_power=hessian_power)),-lr/debias(mom, 1-mom, step)
-    if not clip:
-        p.data.addcdiv_(grad_avg, denom, value=size)
-        return
-    u = grad_avg/denom
-    bound = u.norm()*(clip/max(u.numel(), 1)**0.5)
-    p.data.add_(u.clamp_(-bound, bound), alpha=size)
+    if clip or cap: p.data.sub_(bounded([grad_avg.div(denom).div_(debias(mom, 1-mom, step))], clip, cap)[0], alpha=lr)
+    else: p.data.addcdiv_(grad_avg, denom, value=size)
 
 adahessian_step.defaults = dict(eps=1e-4, hessian_power=1.)
 signed_adahessian_step = adahessian_step # Its name of before; the state says which average there is
 
-# %% ../nbs/14_steppers.ipynb #c77a08f4
+# %% ../nbs/14_steppers.ipynb #cb8f191a
 def sophia_step(
     p, # Parameter, changed in place
     lr, # Learning rate, η: the largest step of an entry
@@ -103,7 +115,7 @@ def sophia_step(
 
 sophia_step.defaults = dict(rho=0.04, eps=1e-12)
 
-# %% ../nbs/14_steppers.ipynb #7d1b7986
+# %% ../nbs/14_steppers.ipynb #60347e41
 class Portion:
     "Lists of tensors that share the numbers of a step"
     def __init__(self,
@@ -132,11 +144,6 @@ def _add_number(ts, x):
     "Add `x` in place; as a tensor it takes PyTorch a third of the time on the CPU"
     torch._foreach_add_(ts, [torch.tensor(x, dtype=ts[0].dtype)]*len(ts) if ts[0].device.type=='cpu' else x)
 
-def _lists_bounded(us, clip):
-    "`us` with entries of at most `clip` root mean squares of their tensor"
-    bounds = [n*(clip/max(u.numel(), 1)**0.5) for n,u in zip(torch._foreach_norm(us), us)]
-    for u,b in zip(us, bounds): u.clamp_(-b, b)
-
 def _lists_adahessian(b, signed=False):
     h,power = b.h,b.h.hessian_power*(1. if signed else 0.5)
     δ1,δ2 = 1-h.mom**b.step,(1-h.sqr_mom**b.hess_step)**power
@@ -144,10 +151,11 @@ def _lists_adahessian(b, signed=False):
     if power==0.5: torch._foreach_sqrt_(denom)
     elif power!=1: torch._foreach_pow_(denom, power)
     _add_number(denom, h.eps*δ2)
-    if not getattr(h, 'clip', 0): return torch._foreach_addcdiv_(b.ps, b.ms, denom, value=-h.lr*δ2/δ1)
+    clip,cap = getattr(h, 'clip', 0), getattr(h, 'cap', 0)
+    if not (clip or cap): return torch._foreach_addcdiv_(b.ps, b.ms, denom, value=-h.lr*δ2/δ1)
     us = torch._foreach_div(b.ms, denom)
-    _lists_bounded(us, h.clip)
-    torch._foreach_add_(b.ps, us, alpha=-h.lr*δ2/δ1)
+    torch._foreach_mul_(us, δ2/δ1)
+    torch._foreach_add_(b.ps, bounded(us, clip, cap), alpha=-h.lr)
 
 def _lists_sophia(b):
     denom = torch._foreach_mul(b.vs, b.h.rho)
@@ -157,7 +165,7 @@ def _lists_sophia(b):
     torch._foreach_clamp_min_(us, -1.)
     torch._foreach_add_(b.ps, us, alpha=-b.h.lr)
 
-# %% ../nbs/14_steppers.ipynb #25fd3e93
+# %% ../nbs/14_steppers.ipynb #504bd014
 _dampened = (average_grad, frozenset({'dampening': True}.items()))
 forms = {weight_decay: _lists_decay, l2_reg: _lists_l2, _dampened: _lists_grad, step_stat: noop, average_sqr_diag_hessian: _lists_sqr_diag,
     average_diag_hessian: _lists_diag, adahessian_step: _lists_adahessian, sophia_step: _lists_sophia}
@@ -217,7 +225,7 @@ def foreach_step(
         hypers[id(hyper)] = hyper
         groups[key].append((p.data, p.grad, state['grad_avg'], state[name], d, e))
     for (id_hyper,step,hess_step,do_wd,*_,device),rows in groups.items():
-        whole = device.type!='cpu' or hypers[id_hyper].get('clip')
+        whole = device.type!='cpu' or hypers[id_hyper].get('clip') or hypers[id_hyper].get('cap')
         for part in [rows] if whole else portions(rows, cpu_portion):
             b = Portion(part, step, hess_step, do_wd, hypers[id_hyper])
             for f in fs: f(b)

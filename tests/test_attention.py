@@ -7,7 +7,7 @@ from fastai.text.models.awdlstm import AWD_LSTM,awd_lstm_clas_config,awd_lstm_lm
 from fastai.text.models.core import get_language_model,get_text_classifier
 from torch import nn
 from torch.nn.attention import SDPBackend,sdpa_kernel
-from adahessian_fastai.learner import graph_nodes
+from adahessian_fastai.hvp import graph_nodes
 from helpers_learner import ROUNDING,Noted,data,distance,fit,given,learner,plain,split
 
 

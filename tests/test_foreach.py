@@ -6,10 +6,11 @@ from fastai.basics import partial
 from fastai.optimizer import Optimizer,average_grad,step_stat,weight_decay
 from torch import nn
 
-import adahessian_fastai.foreach as room
-from adahessian_fastai.adahessian import AdaHessian,AdaHessianWrapper,adahessian,all_finite
-from adahessian_fastai.foreach import loop_step,portions,standard_kind,update
-from adahessian_fastai.steppers import adahessian_step,average_sqr_diag_hessian
+import adahessian_fastai.steppers as room
+from adahessian_fastai.adahessian import AdaHessian,adahessian_paper as adahessian
+from adahessian_fastai.optimizer import AdaHessianWrapper,all_finite
+from adahessian_fastai.sophia import sophia
+from adahessian_fastai.steppers import adahessian_step,average_sqr_diag_hessian,list_forms,loop_step,portions,update
 
 ROUNDING = 1e-8 # Relative, double precision: rounding that 20 steps of training amplify (measured up to 1e-10); a wrong term shows at 1e-3
 
@@ -25,7 +26,7 @@ def run(loop, n=20, out=(), freeze=(), twist=None, **kwargs):
     opt.set_hyper('lr', slice(0.01,0.05))
     for p in [list(m.parameters())[i] for i in out]: opt.opt_out(p)
     if loop: opt.opt.cbs.append(lambda p,**kw: None) # a stepper that nobody knows
-    assert (standard_kind(opt.opt.cbs) is None)==loop
+    assert (list_forms(opt.opt.cbs) is None)==loop
     for i in range(n):
         for j,p in enumerate(m.parameters()): p.requires_grad_(j not in freeze or i>=3)
         if twist: twist(i, opt)
@@ -88,10 +89,10 @@ def test_layouts_that_cannot_be_cut():
 def test_which_steppers_are_standard():
     for signed,decouple_wd in itertools.product((True,False), repeat=2):
         cbs = AdaHessian([nn.Parameter(torch.ones(1))], lr=0.1, signed=signed, decouple_wd=decouple_wd).cbs
-        assert standard_kind(cbs)==dict(signed=signed, decouple_wd=decouple_wd)
-        assert standard_kind(cbs[:-1]) is None and standard_kind([*cbs, step_stat]) is None and standard_kind(cbs[::-1]) is None
+        assert len(list_forms(cbs))==len(cbs) and list_forms([*cbs, print]) is None and list_forms(cbs[:3]) is None
     undamped = [weight_decay, partial(average_grad, dampening=False), step_stat, average_sqr_diag_hessian, adahessian_step]
-    assert standard_kind(undamped) is None
+    assert list_forms(undamped) is None
+    assert len(list_forms(sophia([nn.Parameter(torch.ones(1))]).opt.cbs))==4
 
 def test_steppers_of_the_user_are_called():
     seen = []

@@ -13,7 +13,7 @@ from fastai.optimizer import Adam,Lookahead,OptimWrapper
 from fastai.torch_core import params,set_seed
 from torch import nn
 import fastai.callback.all  # chkstyle: ignore
-from adahessian_fastai.all import adahessian
+from adahessian_fastai.all import adahessian_paper as adahessian
 
 
 def data(n=256, bs=16, seed=0):
@@ -138,7 +138,7 @@ def test_lr_find_leaves_the_weights_as_they_were():
     after = learn.opt.state_dict()
     for a,b in zip(state['state'], after['state']):
         assert a.keys()==b.keys() and all(torch.equal(torch.as_tensor(a[k]),torch.as_tensor(b[k])) for k in a)
-    assert state['wrapper']==after['wrapper']
+    assert state['curvature']==after['curvature']
 
 
 def test_freeze_and_unfreeze_before_between_and_after():

@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation,GradientClip
 from torch import nn
-from adahessian_fastai.learner import CurvatureScale,twice_differentiable
+from adahessian_fastai.batch import CurvatureScale
+from adahessian_fastai.curvature import twice_differentiable
 from helpers_learner import HYPERS,Noted,convnet,data,distance,fit,given,learner,mlp,plain,relative,split,state_of
 from twin import hessian_times
 
@@ -149,7 +150,7 @@ def test_an_overflow_skips_the_step_and_leaves_everything(cpu_amp, what, update_
     learn = learner(mlp().float(), x, y, cbs=[before,after,Wreck(what)], update_each=update_each).to_fp16()
     scales = Noted('after_batch', lambda l: l.scaler.get_scale())
     fit(learn.add_cb(scales))
-    for o in (before.notes[2],after.notes[2]): o[1]['wrapper'].pop('n_estimates')
+    for o in (before.notes[2],after.notes[2]): o[1]['curvature']['counts'].pop('n_estimates')
     assert before.notes[2]==after.notes[2] and before.notes[1]!=after.notes[1] and before.notes[3]!=after.notes[3]
     assert learn.opt.diags=={} and learn.opt.n_steps==3
     assert [b/a for a,b in zip(scales.notes, scales.notes[1:])]==[1,0.5,1]
@@ -190,7 +191,8 @@ def test_the_scale_of_curvature_falls_until_the_estimate_is_finite(cpu_amp):
     learn.opt.curvature_scale.c = 2.**8
     with pytest.warns(UserWarning, match='estimate of the diagonal is not finite'): fit(learn.to_fp16())
     assert learn.opt.n_dropped>1 and learn.opt.curvature_scale.c==2.**(8-learn.opt.n_dropped)
-    assert all(s['hess_step']==12-learn.opt.n_dropped for s in learn.opt.opt.state.values() if 'hess_step' in s)
+    counts = [s['hess_step'] for s in learn.opt.opt.state.values() if 'hess_step' in s]
+    assert min(counts)==12-learn.opt.n_dropped and max(counts)<=12 # where the estimate was finite it is used
     assert distance(learn.model, convnet().float())>0
 
 

@@ -121,14 +121,14 @@ def test_a_truncated_file_is_refused(share, tmp_path):
     assert state_of(learn)[0]==model
 
 
-@pytest.mark.parametrize('key', ['seed','n_steps','curvature_scale','n_items'])
+@pytest.mark.parametrize('key', ['counts','scale','estimator','when'])
 def test_an_incomplete_state_is_refused(key, tmp_path):
     learn = fit(made(tmp_path, n_acc=4))
     sd = learn.opt.state_dict()
-    del sd['wrapper'][key]
-    unchanged(learn, lambda: learn.opt.load_state_dict(sd), f"incomplete: missing=.'{key}'")
+    del sd['curvature'][key]
+    unchanged(learn, lambda: learn.opt.load_state_dict(sd), f"incomplete, it has no .'{key}'")
     sd = learn.opt.state_dict()
-    sd['wrapper']['grads'] = sd['wrapper']['grads'][:-1]
+    sd['curvature']['pending']['grads'] = sd['curvature']['pending']['grads'][:-1]
     unchanged(learn, lambda: learn.opt.load_state_dict(sd), 'parameters, the model has 6')
 
 

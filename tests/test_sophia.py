@@ -5,9 +5,9 @@ import pytest,torch
 import torch.nn.functional as F
 from fastai.basics import CrossEntropyLossFlat,DataLoaders,Learner,nn,partial,set_seed
 from fastai.callback.all import GradientClip
-from adahessian_fastai.adahessian import AdaHessianWrapper
-from adahessian_fastai.estimators import Evaluation
 from adahessian_fastai.hutchinson import rademacher_like
+from adahessian_fastai.optimizer import AdaHessianWrapper
+from adahessian_fastai.problem import Problem
 from adahessian_fastai.sophia import sophia,sophia_step,win_rate
 
 # 40 contracting steps amplify the last bit of float64 (1e-16) by less than 1e4
@@ -22,7 +22,7 @@ def problem(seed=0):
 def step(opt, net, x, y):
     out = net(x)
     loss = F.cross_entropy(out, y)
-    opt.differentiate(loss, at=Evaluation(loss, out, y, F.cross_entropy))
+    opt.differentiate(Problem(list(net.parameters()), loss, out, y, F.cross_entropy))
     opt.step()
     opt.zero_grad()
 
@@ -81,7 +81,7 @@ def test_forty_steps_equal_algorithm_3_with_gnb():
         return [len(x)*g**2 for g in torch.autograd.grad(F.cross_entropy(logits, y_hat), ps)]
     twin = Twin(ps, estimate, 0.01, 0.965, 0.99, 1., 0.1, 1e-12, 10)
     for _ in range(40):
-        labels['rng'] = copy.deepcopy(opt).generators()
+        labels['rng'] = copy.deepcopy(opt).counts.rng()
         step(opt, ours, x, y)
         twin.step(lambda: F.cross_entropy(theirs(x), y))
     assert opt.n_estimates==4
@@ -121,7 +121,7 @@ def test_arguments_of_the_hutchinson_estimator_change_the_run(kw):
 
 
 @pytest.mark.parametrize('kw,match', [(dict(rho=0.), 'rho must be > 0'), (dict(rho=[0.1,-1.]), 'rho must be > 0'), (dict(lr=-1.), 'lr must be'),
-    (dict(mom=1.), 'mom must be'), (dict(update_each=0), 'update_each=0'), (dict(estimator='magic'), "estimator='magic'"), (dict(probe='gaussian'), 'draws labels')],
+    (dict(mom=1.), 'mom must be'), (dict(update_each=0), 'update_each=0'), (dict(estimator='magic'), "estimator='magic'"), (dict(probe='gaussian'), 'takes no probe')],
     ids=['rho','rhos','lr','mom','update_each','estimator','probe'])
 def test_wrong_arguments_are_named(kw, match):
     with pytest.raises(ValueError, match=match): sophia([nn.Parameter(torch.ones(1))], **kw)

@@ -3,7 +3,7 @@ import sys
 import torch,torch.distributed as dist
 from fastai.distributed import DistributedTrainer
 from torch.nn.parallel import DistributedDataParallel
-from variants import chosen,fit,make,train
+from variants import chosen,fit,train
 
 # fastai's loaders broadcast CUDA tensors; every rank has its own data here
 DistributedTrainer._wrap_dl = lambda self,dl: dl
