@@ -351,6 +351,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'adahessian_fastai/diagnostics.py'),
                                                'adahessian_fastai.diagnostics.ProbeStats.trace': ( 'diagnostics.html#probestats.trace',
                                                                                                    'adahessian_fastai/diagnostics.py'),
+                                               'adahessian_fastai.diagnostics._adahessian_scaling': ( 'diagnostics.html#_adahessian_scaling',
+                                                                                                      'adahessian_fastai/diagnostics.py'),
                                                'adahessian_fastai.diagnostics._adam_scaling': ( 'diagnostics.html#_adam_scaling',
                                                                                                 'adahessian_fastai/diagnostics.py'),
                                                'adahessian_fastai.diagnostics._on_one_batch': ( 'diagnostics.html#_on_one_batch',

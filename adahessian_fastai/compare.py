@@ -23,9 +23,10 @@ from fastcore.imports import IN_NOTEBOOK
 from fastcore.script import call_parse
 from sklearn.datasets import load_digits
 from torch.profiler import ProfilerActivity,profile
-from .adahessian import adahessian
+from .adahessian import adahessian,adahessian_paper
 from .sophia import sophia
 from .hessian_free import hessian_free
+from .sassha import m_sassha,sassha
 
 # %% ../nbs/22_compare.ipynb #c1cc5fbb
 @contextmanager
@@ -174,9 +175,10 @@ def plot_comparison(
     axs[0].legend(fontsize=8)
     return axs
 
-# %% ../nbs/22_compare.ipynb #aab38d04
-optimizers = dict(adam=Adam, ranger=ranger, sgd=SGD, rmsprop=RMSProp, lamb=Lamb, adahessian=adahessian, sophia=sophia, hessian_free=hessian_free)
-middles = dict(adam=1e-2, ranger=1e-2, sgd=1e-1, rmsprop=1e-3, lamb=1e-2, adahessian=0.15, sophia=1e-3, hessian_free=0.3)
+# %% ../nbs/22_compare.ipynb #6f55ac4a
+optimizers = dict(adam=Adam, ranger=ranger, sgd=SGD, rmsprop=RMSProp, lamb=Lamb, adahessian=adahessian, adahessian_paper=adahessian_paper,
+    sassha=sassha, m_sassha=m_sassha, sophia=sophia, hessian_free=hessian_free)
+middles = dict(adam=1e-2, ranger=1e-2, sgd=1e-1, lamb=1e-2, hessian_free=0.3)
 
 def default_rate(
     opt_func, # Makes an optimizer; raises `ValueError` where it refuses its arguments
@@ -375,7 +377,7 @@ def prepare(data, arch, size, bs, epochs, opts, lr, rates, seeds, fp16, bf16, ou
     check_machine(fp16, bf16, out)
     cbs = [MixedPrecision(AMPMode.FP16 if fp16 else AMPMode.BF16)] if fp16 or bf16 else []
     opts,n = parse_opts(opts),rates or (5 if data=='digits' and not lr else 1)
-    lrs = {k: rates_around(f, n, None if 'lr=' in k else middles[k.split(':')[0]]) for k,f in opts.items()} if n>1 else parse_lr(lr, list(opts))
+    lrs = {k: rates_around(f, n, None if 'lr=' in k else middles.get(k.split(':')[0])) for k,f in opts.items()} if n>1 else parse_lr(lr, list(opts))
     make = get_make_learner(get_dls(data, size, bs), arch or ('cnn' if data=='digits' else 'xresnet18'), cbs)
     return dict(make_learner=make, opts=opts, n_epoch=epochs, lr=lrs, seeds=range(seeds))
 
@@ -387,7 +389,7 @@ def main(
     size:int=64, # Height and width of images in pixels
     bs:int=64, # Batch size
     epochs:int=4, # Epochs of each run
-    opts:str='adam,adahessian,adahessian:update_each=10', # Optimizers, separated by commas, maybe with arguments; the first is the reference for ratios
+    opts:str='adam,adahessian,adahessian_paper', # Optimizers, separated by commas, maybe with arguments; the first is the reference for ratios
     lr:str='', # Learning rate for all, or adam=1e-3,adahessian=0.1
     rates:int=0, # Learning rates over two decades for each optimizer; default 5 for digits, and 1, the optimizer's own, for images
     seeds:int=1, # Number of runs of each optimizer at each rate

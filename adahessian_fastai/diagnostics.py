@@ -26,7 +26,7 @@ from .spectrum import confidence_interval,extreme_eigenvalues,mean_product,spect
 from .learner import is_sharded,trainable_params,unwrapped
 from .replay import snapshot
 from .batch import problem_of
-from .steppers import denominator
+from .steppers import bounded,denominator
 from .optimizer import curvatures,made
 
 # %% ../nbs/20_diagnostics.ipynb #5b5deba4
@@ -223,7 +223,14 @@ def _sophia_scaling(s, h):
     d = denominator(s, h)
     return d.masked_fill(s['grad_avg'].abs()>=d, math.inf)
 
-_scalings = dict(adam=_adam_scaling, adahessian=denominator, sophia=_sophia_scaling)
+def _adahessian_scaling(s, h):
+    d,(clip,cap) = denominator(s, h),(h.get('clip') or 0.,h.get('cap') or 0.)
+    if not clip and not cap: return d
+    u = s['grad_avg']/d/debias(h['mom'], 1-h['mom'], s['step'])
+    within,capped = bounded([u.clone()], clip, cap)[0],bounded([u.clone()], 0., cap)[0]
+    return d*torch.where(within==0, u.norm()/capped.norm(), u/within).nan_to_num(1.)
+
+_scalings = dict(adam=_adam_scaling, adahessian=_adahessian_scaling, sophia=_sophia_scaling)
 
 def step_scaling(
     opt, # Any optimizer
@@ -235,7 +242,7 @@ def step_scaling(
     if scaling is None or not all('sqr_avg' in of[p][0] or of[p][0].get('hess_step') for p in params): return
     return [scaling(*of[p]) for p in params]
 
-# %% ../nbs/20_diagnostics.ipynb #5448a65a
+# %% ../nbs/20_diagnostics.ipynb #be210990
 def scaled_product(
     product, # `v -> Hv` on lists of tensors like `rates`
     rates:list, # A tensor or number for each parameter, the learning rate by what the step is divided by
@@ -255,7 +262,7 @@ def step_rates(
     last = float(opt.hypers[-1]['lr']) if relative else 1.
     return [(lr[p]/last if last else 1.)/s for p,s in zip(params, P or [1.]*len(params))]
 
-# %% ../nbs/20_diagnostics.ipynb #1e34e2fb
+# %% ../nbs/20_diagnostics.ipynb #21f4415c
 def edge_of_stability(
     opt, # Any optimizer
     product, # `v -> Hv` on lists of tensors like `params`
@@ -482,7 +489,7 @@ def plot_diagonal(self:CurvatureRecorder,
         ylabel="the optimizer's average" if own else f"estimate of {n_samples} {'probe' if n_samples==1 else 'probes'}")
     return ax
 
-# %% ../nbs/20_diagnostics.ipynb #7f7b50a2
+# %% ../nbs/20_diagnostics.ipynb #8f45bd5b
 def group_names(
     learn:Learner, # With an optimizer
 )->list: # One string for each parameter group

@@ -49,11 +49,10 @@ def fresh_states(
     seen = [_seen(learn, opt, params, b, est, rng) for b in batches]
     means = [sum(ts)/len(ts) for ts in zip(*seen)]
     name = 'sqr_avg' if est is None else 'avg_diag_hessian' if average_diag_hessian in opt.cbs else 'sqr_avg_diag_hessian'
-    many = {'step' if est is None else 'hess_step': math.inf}
-    return {p: dict(grad_avg=g, **{name: d}, **many) for p,g,d in zip(params, means, means[len(params):])}
+    return {p: {'grad_avg': g, name: d, 'step': math.inf, **({'hess_step': math.inf} if est else {})} for p,g,d in zip(params, means, means[len(params):])}
 
 # %% ../nbs/21_stability.ipynb #ac20dd91
-_names = dict(gradient='Gradient descent', momentum='SGD with momentum', adam='Adam', adahessian='AdaHessian', sophia='Sophia')
+_names = dict(gradient='Gradient descent', momentum='SGD with momentum', adam="Adam's step", adahessian="AdaHessian's step", sophia="Sophia's step")
 
 class Stability(NamedTuple):
     "How large a learning rate may be on some batches before a step along the sharpest direction diverges"
@@ -67,7 +66,7 @@ class Stability(NamedTuple):
         eig,on = f"largest eigenvalue {self.lambda_max:.3g} ± {self.bound:.1g}",f"{self.n_batches} batch{'es'*(self.n_batches!=1)}"
         if self.rule=='unknown': return f"No stability limit is known for this optimizer ({eig} on {on})"
         if self.limit==math.inf: return f"No positive curvature on {on}: no learning rate is too large for the quadratic model"
-        seen = '' if self.rule in ('gradient','momentum') else ' as its step scales it'
+        seen = '' if self.rule in ('gradient','momentum') else ' as that scales it'
         return f"{_names[self.rule]} is stable up to lr={self.limit:.3g} on {on} ({eig}{seen})"
 
 # %% ../nbs/21_stability.ipynb #f6c361e2

@@ -25,12 +25,13 @@ from scipy.linalg import eigvalsh
 from torch import Tensor,nn
 from torch.utils.data import TensorDataset
 
-from adahessian_fastai.adahessian import adahessian_paper as adahessian
+from adahessian_fastai.adahessian import adahessian as adahessian_default,adahessian_paper as adahessian
 from adahessian_fastai.batch import batch_of,problem_of
 from adahessian_fastai.diagnostics import *
 from adahessian_fastai.hessian_free import hessian_free
 from adahessian_fastai.hvp import flat
 from adahessian_fastai.replay import preserving
+from adahessian_fastai.sassha import m_sassha,sassha
 from adahessian_fastai.sophia import sophia
 from adahessian_fastai.spectrum import dense_hessian,dense_matrix
 from adahessian_fastai.stability import fresh_states,trained_lr
@@ -90,7 +91,7 @@ def identical(a, b): return len(a)==len(b) and all(torch.equal(x, y) if isinstan
 
 # ---- nothing is disturbed -------------------------------------------------------------------------------------------
 
-opts = dict(adam=Adam, sgd=partial(SGD, mom=.9), adahessian=partial(adahessian, update_each=2), ranger=ranger,
+opts = dict(adam=Adam, sgd=partial(SGD, mom=.9), adahessian=partial(adahessian, update_each=2), defaults=adahessian_default, sassha=sassha, ranger=ranger,
     hessian_free=partial(hessian_free, cg_max_iter=4, jvp='reverse')) # 'auto' chooses by a clock
 
 slowly = lambda name,opt: [pytest.mark.slow] if opt=='hessian_free' and name!='conv' else []
@@ -110,13 +111,15 @@ def test_the_comparison_can_fail():
         return everything(run(learn))
     assert not identical(everything(run(learner())), shifted())
 
-others = dict(accumulation=lambda: [GradientAccumulation(32)], mixup=lambda: [MixUp(), GradientClip(1.)],
+others = dict(nothing=lambda: [], accumulation=lambda: [GradientAccumulation(32)], mixup=lambda: [MixUp(), GradientClip(1.)],
     both=lambda: [GradientClip(.1), GradientAccumulation(24)])
 
+@pytest.mark.parametrize('opt', ['adam','defaults'])
 @pytest.mark.parametrize('cbs', others)
-def test_beside_other_callbacks(cbs):
-    plain = everything(run(learner(cbs=others[cbs]())))
-    seen = learner(cbs=[*others[cbs](), CurvatureRecorder(every=2)])
+def test_beside_other_callbacks(cbs, opt):
+    "The defaults move the parameters for a pass; an accumulation keeps them where a step began"
+    plain = everything(run(learner(opt_func=opts[opt], cbs=others[cbs]())))
+    seen = learner(opt_func=opts[opt], cbs=[*others[cbs](), CurvatureRecorder(every=2)])
     assert identical(plain, everything(run(seen)))
     assert all(math.isfinite(r['lambda_max']) for r in seen.curvature_recorder.records)
 
@@ -684,7 +687,15 @@ def dense_scaling(opt, params):
     "What `opt` divides by, from its state"
     def one(p, s, h):
         if 'sqr_avg' in s: return (s['sqr_avg']/(1-h['sqr_mom']**s['step'])).sqrt()+h['eps']
-        if 'sqr_avg_diag_hessian' in s: return (s['sqr_avg_diag_hessian']/(1-h['sqr_mom']**s['hess_step'])).sqrt()**h['hessian_power']+h['eps']
+        if 'hessian_power' in h:
+            d = (s['sqr_avg_diag_hessian'].sqrt()/(1-h['sqr_mom']**s['hess_step'])**.5 if 'sqr_avg_diag_hessian' in s
+                else s['avg_diag_hessian'].abs()/(1-h['sqr_mom']**s['hess_step']))
+            d = d**h['hessian_power']+h['eps']
+            m = s['grad_avg']/(1-h['mom']**s['step'])
+            u = m/d
+            rms = u.square().mean().sqrt()
+            if h['clip']: u = u.clamp(-h['clip']*rms, h['clip']*rms)
+            return m/(u*(h['cap']/rms) if h['cap'] and rms>h['cap'] else u)
         d = (h['rho']*s['avg_diag_hessian']).clamp_min(h['eps'])
         return torch.where(s['grad_avg'].abs()<d, d, math.inf)
     of = {p: one(p, s, h) for p,_,s,h in opt.all_params()}
@@ -696,6 +707,7 @@ def dense_top(H, rates):
 
 plain_steps = dict(mom=.9, wd=0.)
 scaled_opts = dict(adam=partial(Adam, **plain_steps), adahessian=partial(adahessian, **plain_steps), half=partial(adahessian, hessian_power=.5, **plain_steps),
+    bounded=partial(adahessian, clip=1.5, cap=.1, **plain_steps), m_sassha=partial(m_sassha, **plain_steps),
     sophia=partial(sophia, estimator='hutchinson', rho=5., update_each=1, **plain_steps))
 
 def two_groups(m): return [list(m.emb.parameters())+list(m.enc.parameters()), list(m.out.parameters())]
