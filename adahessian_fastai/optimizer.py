@@ -8,9 +8,9 @@
 # %% auto #0
 __all__ = ['estimators', 'curvatures', 'peek_seed', 'warn_rarely', 'Counts', 'Pending', 'finite_ones', 'all_finite',
            'signal_to_noise', 'Turn', 'turn_for', 'plain_turn', 'problem_for', 'signed_average', 'Perturbation',
-           'work_of', 'check_seen', 'skip_step', 'one_ready', 'ready_for_step', 'curvature_state', 'upgraded',
-           'check_entry', 'check_averages', 'checked_state', 'put_state', 'PartOf', 'CurvatureOptimizer', 'made',
-           'made_estimator', 'made_schedule', 'check_together', 'AdaHessianWrapper']
+           'perturbed', 'work_of', 'check_seen', 'skip_step', 'one_ready', 'ready_for_step', 'curvature_state',
+           'upgraded', 'check_entry', 'check_averages', 'checked_state', 'put_state', 'PartOf', 'CurvatureOptimizer',
+           'made', 'made_estimator', 'made_schedule', 'check_together', 'AdaHessianWrapper']
 
 # %% ../nbs/15_optimizer.ipynb #cb5d0590
 import inspect,itertools,math,warnings
@@ -269,7 +269,17 @@ class Perturbation:
             put(there)
             self.kept = home
 
-# %% ../nbs/15_optimizer.ipynb #ba377841
+# %% ../nbs/15_optimizer.ipynb #e26ed4b6
+@contextmanager
+def perturbed(
+    opt, # `CurvatureOptimizer`; its `differentiate` is called inside
+):
+    "Context for the forward and backward pass of a plain loop"
+    opt.perturb.ahead(opt)
+    try: yield
+    finally: opt.perturb.back()
+
+# %% ../nbs/15_optimizer.ipynb #41727c9e
 def work_of(
     opt:Optimizer, # Its parameters have their gradients
 )->dict: # State and hyperparameters by parameter
@@ -293,7 +303,7 @@ def skip_step(
     opt.counts.warn('n_skipped', why)
     opt.pending = Pending()
 
-# %% ../nbs/15_optimizer.ipynb #6a0720ea
+# %% ../nbs/15_optimizer.ipynb #3284f847
 def one_ready(
     opt, # `CurvatureOptimizer`
     p:Tensor, # Parameter with a gradient
@@ -326,7 +336,7 @@ def ready_for_step(
     def noise(p): return opt.smooth(noises[p]) if opt.debiased and p in noises else None
     return [(p, s, h, d, noise(p)) for p,s,h,d in ready if not isinstance(d, str)]
 
-# %% ../nbs/15_optimizer.ipynb #484b0c31
+# %% ../nbs/15_optimizer.ipynb #5665e816
 def _pending_state(o, ps):
     "What is pending, by the places of `ps`"
     by = {k: [v.get(p) for p in ps] for k,v in (('diags',o.diags), ('noises',o.noises))}
@@ -354,7 +364,7 @@ def upgraded(
     state = [{**{k: v for k,v in s.items() if k!='asked'}, **age(s)} for s in sd['state']]
     return {'state': state, 'hypers': sd['hypers'], 'curvature': new}
 
-# %% ../nbs/15_optimizer.ipynb #4b88598c
+# %% ../nbs/15_optimizer.ipynb #2b47b053
 _counted = ('step','hess_step','age','asked')
 
 def check_entry(
@@ -381,7 +391,7 @@ def check_averages(
     if 'hess_step' not in s: return
     if lost := [k for k in (*need, 'grad_avg') if not isinstance(s.get(k), Tensor)]: raise ValueError(f"the state of parameter {i} is of another kind of average, it has no {lost[0]}")
 
-# %% ../nbs/15_optimizer.ipynb #928525c1
+# %% ../nbs/15_optimizer.ipynb #55eeb8b4
 def checked_state(
     opt, # `CurvatureOptimizer`
     sd:dict, # From `state_dict`; raises `ValueError` if it is not the state of an optimizer like `opt`
@@ -422,7 +432,7 @@ def put_state(
     opt.when.load_state_dict(own['when'])
     for p,g in zip(ps, held.get('grads', [])): p.grad = copied(g,p)
 
-# %% ../nbs/15_optimizer.ipynb #f3db987f
+# %% ../nbs/15_optimizer.ipynb #98b6222e
 class PartOf:
     "An attribute that belongs to a part"
     def __init__(self, part): self.part = part
@@ -569,7 +579,7 @@ class CurvatureOptimizer(Optimizer, GetAttr):
         "Continue exactly where the optimizer that gave `sd` stood"
         put_state(self, checked_state(self, sd))
 
-# %% ../nbs/15_optimizer.ipynb #006effad
+# %% ../nbs/15_optimizer.ipynb #f2953c35
 estimators = dict(hutchinson=Hutchinson, control_variate=ControlVariate, gnb=GNB)
 curvatures = dict(hessian=Hessian, ggn=GaussNewton)
 _usual = dict(curvature='hessian', hvp='reverse', method='reverse', jvp='reverse', probe='rademacher', n_samples=1)
@@ -588,7 +598,7 @@ def made(
     if odd: raise ValueError(f"{what}={name!r} takes no {', '.join(odd)}, got {', '.join(f'{k}={v!r}' for k,v in odd.items())}")
     return table[name](**{k: v for k,v in given.items() if k in takes}) if isinstance(name, str) else name
 
-# %% ../nbs/15_optimizer.ipynb #f589aa1e
+# %% ../nbs/15_optimizer.ipynb #f32b376d
 def made_estimator(
     estimator='hutchinson', # A key of `estimators`, or an estimator
     curvature=None, # A key of `curvatures`, or a curvature
@@ -621,7 +631,7 @@ def made_schedule(
     if update_each!=1: raise ValueError(f"budget chooses update_each: give one of them, got {budget=}, {update_each=}")
     return budget.on(hessian_bs) if isinstance(budget, Budget) else Budget(budget, hessian_bs=hessian_bs, dense=dense)
 
-# %% ../nbs/15_optimizer.ipynb #642393e6
+# %% ../nbs/15_optimizer.ipynb #9106b908
 def check_together(
     estimator, # What makes the estimates
     signed:bool, # Is the average one of signed diagonals?

@@ -109,9 +109,9 @@ class Budget(Every):
     )->'Budget': # Itself
         "Take estimates on this part of the batch"
         self.auto = hessian_bs=='auto'
-        n = self.n_measured or (18 if self.auto else 12)
+        n = (self.n_measured or (18 if self.auto else 12)) + self.dense
         super().__init__((n,2), None if self.auto else hessian_bs, self.dense)
-        self.n_measured,self.hessian_bs = n,hessian_bs
+        self.last_measured,self.hessian_bs = n,hessian_bs
         return self
 
     def begin(self):
@@ -132,14 +132,14 @@ class Budget(Every):
         if self.last is not None: self.times[key][1. if part is None else part].append(now-self.last)
         self.last = now
         enough = self.known() and sum(sum(o) for t in self.times.values() for o in t.values())>=self.least_seconds
-        if cross_rank_mean([torch.tensor(float(n_steps>=self.n_measured and (enough or n_steps>=10*self.n_measured and self.known())), device=device)], group)[0]==1:
+        if cross_rank_mean([torch.tensor(float(n_steps>=self.last_measured and (enough or n_steps>=10*self.last_measured and self.known())), device=device)], group)[0]==1:
             self.choose(n_steps, device, group)
 
     def parts(self):
         "The parts of the batch that are compared"
         return (least_part,1.) if self.auto else (self.fixed(),)
 
-    def fixed(self): return 1. if self.hessian_bs is None else rows_due(self.n_measured, self.hessian_bs)
+    def fixed(self): return 1. if self.hessian_bs is None else rows_due(self.last_measured, self.hessian_bs)
 
     def known(self): return any(all(t[o] for o in (0,*self.parts())) for t in self.times.values())
 

@@ -24,7 +24,7 @@ from scipy.linalg import eigvalsh
 from torch import Tensor,nn
 from torch.utils.data import TensorDataset
 
-from adahessian_fastai.adahessian import adahessian
+from adahessian_fastai.adahessian import adahessian_paper as adahessian
 from adahessian_fastai.closure import undisturbed
 from adahessian_fastai.diagnostics import *
 from adahessian_fastai.hessian_free import hessian_free

@@ -6,7 +6,7 @@ from fastai.basics import Callback,DataLoaders,Learner,MSELossFlat,TensorBase,nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrizations,weight_norm
 from torch.utils.checkpoint import checkpoint
-from adahessian_fastai.adahessian import adahessian
+from adahessian_fastai.adahessian import adahessian_paper as adahessian
 from adahessian_fastai.hvp import *
 from adahessian_fastai.hvp import dual_substitutes,substitutes
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from fastai.basics import Callback,CrossEntropyLossFlat,DataLoaders,Learner,MSELossFlat,nn,partial,set_seed
 from fastai.callback.all import CutMix,GradientAccumulation,MixUp
 from fastai.losses import BCEWithLogitsLossFlat,FocalLossFlat,LabelSmoothingCrossEntropyFlat
-from adahessian_fastai.adahessian import adahessian
+from adahessian_fastai.adahessian import adahessian_paper as adahessian
 from adahessian_fastai.estimators import Evaluation
 from adahessian_fastai.losses import Rule,gnb_samples,known_hessian,label_noise,loss_count,losses
 
