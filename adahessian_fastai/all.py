@@ -14,8 +14,8 @@ from .estimators import ControlVariate,Estimate,GNB,Hutchinson  # chkstyle: igno
 from .batch import LearnerProblem  # chkstyle: ignore
 from .schedule import Budget,Every  # chkstyle: ignore
 from .steppers import adahessian_step,average_diag_hessian,average_sqr_diag_hessian,denominator,sophia_step  # chkstyle: ignore
-from .optimizer import AdaHessianWrapper,CurvatureOptimizer  # chkstyle: ignore
-from .adahessian import AdaHessian,adahessian  # chkstyle: ignore
+from .optimizer import AdaHessianWrapper,CurvatureOptimizer,perturbed  # chkstyle: ignore
+from .adahessian import AdaHessian,adahessian,adahessian_paper  # chkstyle: ignore
 from .hessian_free import HessianFree,hessian_free  # chkstyle: ignore
 from .sophia import Sophia,sophia,win_rate  # chkstyle: ignore
 from .diagnostics import CurvatureRecorder,SuggestedLR,curvature_stats,overestimate,own_diagonal,plot_noise  # chkstyle: ignore

@@ -13,9 +13,9 @@ root = Path(__file__).resolve().parents[1]
 out,lib = root/'_proc','adahessian_fastai'
 defs = ast.FunctionDef,ast.ClassDef
 first_guides = ['start', 'which', 'hyperparameters', 'benchmarks'] # The others follow by name
-first_stories = ['transfer', 'imagenette', 'pytorch', 'toys', 'curvature', 'translation', 'hessian_free', 'pinn'] # As a learner goes; others follow by name
-main_names = ['adahessian', 'sophia', 'hessian_free', 'sassha', 'CurvatureRecorder', 'Learner.curvature_summary', 'Learner.suggest_lr_from_curvature',
-    'compare_optimizers', 'Budget', 'GNB', 'Problem'] # What people ask for first; one that does not exist is left out
+first_stories = ['transfer', 'imagenette', 'pytorch', 'toys', 'curvature', 'translation', 'hessian_free', 'pinn'] # As a learner goes, then the rest
+main_names = ['adahessian', 'adahessian_paper', 'sophia', 'hessian_free', 'sassha', 'CurvatureRecorder', 'Learner.curvature_summary',
+    'Learner.suggest_lr_from_curvature', 'compare_optimizers', 'Budget', 'GNB', 'Problem'] # What people ask for first; one that does not exist is left out
 papers = {'CHANGELOG.md': 'changelog.md', 'CONTRIBUTING.md': 'contributing.md'}
 re_link = re.compile(r'(\]\(|<img[^>]* src=")(?![a-z]+:|#)([^)"\s#]+)')
 re_code = re.compile(r'(?<![`\[])`([A-Za-z_][\w.]*)(?:\(\))?`(?!`)')
@@ -162,7 +162,7 @@ def relinked(md, folder):
     return re_link.sub(f, md)
 
 def prose(md, folder): return linked(relinked(md, folder)).replace('<!-- stacked -->', '{.stacked}') # Wide tables that a phone shows row by row
-def guide_page(md): return prose(filled(md), 'docs')
+def guide_page(md): return prose(filled(md).replace('\u00a0±', ' ±'), 'docs') # A phone may break a line there
 
 # Pages
 
@@ -226,11 +226,13 @@ def toctree(caption, paths):
 
 def summary(nb): return next((m[1] for c in nb.cells if (m := re.search(r'^> (.+)$', c.source, re.M))), '')
 
+def name_row(name, about): return f"| `{name}` | {about.replace('|', chr(92)+'|')} |"
+
 def module_table(path):
     "The section of the API overview on the notebook at `path`"
     nb = read_nb(path)
     nodes = [n for c in nb.cells if is_export(c) for n in ast.parse(source(c)).body]
-    rows = [f"| `{shown_name(n)}` | {ast.get_docstring(n) or ''} |" for n in nodes if isinstance(n, defs) and shown_name(n)]
+    rows = [name_row(shown_name(n), ast.get_docstring(n) or '') for n in nodes if isinstance(n, defs) and shown_name(n)]
     head = f"### [{module_name(nb)}]({page_name(path)})\n\n{summary(nb)}\n\n"
     return head + (linked('{.docments}\n| Name | What it does |\n|---|---|\n' + '\n'.join(rows)) if rows else '')
 
@@ -242,7 +244,7 @@ def described_names():
 
 def main_table():
     "What people ask for first"
-    rows = [f'| `{nm}` | {about} |' for nm in main_names if (about := described_names().get(nm))]
+    rows = [name_row(nm, about) for nm in main_names if (about := described_names().get(nm))]
     return linked('{.docments}\n| Name | What it does |\n|---|---|\n' + '\n'.join(rows))
 
 def api_page():
