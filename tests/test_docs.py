@@ -11,7 +11,7 @@ from adahessian_fastai.all import CurvatureRecorder,GNB,adahessian,hessian_free,
 
 root = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(root/'tools'))
-import results
+import results,site_pages
 
 guides = sorted((root/'docs').glob('*.md'))
 
@@ -69,7 +69,7 @@ public = {nm: o for nm,o in vars(everything).items() if nm[0]!='_' and inspect.i
 @pytest.mark.parametrize('name', public)
 def test_help_has_the_comment_beside_each_parameter(name):
     f = public[name]
-    want = {'returns' if k=='return' else k: ' '.join(v.split()) for k,v in docments(f).items() if v}
+    want = {k: ' '.join(v.split()) for k,v in docments(f).items() if v and k!='return'}
     notes = {k.lstrip('*'): ' '.join(v.split()) for k,v in _help.parameter_notes(f).items()}
     assert {k: notes.get(k) for k in want}==want and set(notes)<={*inspect.signature(f).parameters, 'returns'}
     assert all(v in ' '.join(f.__doc__.split()) for v in notes.values())
@@ -79,7 +79,7 @@ def test_jupyter_shows_all_arguments_of_functions_methods_and_classes():
     doc = asked(adahessian, 'docstring')
     assert doc.startswith('AdaHessian as `opt_func` of a `Learner`\n\nParameters:\n  params ')
     assert all(re.search(rf'^  \*{{0,2}}{k} ', doc, re.M) for k in inspect.signature(adahessian).parameters)
-    assert max(map(len, doc.splitlines()))<=100
+    assert re.search('^  returns +Raises `ValueError`', doc, re.M) and max(map(len, doc.splitlines()))<=100
     assert re.search('^ *every +Measure after each', asked(CurvatureRecorder, 'init_docstring'), re.M)
     assert re.search('^  n_batches +Training batches', asked(Learner.curvature_summary, 'docstring'), re.M)
 
@@ -108,3 +108,22 @@ def test_a_variant_is_seen(kwargs, want):
     assert want in other and want not in plain.replace('sqr_average', '').replace('average_sqr', '')
 
 def test_groups_alike_are_one_line(): assert 'groups 0 to 1: 4 tensors, 13 of 13 weights' in _help.describe(hessian_free([list(m.parameters()) for m in nets()]))
+
+# The site
+
+def test_colab_is_offered_only_where_there_is_an_address():
+    path = root/'nbs/30_tutorial.toys.ipynb'
+    assert site_pages.colab_note(path, '')=='' and site_pages.colab_note(path, 'https://example.org/a/b')==''
+    note = site_pages.colab_note(path, 'https://github.com/someone/adahessian_fastai')
+    assert '(https://colab.research.google.com/github/someone/adahessian_fastai/blob/main/nbs/30_tutorial.toys.ipynb)' in note
+    assert 'pip install git+https://github.com/someone/adahessian_fastai' in note
+
+def test_overview_begins_with_what_people_use():
+    names = re.findall(r'`(?:Learner\.)?(\w+) <', site_pages.main_table())
+    assert names[0]=='adahessian' and {'sophia', 'hessian_free', 'CurvatureRecorder', 'curvature_summary', 'compare_optimizers'}<=set(names)
+    assert list(site_pages.kinds())[-1]=='Inside' and sorted(p for ps in site_pages.kinds().values() for p in ps)==site_pages.rooms()
+
+def test_tutorials_come_in_a_learners_order():
+    stems = [p.stem.split('.')[-1] for p in site_pages.stories()]
+    known = [s for s in site_pages.first_stories if s in stems]
+    assert stems[:len(known)]==known and 'pytorch' in known and site_pages.guides()[0].stem=='start'
