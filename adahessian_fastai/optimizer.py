@@ -7,26 +7,29 @@
 
 # %% auto #0
 __all__ = ['estimators', 'curvatures', 'peek_seed', 'warn_rarely', 'Counts', 'Pending', 'finite_ones', 'all_finite',
-           'signal_to_noise', 'Turn', 'turn_for', 'plain_turn', 'problem_for', 'signed_average', 'Perturbation',
-           'perturbed', 'work_of', 'check_seen', 'skip_step', 'one_ready', 'ready_for_step', 'curvature_state',
-           'upgraded', 'check_entry', 'check_averages', 'checked_state', 'put_state', 'PartOf', 'CurvatureOptimizer',
-           'made', 'made_estimator', 'made_schedule', 'check_together', 'AdaHessianWrapper']
+           'signal_to_noise', 'Turn', 'turn_for', 'plain_turn', 'problem_for', 'signed_average', 'check_hypers',
+           'put_hyper', 'Perturbation', 'perturbed', 'work_of', 'check_seen', 'skip_step', 'one_ready',
+           'ready_for_step', 'curvature_state', 'upgraded', 'check_entry', 'check_averages', 'check_part',
+           'check_pending', 'checked_state', 'put_state', 'PartOf', 'CurvatureOptimizer', 'made', 'made_estimator',
+           'made_schedule', 'check_together', 'AdaHessianWrapper']
 
-# %% ../nbs/15_optimizer.ipynb #cb5d0590
+# %% ../nbs/15_optimizer.ipynb #51fcdd5f
 import inspect,itertools,math,warnings
 from contextlib import contextmanager,nullcontext
 from collections import deque
 from typing import NamedTuple
 
+from torch.utils.checkpoint import CheckpointError
+
 from fastai.basics import *
 from .hvp import check_count,hooks_disabled,total_norm
-from .averaging import average_diag
+from .averaging import average_diag,check_block_length
 from .problem import Problem
-from .curvature import GaussNewton,Hessian
+from .curvature import GaussNewton,Hessian,hvp_ways
 from .estimators import ControlVariate,GNB,Hutchinson,seeded
 from .learner import callback_of,check_gradients,check_groups,check_model,cross_rank_mean,sync_group,trainable_params,unwrapped
 from .replay import backward_hooks,snapshot
-from .batch import CurvatureScale,LearnerProblem,in_half,n_rows
+from .batch import CurvatureScale,LearnerProblem,in_half,n_rows,plain_number
 from .schedule import Budget,Every
 from .steppers import average_diag_hessian,average_sqr_diag_hessian,update
 
@@ -47,7 +50,9 @@ def warn_rarely(
 class Counts:
     "What an optimizer counts"
     names = ('seed','n_steps','n_estimates','n_dropped','n_skipped')
-    def __init__(self): self.seed,self.n_steps,self.n_estimates,self.n_dropped,self.n_skipped = peek_seed(),0,0,0,0
+    def __init__(self):
+        self.seed,self.n_steps,self.n_estimates,self.n_dropped,self.n_skipped = peek_seed(),0,0,0,0
+        self.noise_record = deque(maxlen=10_000)
 
     def rng(self,
         stream:int=0, # Another number gives other random numbers for the same estimate
@@ -199,6 +204,34 @@ def signed_average(
         return s['avg_diag_hessian']/(1-h['sqr_mom']**s['hess_step'])
     return [one(p, *of[p]) for p in params]
 
+# %% ../nbs/15_optimizer.ipynb #09188b23
+_not_negative = (lambda v: 0<=v<math.inf, '>= 0 and finite')
+_ranges = dict(lr=_not_negative, wd=_not_negative, clip=_not_negative, cap=_not_negative, mom=(lambda v: 0<=v<1, 'in [0,1)'), sqr_mom=(lambda v: 0<=v<1, 'in [0,1)'),
+    eps=(lambda v: 0<v<math.inf, '> 0 and finite'), hessian_power=(lambda v: 0<=v<=1, 'in [0,1]'), rho=(lambda v: 0<v<math.inf, '> 0 and finite'))
+
+def check_hypers(
+    **hypers # Hyperparameters by name; a slice or a list as fastai takes them
+)->dict: # The same as numbers of Python; raises `ValueError` for one outside its range
+    "Refuse a hyperparameter outside its range"
+    res = {}
+    for k,v in hypers.items():
+        sliced = isinstance(v, slice)
+        vals = [plain_number(o) for o in ((v.start,v.stop) if sliced else L(plain_number(v), use_list=None)) if o is not None or not sliced]
+        ok,rule = _ranges.get(k, (noop,''))
+        if rule and not (vals and all(isinstance(o, (int,float)) and not isinstance(o, bool) and ok(o) for o in vals)):
+            raise ValueError(f"{k} must be {rule}, got {k}={v!r}")
+        res[k] = v if not rule else slice(*map(plain_number, (v.start,v.stop,v.step))) if sliced else vals if len(vals)>1 else vals[0]
+    return res
+
+def put_hyper(
+    opt:Optimizer, # Gets the hyperparameter
+    k:str, # Its name
+    v, # A number, a slice, or a number for each group; raises `ValueError` outside its range, and for another number of groups
+):
+    "Set a hyperparameter of all groups"
+    try: opt.set_hyper(k, check_hypers(**{k: v})[k])
+    except AssertionError as e: raise ValueError(f"{e}, got {k}={v!r}") from None
+
 # %% ../nbs/15_optimizer.ipynb #be47f732
 class Perturbation:
     "Moves the parameters for the forward and backward pass"
@@ -206,7 +239,7 @@ class Perturbation:
         rho:float=0., # How far, ρ; 0 or `None` for not at all; raises `ValueError` below 0
         along:str='momentum', # 'momentum' (against it) or 'gradient' (up, at the price of another gradient); raises `ValueError` for others
     ):
-        rho = ifnone(rho, 0.)
+        rho = plain_number(ifnone(rho, 0.))
         if isinstance(rho, bool) or not isinstance(rho, (int,float)) or not 0<=rho<math.inf: raise ValueError(f"rho must be a number >= 0, got {rho=}")
         if along not in ('momentum','gradient'): raise ValueError(f"along must be 'momentum' or 'gradient', got {along=}")
         self.rho,self.along,self.kept = float(rho),along,[]
@@ -293,7 +326,7 @@ def check_seen(
 ):
     "Refuse gradients that came past `differentiate` where there is no average to step with"
     if opt.n_batches or all('hess_step' in s or not s.get('do_hessian', True) for s,_ in work.values()): return
-    raise ValueError("there is no estimate to step with: call `opt.differentiate(loss)` in place of `loss.backward()`")
+    raise ValueError("there is no estimate to step with: call `opt.differentiate(loss)` in place of `loss.backward()`; in a Learner give `opt_func=adahessian` itself, without `OptimWrapper`")
 
 def skip_step(
     opt, # `CurvatureOptimizer`
@@ -358,11 +391,12 @@ def upgraded(
     if 'wrapper' not in sd or 'curvature' in sd: return sd
     own = sd['wrapper']
     m,pending = own.get('measured', {}),{k: own.get(k) for k in ('n_batches','n_items','scaled','grads','diags','noises')}
-    new = dict(counts={k: own[k] for k in Counts.names if k in own}, scale=own.get('curvature_scale', {}), estimator=dict(used=m.get('hvp_used')), when=m)
+    new = dict(counts={k: own[k] for k in Counts.names if k in own}, scale=own.get('curvature_scale') or dict(c=1., n_good=0), estimator=dict(used=m.get('hvp_used')), when=m)
     if own.get('n_batches'): new['pending'] = dict(pending, share=None, losses=[math.nan] if own.get('bad_loss') else [])
     age = lambda s: dict(age=s.get('step', own.get('n_steps', 0))) if 'hess_step' in s else {}
     state = [{**{k: v for k,v in s.items() if k!='asked'}, **age(s)} for s in sd['state']]
-    return {'state': state, 'hypers': sd['hypers'], 'curvature': new}
+    hypers = [{**(dict(clip=0., cap=0.) if 'hessian_power' in h else {}), **h} for h in sd['hypers']]
+    return {'state': state, 'hypers': hypers, 'curvature': new}
 
 # %% ../nbs/15_optimizer.ipynb #2b47b053
 _counted = ('step','hess_step','age','asked')
@@ -372,13 +406,14 @@ def check_entry(
     k:str, # Name of the entry
     v, # Its value; raises `ValueError` for one that cannot be
     p:Tensor, # The parameter
+    finite:bool=True, # Has it to be finite?
 ):
     "Refuse an entry of a state that does not fit its parameter"
     where = f"{k} of parameter {i}"
     if isinstance(v, Tensor):
         if v.shape!=p.shape: raise ValueError(f"{where} has shape {tuple(v.shape)}, the parameter {tuple(p.shape)}")
         if v.dtype!=p.dtype: raise ValueError(f"{where} is {v.dtype}, the parameter {p.dtype}: load it into a model of that type, or the weights alone with `with_opt=False`")
-        if not all_finite([v.detach()]): raise ValueError(f"{where} is not finite")
+        if finite and not all_finite([v.detach()]): raise ValueError(f"{where} is not finite")
     elif k in _counted and (isinstance(v, bool) or not isinstance(v, int) or v<0): raise ValueError(f"{where} must be a whole number >= 0, got {v!r}")
 
 def check_averages(
@@ -388,10 +423,44 @@ def check_averages(
 ):
     "Refuse a state without the averages that its counts speak of"
     need = [k for f,k in ((average_diag_hessian,'avg_diag_hessian'), (average_sqr_diag_hessian,'sqr_avg_diag_hessian')) if f in opt.opt.cbs]
-    if 'hess_step' not in s: return
+    if 'hess_step' not in s and not any(isinstance(v, Tensor) for v in s.values()): return
+    counts = [k for k in _counted[:3] if k!='step' or step_stat in opt.opt.cbs]
+    if lost := [k for k in counts if k not in s]: raise ValueError(f"the state of parameter {i} is incomplete, it has no {lost[0]}")
     if lost := [k for k in (*need, 'grad_avg') if not isinstance(s.get(k), Tensor)]: raise ValueError(f"the state of parameter {i} is of another kind of average, it has no {lost[0]}")
 
 # %% ../nbs/15_optimizer.ipynb #55eeb8b4
+_whole = (lambda v: isinstance(v, int) and not isinstance(v, bool) and v>=0, 'a whole number >= 0')
+_flag = (lambda v: isinstance(v, bool), 'True or False')
+_any = (lambda v: True, '')
+_counts = {k: _whole for k in Counts.names}
+_scale = dict(c=(lambda v: isinstance(v, (int,float)) and 0<v<math.inf, 'a number > 0'), n_good=_whole)
+_numbers = (lambda v: isinstance(v, list) and all(isinstance(o, (int,float)) for o in v), 'a list of numbers')
+_pending = dict(n_batches=_whole, n_items=_whole, scaled=_flag, share=(lambda v: v is None or isinstance(v, (int,float)) and v>=0, '`None` or a number >= 0'),
+    losses=_numbers, **{k: (lambda v: isinstance(v, list), 'a list') for k in ('grads','diags','noises')})
+
+def check_part(
+    name:str, # Of a part of a state
+    part, # Its state; raises `ValueError`
+    rules:dict, # Pairs of a test and what it says, by key
+):
+    "Refuse a part whose entries are missing, or cannot be"
+    if not isinstance(part, dict): raise ValueError(f"{name} must be a dict, got {part!r}")
+    if lost := set(rules)-set(part): raise ValueError(f"{name} is incomplete, it has no {sorted(lost)}")
+    for k,(ok,rule) in rules.items():
+        if not ok(part[k]): raise ValueError(f"{k} of {name} must be {rule}, got {part[k]!r}")
+
+def check_pending(
+    ps:list, # Parameters
+    pending, # What is pending; raises `ValueError`
+):
+    "Refuse what cannot be pending; numbers that are not finite may be, since the step drops them"
+    check_part('pending', pending, _pending)
+    for k in ('grads','diags','noises'):
+        if len(pending[k])!=len(ps): raise ValueError(f"what is pending is for {len(pending[k])} parameters, the model has {len(ps)}")
+        for i,(v,p) in enumerate(zip(pending[k], ps)):
+            if v is not None and not isinstance(v, Tensor): raise ValueError(f"{k} of parameter {i} must be a tensor, got {v!r}")
+            check_entry(i, k, v, p, finite=False)
+
 def checked_state(
     opt, # `CurvatureOptimizer`
     sd:dict, # From `state_dict`; raises `ValueError` if it is not the state of an optimizer like `opt`
@@ -399,14 +468,12 @@ def checked_state(
     "Look at all of `sd`"
     check_groups(opt, sd := upgraded(sd) if isinstance(sd, dict) else sd, 'curvature')
     ps,own = opt.all_params().itemgot(0),sd['curvature']
-    if lost := {'counts','scale','estimator','when'}-set(own): raise ValueError(f"the state is incomplete, it has no {sorted(lost)}")
-    for k in Counts.names:
-        n = own['counts'].get(k)
-        if isinstance(n, bool) or not isinstance(n, int) or n<0: raise ValueError(f"{k} must be a whole number >= 0, got {n!r}")
-    pending = {k: own.get('pending', {}).get(k) or [None]*len(ps) for k in ('grads','diags','noises')}
-    if {len(o) for o in pending.values()}!={len(ps)}: raise ValueError(f"what is pending is for {len(pending['grads'])} parameters, the model has {len(ps)}")
+    check_part('the state', own, {k: _any for k in ('counts','scale','estimator','when')})
+    for h in sd['hypers']: check_hypers(**h)
+    for k,rules in dict(counts=_counts, scale=_scale, estimator={k: _any for k in opt.estimator.state_dict()}, when={}).items(): check_part(k, own[k], rules)
+    if 'pending' in own: check_pending(ps, own['pending'])
     for i,(p,s) in enumerate(zip(ps, sd['state'])):
-        for k,v in {**s, **{k: o[i] for k,o in pending.items()}}.items(): check_entry(i, k, v, p)
+        for k,v in s.items(): check_entry(i, k, v, p)
         check_averages(opt, i, s)
     return sd
 
@@ -423,13 +490,13 @@ def put_state(
         vars(pending).update({k: held[k] for k in ('n_batches','n_items','scaled','share')}, params=list(ps))
         pending.losses = [torch.tensor([o], device=ps[0].device) for o in held['losses']]
         for k in ('diags','noises'): vars(pending)[k] = {p: copied(d,p) for p,d in zip(ps, held[k]) if d is not None}
+    opt.when.load_state_dict(own['when'])
+    opt.estimator.load_state_dict(own['estimator'])
     opt.opt.hypers,opt.opt.state = L(dict(o) for o in sd['hypers']),state
     opt.zero_grad()
     opt.pending = pending
     vars(opt.counts).update({k: own['counts'][k] for k in Counts.names})
-    vars(opt.curvature_scale).update(own['scale'])
-    opt.estimator.load_state_dict(own['estimator'])
-    opt.when.load_state_dict(own['when'])
+    vars(opt.curvature_scale).update({k: own['scale'][k] for k in _scale})
     for p,g in zip(ps, held.get('grads', [])): p.grad = copied(g,p)
 
 # %% ../nbs/15_optimizer.ipynb #98b6222e
@@ -442,10 +509,11 @@ class PartOf:
 
 class CurvatureOptimizer(Optimizer, GetAttr):
     "Wrap `opt` so that its steppers receive an estimate of the diagonal of a curvature"
-    _default,default_lr = 'opt',0.15
+    _default,default_lr,param_lists = 'opt',0.15,PartOf('opt')
     seed,n_steps,n_estimates,n_dropped,n_skipped = (PartOf('counts') for _ in range(5))
     update_each,hessian_bs,dense = (PartOf('when') for _ in range(3))
     diags,noises,n_batches,n_items = (PartOf('pending') for _ in range(4))
+    noise_record = PartOf('counts')
     def __init__(self,
         opt:Optimizer, # `Optimizer` of steppers, usually from `AdaHessian` or `Sophia`
         estimator=None, # How the diagonal is estimated: `Hutchinson(...)` by default, `ControlVariate(...)` or `GNB(...)`
@@ -457,14 +525,9 @@ class CurvatureOptimizer(Optimizer, GetAttr):
     ):
         check_count('n_acc', n_acc)
         self.opt,self.estimator,self.when,self.smooth,self.n_acc,self.debiased = opt,estimator or Hutchinson(),when or Every(),smooth,n_acc,debiased
-        self.counts,self.pending,self.curvature_scale,self.turn,self.noise_record = Counts(),Pending(),CurvatureScale(),None,deque(maxlen=10_000)
+        self.counts,self.pending,self.curvature_scale,self.turn = Counts(),Pending(),CurvatureScale(),None
         self.perturb = perturb or Perturbation()
         opt._keep_on_clear = [*opt._keep_on_clear, 'do_hessian']
-
-    @property
-    def param_lists(self): return self.opt.param_lists
-    @param_lists.setter
-    def param_lists(self, v): self.opt.param_lists = v
 
     def due(self)->tuple: # Parameters, and the part of the batch, see `Every.part`
         "For which parameters does the next backward pass take an estimate, and on what?"
@@ -490,9 +553,10 @@ class CurvatureOptimizer(Optimizer, GetAttr):
             with nullcontext() if plain else self.estimator.surround(unwrapped(learn.model), t.due, self.counts.rng(), in_half(learn)): yield
             self.pending = Pending()
         except CancelBatchException: raise
-        except BaseException:
+        except BaseException as e:
             self.zero_grad()
-            raise
+            if not isinstance(e, CheckpointError): raise
+            raise ValueError("a checkpoint does not find the tensors of its first pass again, as where products run along with that pass: use hvp='reverse'") from e
         finally:
             self.perturb.back()
             self.turn = None
@@ -526,7 +590,7 @@ class CurvatureOptimizer(Optimizer, GetAttr):
         turn,weight = self.turn or plain_turn(*self.due()),self.pending.weigh(problem.params, n_items, self.n_acc)
         self.pending.note(problem.loss, n_items, group)
         half = problem.scale!=1 and self.estimator.second_order
-        if not turn.due or half and not math.isfinite(problem.loss.item()): return problem.backward(weight)
+        if not turn.due or half and not math.isfinite(self.pending.losses[-1].item()): return problem.backward(weight)
         ahead = turn.aside or problem.scale!=1
         if ahead: problem.backward(weight, retain_graph=not turn.aside)
         with problem_for(problem, turn, self.estimator, self.counts) as on,hooks_disabled(problem.params):
@@ -562,6 +626,8 @@ class CurvatureOptimizer(Optimizer, GetAttr):
         self.opt.clear_state()
         if self.n_batches: self.zero_grad()
 
+    def set_hyper(self, k, v): put_hyper(self.opt, k, v)
+
     def opt_out(self,
         params, # A parameter, an iterable of them, or a module
     ):
@@ -593,6 +659,8 @@ def made(
     "The object that `name` and `kwargs` describe"
     given = {k: v for k,v in kwargs.items() if v is not None}
     if isinstance(name, str) and name not in table: raise ValueError(f"{what} must be one of {list(table)}, got {what}={name!r}")
+    if not isinstance(name, str) and (isinstance(name, type) or not callable(name)):
+        raise ValueError(f"{what} must be one of {list(table)}, or an object made by one of {[o.__name__ for o in table.values()]}, got {what}={name!r}")
     takes = inspect.signature(table[name]).parameters if isinstance(name, str) else ()
     odd = {k: v for k,v in given.items() if k not in takes and v!=_usual.get(k)}
     if odd: raise ValueError(f"{what}={name!r} takes no {', '.join(odd)}, got {', '.join(f'{k}={v!r}' for k,v in odd.items())}")
@@ -607,11 +675,12 @@ def made_estimator(
     n_samples:int=None, # For each estimate
 ): # Raises `ValueError` for what does not go together
     "The estimator that these keywords describe"
+    if hvp is not None and not isinstance(hvp, str): raise ValueError(f"hvp must be one of {list(hvp_ways)}, got {hvp=}")
     if isinstance(estimator, str) and estimator in ('hutchinson','control_variate'):
         jvp = dict(forward='along', auto='reverse').get(hvp, hvp)
         name = 'hessian' if curvature is None else curvature
-        if name=='hessian': curvature = made('curvature', name, curvatures, method=hvp)
-        elif name=='ggn' and hvp in ('finite_difference','compiled'):
+        if isinstance(name, str) and name=='hessian': curvature = made('curvature', name, curvatures, method=hvp)
+        elif isinstance(name, str) and name=='ggn' and hvp in ('finite_difference','compiled'):
             raise ValueError(f"hvp={hvp!r} is for products with the Hessian: use hvp='reverse' or 'forward' with curvature='ggn'")
         else: curvature = made('curvature', name, curvatures, jvp=jvp)
         return made('estimator', estimator, estimators, curvature=curvature, probe=probe, n_samples=n_samples)
@@ -631,7 +700,7 @@ def made_schedule(
     if update_each!=1: raise ValueError(f"budget chooses update_each: give one of them, got {budget=}, {update_each=}")
     return budget.on(hessian_bs) if isinstance(budget, Budget) else Budget(budget, hessian_bs=hessian_bs, dense=dense)
 
-# %% ../nbs/15_optimizer.ipynb #9106b908
+# %% ../nbs/15_optimizer.ipynb #0c38790d
 def check_together(
     estimator, # What makes the estimates
     signed:bool, # Is the average one of signed diagonals?
@@ -650,7 +719,7 @@ class AdaHessianWrapper(CurvatureOptimizer):
     "Wrap `opt` so that its steppers receive an estimate of the Hessian's diagonal, with flat keywords"
     def __init__(self,
         opt:Optimizer, # `Optimizer` to wrap, usually from `AdaHessian`
-        block_length:int=32, # Entries averaged together in a 2-D parameter; 1 for none
+        block_length=32, # Entries averaged together in a matrix; 1 for none, 'row', or a dict by rank: see `check_block_length`
         n_acc:int=1, # Batches accumulated before each step
         estimator='hutchinson', # 'hutchinson', 'control_variate', 'gnb', or an object such as `GNB(n_samples=2)`
         curvature=None, # 'hessian' (default) or 'ggn', or an object such as `Hessian('auto')`
@@ -667,6 +736,6 @@ class AdaHessianWrapper(CurvatureOptimizer):
         if signed_blocks is None: signed_blocks = signed or debiased
         est = made_estimator(estimator, curvature, hvp, probe, n_samples)
         check_together(est, signed, signed_blocks, debiased)
-        check_count('block_length', block_length)
+        check_block_length(block_length)
         smooth = partial(average_diag, block_length=block_length, signed=signed_blocks, average_kernels=average_kernels)
         super().__init__(opt, est, made_schedule(**schedule), smooth, n_acc, debiased, perturb)

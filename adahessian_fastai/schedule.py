@@ -15,7 +15,7 @@ from collections import defaultdict
 import torch
 from .hvp import check_count
 from .learner import cross_rank_mean
-from .batch import n_rows
+from .batch import n_rows,plain_number
 
 # %% ../nbs/13_schedule.ipynb #dc029340
 def _is_pair(o): return isinstance(o, (tuple,list)) and len(o)==2
@@ -47,8 +47,9 @@ def check_rows(
     budget=None, # What chooses in the case of 'auto'
 ):
     "Raise an error for what is no part of a batch"
-    if hessian_bs=='auto' and budget is None: raise ValueError(f"hessian_bs='auto' is chosen by a budget: give budget=0.25, say, or a fraction as hessian_bs, got {budget=}")
-    if hessian_bs is None or hessian_bs=='auto': return
+    auto = isinstance(hessian_bs, str) and hessian_bs=='auto'
+    if auto and budget is None: raise ValueError(f"hessian_bs='auto' is chosen by a budget: give budget=0.25, say, or a fraction as hessian_bs, got {budget=}")
+    if hessian_bs is None or auto: return
     n,part = hessian_bs if _is_pair(hessian_bs) else (1,hessian_bs)
     try: check_count('hessian_bs', n)
     except ValueError: raise ValueError(f"a pair hessian_bs must begin with a whole number of steps >= 1, got {hessian_bs=}") from None
@@ -98,6 +99,7 @@ class Budget(Every):
         dense:int=0, # So many steps at the start have an estimate each
         least_seconds:float=0.2, # Steps are looked at until they add up to this
     ):
+        overhead = plain_number(overhead)
         if isinstance(overhead, bool) or not isinstance(overhead, (int,float)) or not 0<overhead<=10:
             raise ValueError(f"budget must be a number in (0,10], such as 0.25 for a quarter, got budget={overhead!r}")
         self.overhead,self.n_measured,self.clock,self.least_seconds = overhead,n_measured,clock,least_seconds
@@ -108,7 +110,7 @@ class Budget(Every):
         hessian_bs, # As for `Every`, or 'auto'
     )->'Budget': # Itself
         "Take estimates on this part of the batch"
-        self.auto = hessian_bs=='auto'
+        self.auto = isinstance(hessian_bs, str) and hessian_bs=='auto'
         n = (self.n_measured or (18 if self.auto else 12)) + self.dense
         super().__init__((n,2), None if self.auto else hessian_bs, self.dense)
         self.last_measured,self.hessian_bs = n,hessian_bs
@@ -180,5 +182,10 @@ class Budget(Every):
 
     def state_dict(self): return dict(update_each=self.update_each, hessian_bs=self.hessian_bs, done=self.done)
     def load_state_dict(self, sd):
+        "Go on from `sd`; measure anew where it is of another schedule"
+        if not {'update_each','hessian_bs','done'}<=set(sd): return
+        check_period(sd['update_each'])
+        check_rows(sd['hessian_bs'], self.overhead)
+        if not isinstance(sd['done'], bool): raise ValueError(f"done must be True or False, got done={sd['done']!r}")
         self.update_each,self.done = sd['update_each'],sd['done']
         if self.auto: self.hessian_bs = sd['hessian_bs']

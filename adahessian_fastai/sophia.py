@@ -14,7 +14,7 @@ from typing import Literal
 
 from .steppers import average_diag_hessian,denominator,sophia_step
 from .optimizer import AdaHessianWrapper
-from .adahessian import check_hypers,check_names,plain_params
+from .adahessian import check_names,made_steppers
 
 # %% ../nbs/17_sophia.ipynb #3bd3487b
 def Sophia(
@@ -27,13 +27,13 @@ def Sophia(
     eps:float=1e-12, # Least denominator
 )->Optimizer: # Raises `ValueError` for a value outside its range
     "An `Optimizer` of Sophia's steppers, to be wrapped by `AdaHessianWrapper`"
-    hypers = check_hypers(lr=lr, mom=mom, sqr_mom=sqr_mom, rho=rho, wd=wd, eps=eps)
-    return Optimizer(plain_params(params), [weight_decay, partial(average_grad, dampening=True), average_diag_hessian, sophia_step], **hypers)
+    cbs = [weight_decay, partial(average_grad, dampening=True), average_diag_hessian, sophia_step]
+    return made_steppers(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, rho=rho, wd=wd, eps=eps)
 
 # %% ../nbs/17_sophia.ipynb #59deeb8e
 def sophia(
     params:Tensor|Iterable, # Model parameters, or lists of them as groups
-    lr:float|slice=1e-4, # Learning rate, η: the largest step of an entry
+    lr:float|slice=1e-3, # Learning rate, η: the largest step of an entry
     mom:float=0.965, # Gradient moving average's weight of the past, β₁
     sqr_mom:float=0.99, # Diagonal's moving average's weight of the past, β₂
     rho:float=0.04, # Weight of the curvature, ρ (γ in the paper); see `win_rate`
@@ -58,7 +58,7 @@ def sophia(
     check_names('sophia', others)
     opt = AdaHessianWrapper(Sophia(params, lr, mom, sqr_mom, rho, wd, eps), block_length, n_acc, estimator, curvature, hvp, probe, n_samples,
         average_kernels=average_kernels, update_each=update_each, hessian_bs=hessian_bs, dense=dense, when=when)
-    opt.default_lr = 1e-4
+    opt.default_lr = 1e-3
     return opt
 
 # %% ../nbs/17_sophia.ipynb #7bd71bbe
