@@ -1,6 +1,7 @@
 """Curvature of any Learner: products, and a callback that watches a training run
 
-Nothing in this module asks for a special optimizer. `CurvatureRecorder` measures the curvature of the training loss while Adam, SGD or AdaHessian
+Nothing in this module asks for a special optimizer. `CurvatureRecorder` measures the curvature of the training loss while Adam, SGD or
+AdaHessian
 train, and leaves no trace in the run: weights, buffers, random numbers and the optimizer's state are bit for bit what they are without it.
 `learn.curvature_product()` is the product `v -> Hv` for everything else."""
 
@@ -45,7 +46,7 @@ def has_shards(
     learn:Learner, # Any Learner
     opt, # Its optimizer
 )->bool:
-    "Does some process hold only a part of a parameter? FSDP's modules hide that between a forward and a backward pass, the optimizer does not"
+    "Does some process hold only a part of a parameter, as the model or its optimizer knows?"
     return is_sharded(learn.model) or any(isinstance(p, DTensor) for ps in opt.param_lists for p in ps)
 
 def learner_params(
@@ -53,7 +54,9 @@ def learner_params(
 )->list:
     "What `learn` trains"
     with optimizer_of(learn) as opt: ps,shards = trainable_params(opt),has_shards(learn, opt)
-    if shards: raise ValueError(f"the parameters of this {type(learn.model).__name__} are sharded over processes: look at the curvature of a whole model")
+    if shards:
+        raise ValueError(f"the parameters of this {type(learn.model).__name__} are sharded over processes: look at the curvature of a "
+            f"whole model")
     if not ps: raise ValueError("the model has no parameter that requires a gradient: call `learn.unfreeze()`")
     return ps
 
