@@ -8,7 +8,7 @@ Modules:
 - `adahessian_fastai.cg`: Solve with a curvature product: preconditioned CG, stopping rules, backtracking, line search, damping, the inverse times a gradient
 - `adahessian_fastai.compare`: Train the same problem with several optimizers and see what each reaches, how fast, and in how much memory
 - `adahessian_fastai.curvature`: Which matrix, which way to its products, and which networks allow it
-- `adahessian_fastai.diagnostics`: Curvature of any Learner: a callback that watches a training run, a table for each layer, and a learning rate with its reasons
+- `adahessian_fastai.diagnostics`: Curvature of any Learner: products, and a callback that watches a training run
 - `adahessian_fastai.estimators`: How a diagonal is estimated: random probes, a control variate, sampled labels
 - `adahessian_fastai.ggn`: Products of a vector with the generalized Gauss-Newton matrix, with everything cached that does not depend on the vector
 - `adahessian_fastai.hessian_free`: `opt_func=hessian_free`: Newton-type steps by conjugate gradients, for full batches and large ones
@@ -23,6 +23,7 @@ Modules:
 - `adahessian_fastai.schedule`: When an estimate is taken, and on how much of the batch
 - `adahessian_fastai.sophia`: Momentum divided by a rarely estimated diagonal, with every entry of the step clipped at the learning rate
 - `adahessian_fastai.spectrum`: The Hessian written out, its extreme eigenvalues, its trace and the density of its spectrum, all from products
+- `adahessian_fastai.stability`: How large a learning rate may be for the optimizer at hand, and a table of the curvature of each layer
 - `adahessian_fastai.steppers`: What an optimizer does with an estimated diagonal, as fastai stats and steppers
 - `adahessian_fastai.toys`: Two dimensions, a known answer and a picture: Rosenbrock, Rastrigin and quadratics
 - `adahessian_fastai.translation`: English to German with 30 000 sentences, small enough for one processor: data, model, loss, decoding and scores"""

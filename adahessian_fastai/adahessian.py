@@ -119,10 +119,12 @@ def plain_params(
     "Refuse what are no parameters"
     params = params if isinstance(params, Tensor) else list(params) if isinstance(params, Iterable) and not isinstance(params, nn.Module) else [params]
     if any(isinstance(p, dict) for p in params):
-        raise ValueError("the parameters are groups in PyTorch's form: give `opt_func=adahessian` itself, without `OptimWrapper`, and in a plain loop lists of parameters")
+        raise ValueError("the parameters are groups in PyTorch's form: give `opt_func=adahessian` itself, without `OptimWrapper`, and "
+            "in a plain loop lists of parameters")
     flat = [p for o in params for p in (o if isinstance(o, (list,tuple,L)) else [o])]
     if odd := {type(p).__name__ for p in flat if not isinstance(p, Tensor)} or ({'nothing'} if not flat else None):
-        raise ValueError(f"params must be parameters, such as `model.parameters()`, or lists of them as groups, got {', '.join(sorted(odd))}")
+        raise ValueError(f"params must be parameters, such as `model.parameters()`, or lists of them as groups, got "
+            f"{', '.join(sorted(odd))}")
     check_real(flat)
     return params
 

@@ -19,7 +19,8 @@ from .adahessian import AdaHessian,adahessian,adahessian_paper  # chkstyle: igno
 from .sassha import m_sassha,sassha  # chkstyle: ignore
 from .hessian_free import HessianFree,hessian_free  # chkstyle: ignore
 from .sophia import Sophia,sophia,win_rate  # chkstyle: ignore
-from .diagnostics import CurvatureRecorder,SuggestedLR,curvature_stats,overestimate,own_diagonal,plot_noise  # chkstyle: ignore
+from .diagnostics import CurvatureRecorder,curvature_stats,edge_of_stability,overestimate,own_diagonal,plot_noise  # chkstyle: ignore
+from .stability import Stability,trained_lr  # chkstyle: ignore
 from .compare import compare_optimizers,comparison_table,plot_comparison  # chkstyle: ignore
 from fastai.learner import Learner as _Learner
 from ._help import add_all_notes as _add_all_notes

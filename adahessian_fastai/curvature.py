@@ -607,6 +607,7 @@ class GaussNewton:
     def give_up(self, way, why):
         "Note that `way` fails, and say so unless it was only tried"
         self.failed[way] = why
+        self.costs.pop(way, None)
         if way!='linearize' or self.jvp==way: warnings.warn(f"Curvature products by {way!r} failed: {why.splitlines()[0]} The next way "
             f"is tried.", stacklevel=2)
 
@@ -625,11 +626,11 @@ def agreed_costs(
     costs:dict, # Pairs of seconds by way, of this process
     reduce, # `tensors -> tensors`: mean over the processes, in place
     like:Tensor, # On the device to communicate from
-)->dict:
+)->dict: # Of the ways that all processes have measured
     "Means of `costs` over all processes, which so make the same choice"
-    if reduce is noop or not costs: return costs
-    t, = reduce([torch.tensor([costs[k] for k in sorted(costs)], device=like.device)])
-    return dict(zip(sorted(costs), t.tolist()))
+    if reduce is noop: return costs
+    t, = reduce([torch.tensor([costs.get(k, (math.nan,math.nan)) for k in jvp_ways], device=like.device)])
+    return {k: tuple(c) for k,c in zip(jvp_ways, t.tolist()) if math.isfinite(sum(c))}
 
 def evaluated(p):
     "Another evaluation of `p`, with its outputs"
@@ -672,5 +673,6 @@ def way_product(
         error = adjoint_error(J, zs, params)
         if not error<=max_adjoint_error['half' if half else 'full']: return f"it is off by {error:.2g} from the transposed product."
         gn.trusted.add(way)
-    ways = gn.ways(mean.problems[0].model, n_products or gn.n_products, agreed_costs(gn.costs, mean.reduce, params[0]))
+    costs = agreed_costs(gn.costs, mean.reduce, params[0]) if gn.jvp=='auto' else {}
+    ways = gn.ways(mean.problems[0].model, n_products or gn.n_products, costs)
     return FirstThatWorks(ways, build, check, gn.give_up, mean.reduce)
