@@ -9,7 +9,7 @@ from fastai.callback.core import Callback
 from torch import nn
 from helpers_learner import data,fit,learner,mlp,state_of
 from test_resume import SPOILT,SPOILT_PENDING,spoil
-from test_threads import OPTS,interrupts
+from test_threads import SURE,interrupts
 from variants import variants
 
 python = [sys.executable, '-W', 'ignore', __file__]
@@ -148,7 +148,7 @@ def main(short):
         say(f'SIGKILLs in {len(names)} variants; runs that ended', f'{kills}; {ends}', other)
         say('files cut off anywhere', *cut_files(d, 20 if short else 200))
         say('states with a spoilt entry', *spoilt_states(d))
-        n = len(OPTS)*(1 if short else 20)
+        n = len(SURE)*(1 if short else 20)
         say('interrupts at random lines', n, [f'{k}: {v}' for k,v in interrupts(n, seed=2).items()])
         grown = memory(d, ['default'] if short else KILLED, 400 if short else 2000)
         say(f'steps whose memory was watched, {len(grown)} variants', 200 if short else 1000, [f'{k} {v:.1f} MB' for k,v in grown.items() if v>5])
