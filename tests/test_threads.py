@@ -184,7 +184,7 @@ def test_an_interrupt_while_dual_numbers_begin():
     learn.opt_func = partial(adahessian, curvature='ggn', hvp='forward', probe=broken)
     learn.create_opt()
     before = switches()
-    with pytest.raises(KeyboardInterrupt): loop(learn, 3)
-    after = switches()
+    with pytest.raises(KeyboardInterrupt) as held: loop(learn, 3)
+    after = held and switches() # A notebook too keeps the traceback
     put_back()
     assert after==before
