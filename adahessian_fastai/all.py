@@ -1,12 +1,12 @@
 "Everything a notebook needs: `from adahessian_fastai.all import *`. What only other modules need is left in its own"
-from .hvp import difference_product,flat,gradient,graph_product,hessian_product,hvp_methods,unflat  # chkstyle: ignore
+from .hvp import check_symmetric,difference_error,difference_product,flat,gradient,graph_product,hessian_product,hvp_methods  # chkstyle: ignore
+from .hvp import real_parameters,substituted,unflat  # chkstyle: ignore
 from .hutchinson import *
 from .averaging import *
 from .spectrum import *
 from .cg import *
 from .toys import *
 from .ggn import best_jvp,dual_jvp,fisher_diagonal,fresh_ggn_product,ggn_product,linear_jvp,loss_hessian,model_forward,reverse_jvp  # chkstyle: ignore
-from .inverse import *
 from .losses import Rule,gnb_samples,known_hessian,label_noise,losses  # chkstyle: ignore
 from .problem import MeanProblem,Problem  # chkstyle: ignore
 from .curvature import GaussNewton,Hessian,twice_differentiable  # chkstyle: ignore
@@ -14,9 +14,15 @@ from .estimators import ControlVariate,Estimate,GNB,Hutchinson  # chkstyle: igno
 from .batch import LearnerProblem  # chkstyle: ignore
 from .schedule import Budget,Every  # chkstyle: ignore
 from .steppers import adahessian_step,average_diag_hessian,average_sqr_diag_hessian,denominator,sophia_step  # chkstyle: ignore
-from .optimizer import AdaHessianWrapper,CurvatureOptimizer  # chkstyle: ignore
-from .adahessian import AdaHessian,adahessian  # chkstyle: ignore
+from .optimizer import AdaHessianWrapper,CurvatureOptimizer,Perturbation,perturbed  # chkstyle: ignore
+from .adahessian import AdaHessian,adahessian,adahessian_paper  # chkstyle: ignore
+from .sassha import m_sassha,sassha  # chkstyle: ignore
 from .hessian_free import HessianFree,hessian_free  # chkstyle: ignore
 from .sophia import Sophia,sophia,win_rate  # chkstyle: ignore
-from .diagnostics import CurvatureRecorder,SuggestedLR,curvature_stats,overestimate,own_diagonal,plot_noise  # chkstyle: ignore
+from .diagnostics import CurvatureRecorder,curvature_stats,edge_of_stability,overestimate,own_diagonal,plot_noise  # chkstyle: ignore
+from .stability import Stability,trained_lr  # chkstyle: ignore
 from .compare import compare_optimizers,comparison_table,plot_comparison  # chkstyle: ignore
+from fastai.learner import Learner as _Learner
+from ._help import add_all_notes as _add_all_notes
+
+_add_all_notes(globals(), _Learner) # Help shows what stands beside each parameter

@@ -1,8 +1,8 @@
-r"""Solve with a curvature product: preconditioned CG, its stopping rules, backtracking, line search, damping
+r"""Solve with a curvature product: preconditioned CG, stopping rules, backtracking, line search, damping, the inverse times a gradient
 
 A Newton-type step is the minimiser of the quadratic model $m(x) = \tfrac12 x^\top A x - b^\top x$ with $b=-\nabla f$ and
-$A = B + \lambda I$, where $B$ is the Hessian or the Gauss-Newton matrix. $A$ is never formed: everything in this module sees a callable
-`A(v)` on flat vectors and can be tried on a 3×3 matrix. The parts are those of Hessian-free optimization: Martens, *Deep learning via
+$A = B + \lambda I$, where $B$ is the Hessian or the Gauss-Newton matrix. $A$ is never formed: everything in this module sees a product
+and can be tried on a 3×3 matrix. The parts are those of Hessian-free optimization: Martens, *Deep learning via
 Hessian-free optimization*, ICML 2010 (below [1]), with the details of Martens & Sutskever, *Training deep and recurrent networks with
 Hessian-free optimization*, 2012 (below [2])."""
 
@@ -10,14 +10,14 @@ Hessian-free optimization*, 2012 (below [2])."""
 
 # %% auto #0
 __all__ = ['flat_product', 'martens_stop', 'grid_iterations', 'cg_steps', 'CGResult', 'cg', 'diag_preconditioner', 'backtrack',
-           'armijo', 'reduction_ratio', 'lm_damping']
+           'armijo', 'reduction_ratio', 'check_damping_rule', 'lm_damping', 'Solution', 'solve']
 
 # %% ../nbs/04_cg.ipynb #c5fd5af1
 import math, torch
 from torch import Tensor
 from typing import NamedTuple
 from fastcore.basics import ifnone, noop
-from .hvp import flat, unflat
+from .hvp import check_count, check_number, flat, unflat
 
 # %% ../nbs/04_cg.ipynb #f9d40d6f
 def flat_product(
@@ -48,13 +48,14 @@ def martens_stop(
 
 # %% ../nbs/04_cg.ipynb #5a405aea
 def grid_iterations(
-    max_iter:int, # Last iteration that may happen
+    max_iter:int, # Last iteration that may happen; `math.inf` for no limit
     base:float=1.3 # γ > 1, ratio of neighbours; raises `ValueError` if not
-)->list: # Increasing, from 0
+)->list: # Increasing, from 0; without a limit up to 2⁵³
     "Iterations whose iterate is kept for backtracking"
-    if base<=1: raise ValueError(f"the grid of kept iterates needs base > 1, got {base=}")
-    js = range(math.ceil(math.log(max_iter+1, base))+1)
-    return sorted({i for j in js if (i := math.ceil(base**j)-1) <= max_iter})
+    if check_number('base', base)<=1: raise ValueError(f"the grid of kept iterates needs base > 1, got {base=}")
+    last = min(max_iter, 2**53)
+    js = range(math.ceil(math.log(last+1, base))+1)
+    return sorted({i for j in js if (i := math.ceil(base**j)-1) <= last})
 
 # %% ../nbs/04_cg.ipynb #347dcfe7
 def _cg_length(ry, pAp, alive, first, neg_curv):
@@ -119,20 +120,22 @@ def cg(
     b:Tensor, # Right-hand side, flat
     x0:Tensor=None, # Start; zeros by default
     M=noop, # Preconditioner `v -> Mv`, an approximate inverse of `A`
-    max_iter:int=None, # Iteration cap; by default the size of `b`; raises `ValueError` below 1
-    tol:float=1e-5, # Stop at `‖b-Ax‖ <= max(tol*‖b‖, atol)`
-    atol:float=0., # Absolute tolerance
+    max_iter:int=None, # Iteration cap; by default the size of `b`, `math.inf` for none; raises `ValueError` below 1
+    tol:float=1e-5, # Stop at `‖b-Ax‖ <= max(tol*‖b‖, atol)`; raises `ValueError` below 0
+    atol:float=0., # Absolute tolerance; raises `ValueError` below 0
     eps:float=5e-4, # ε of `martens_stop`; 0 or None switches that rule off
     grid:float=1.3, # Base of the grid of kept iterates; None keeps only the last
     keep:int=None, # Keep at most this many iterates of the grid, the latest; None keeps all
     neg_curv:str='stop', # Where `pᵀAp <= 0`: 'stop' or 'abs'; raises `ValueError` for others
-    check_every:int=None, # Iterations between two looks of the host
+    check_every:int=None, # Iterations between two looks of the host; raises `ValueError` below 1
     progress=noop # Called with `(iteration, m, ‖r‖)` at each look
 )->CGResult:
     "Minimise `m(x) = ½xᵀAx - bᵀx` by preconditioned conjugate gradients"
     if neg_curv not in ('stop','abs'): raise ValueError(f"neg_curv must be 'stop' or 'abs', got {neg_curv=}")
-    max_iter,every = ifnone(max_iter, b.numel()), ifnone(check_every, 1 if b.device.type=='cpu' else 5)
-    if min(max_iter, every)<1: raise ValueError(f"max_iter and check_every must be >= 1, got {max_iter=} {check_every=}")
+    for name,o in dict(tol=tol, atol=atol, eps=eps or 0, keep=keep or 0).items(): check_number(name, o, least=0)
+    max_iter = max_iter if max_iter==math.inf else check_count('max_iter', ifnone(max_iter, max(b.numel(), 1)))
+    every = check_count('check_every', ifnone(check_every, 1 if b.device.type=='cpu' else 5))
+    if x0 is not None and x0.shape!=b.shape: raise ValueError(f"x0 must be shaped like b, got {x0.shape=} for {b.shape=}")
     x,r = (torch.zeros_like(b), b.clone()) if x0 is None else (x0.clone(), b-A(x0))
     del x0
     marks,bound = grid_iterations(max_iter, grid) if grid else [], max(tol*b.norm().item(), atol)
@@ -179,15 +182,16 @@ def armijo(
     f, # `α -> f(θ + αs)`, a number
     f0:float, # `f(0)`
     slope:float, # `gᵀs`
-    alpha:float=1., # α₀, the first length tried
+    alpha:float=1., # α₀, the first length tried; raises `ValueError` unless above 0
     beta:float=0.8, # Shrinks the length; raises `ValueError` outside (0,1)
     c:float=1e-2, # Share of the linear decrease that is asked for; raises `ValueError` below 0
-    max_iter:int=20 # Lengths tried
+    max_iter:int=20 # Lengths tried; raises `ValueError` below 1
 )->tuple: # The length and `f` there; `(0., f0)` if none will do
     "First length of the geometric sequence that lowers `f` enough"
     if not 0<beta<1: raise ValueError(f"the line search shrinks by beta in (0,1), got {beta=}")
-    if c<0: raise ValueError(f"the line search asks for c >= 0 of the linear decrease, got {c=}")
-    for j in range(max_iter):
+    if not c>=0: raise ValueError(f"the line search asks for c >= 0 of the linear decrease, got {c=}")
+    if check_number('alpha', alpha)<=0: raise ValueError(f"the line search starts with alpha > 0, got {alpha=}")
+    for j in range(check_count('max_iter', max_iter)):
         a = alpha*beta**j
         f_a = f(a)
         if f_a <= f0 + c*a*min(slope, 0.): return a,f_a
@@ -202,8 +206,27 @@ def reduction_ratio(
     "Achieved over promised reduction"
     return (f1-f0)/m1 if m1<0 else math.nan
 
+# %% ../nbs/04_cg.ipynb #c2451a06
+def _pair(name, pair):
+    "`pair` as two numbers"
+    try: a,b = pair
+    except (TypeError,ValueError): raise ValueError(f"{name} must be two numbers, got {name}={pair!r}") from None
+    return [check_number(name, o) for o in (a,b)]
+
+def check_damping_rule(
+    lm_bounds:tuple=(1/4,3/4), # ρ below which the damping is raised, above which it is lowered; raises `ValueError` unless in this order
+    lm_factors:tuple=(3/2,2/3), # Factors to raise and to lower; raises `ValueError` unless the first is >= 1, the second in (0,1]
+    damping_bounds:tuple=(1e-10,1e10), # Limits of λ; raises `ValueError` unless 0 <= first <= second
+):
+    "Refuse settings of `lm_damping` that make no sense"
+    pairs = dict(lm_bounds=lm_bounds, lm_factors=lm_factors, damping_bounds=damping_bounds)
+    (lower,upper),(up,down),(least,most) = [_pair(*o) for o in pairs.items()]
+    if lower>upper: raise ValueError(f"lm_bounds must not fall, got {lm_bounds=}")
+    if not (up>=1 and 0<down<=1): raise ValueError(f"lm_factors must be one >= 1 and one in (0,1], got {lm_factors=}")
+    if not 0<=least<=most: raise ValueError(f"damping_bounds must be >= 0 and not fall, got {damping_bounds=}")
+
 def lm_damping(
-    damping:float, # λ
+    damping:float, # λ; raises `ValueError` below 0
     rho:float, # ρ of `reduction_ratio`
     lower:float=1/4, # Below this the damping is raised
     upper:float=3/4, # Above this the damping is lowered
@@ -212,5 +235,34 @@ def lm_damping(
     bounds:tuple=(1e-10,1e10) # Limits of the result
 )->float: # The next λ
     "Levenberg-Marquardt rule"
+    check_number('damping', damping, least=0)
+    check_damping_rule((lower,upper), (up,down), bounds)
     factor = up if not rho>=lower or math.isinf(rho) else down if rho>upper else 1.
     return min(max(damping*factor, bounds[0]), bounds[1])
+
+# %% ../nbs/04_cg.ipynb #a38dc4a9
+class Solution(NamedTuple):
+    "What `solve` found"
+    x: list          # Tensors shaped like `b`
+    residual: float  # `‖(H+λI)x-b‖/‖b‖`, measured with a product of its own
+    reason: str      # Why conjugate gradients stopped: 'tolerance', 'max_iter', or 'divergence' where a product was not finite
+    n_products: int  # Products taken
+
+def solve(
+    product, # `v -> Hv` on lists of tensors shaped like `b`
+    b:list, # Right-hand side, for instance the gradient
+    damping:float=0., # λ; raises `ValueError` when `H+λI` turns out not to be positive definite
+    tol:float=1e-5, # Wanted residual, relative to the length of `b`; raises `ValueError` below 0
+    max_iter:int=100, # Most iterations, of one product each; `None` for the size of `b`, `math.inf` for no limit
+)->Solution:
+    "The `x` with `(H+λI)x = b` by conjugate gradients"
+    rhs,count,lam = flat(b),0,check_number('damping', damping)
+    def apply(v):
+        nonlocal count
+        count += 1
+        return flat(product(unflat(v, b))) + lam*v
+    res = cg(apply, rhs, max_iter=max_iter, tol=tol, eps=None, grid=None)
+    if res.neg_curv:
+        raise ValueError(f"H + damping*I is not positive definite, got {damping=}: use more than -λ_min, see `extreme_eigenvalues`")
+    left = (apply(res.x)-rhs).norm()/rhs.norm().clamp_min(torch.finfo(rhs.dtype).tiny)
+    return Solution(unflat(res.x, b), left.item(), res.reason, count)

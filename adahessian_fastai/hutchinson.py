@@ -13,6 +13,7 @@ __all__ = ['probes', 'rademacher_like', 'gaussian_like', 'get_probe', 'draw_like
 import math,torch
 from functools import cache
 from torch import Tensor
+from .hvp import check_count,check_real
 
 # %% ../nbs/01_hutchinson.ipynb #b6decdbb
 @cache
@@ -54,31 +55,38 @@ def draw_like(
     generator:torch.Generator=None, # Handed to `draw`
 )->list: # A probe for each of `params`
     "Probes like `params`"
-    if not getattr(draw, 'flat', False) or len({(p.dtype,p.device) for p in params})!=1: return [draw(p, generator) for p in params]
-    z = draw(params[0].new_empty(sum(p.numel() for p in params)), generator)
-    return [o.view(p.shape) for o,p in zip(z.split([p.numel() for p in params]), params)]
+    if getattr(draw, 'flat', False) and len({(p.dtype,p.device) for p in params})==1:
+        z = draw(params[0].new_empty(sum(p.numel() for p in params)), generator)
+        return [o.view(p.shape) for o,p in zip(z.split([p.numel() for p in params]), params)]
+    zs = [draw(p, generator) for p in params]
+    wrong = [(tuple(z.shape),tuple(p.shape)) for z,p in zip(zs, params) if z.shape!=p.shape]
+    if wrong: raise ValueError(f"probe must give a tensor like the parameter, got one of shape {wrong[0][0]} for {wrong[0][1]}")
+    return zs
 
 # %% ../nbs/01_hutchinson.ipynb #6f63bac3
 def hutchinson_samples(
     product, # `v -> Hv` on lists of tensors shaped like `params`
     params:list, # Tensors that give the shapes
-    n_samples:int=1, # Number of probes
+    n_samples:int=1, # Number of probes; raises `ValueError` below 1
     probe='rademacher', # Name or callable, see `get_probe`
     generator:torch.Generator=None, # Randomness of the probes
 ): # Yields `n_samples` lists of tensors
     "Single-probe estimates `z ⊙ Hz` of the diagonal, one list for each probe"
+    check_real(params)
     draw = get_probe(probe)
-    for _ in range(n_samples):
+    def sample():
         zs = draw_like(params, draw, generator)
-        yield [z.mul(hz) for z,hz in zip(zs, product(zs))]
+        return [z.mul(hz) for z,hz in zip(zs, product(zs), strict=True)]
+    return (sample() for _ in range(check_count('n_samples', n_samples)))
 
 # %% ../nbs/01_hutchinson.ipynb #8f6fb67b
 def sample_mean(
     samples, # Yields lists of tensors, which may be changed in place
-)->list: # One tensor for each in a list
+)->list: # One tensor for each in a list; raises `ValueError` for no samples
     "Mean of the lists that `samples` yields"
     samples = iter(samples)
-    total,n = next(samples),1
+    total,n = next(samples, None),1
+    if total is None: raise ValueError("a mean needs at least one sample, got none")
     for s in samples: total,n = [t.add_(o) for t,o in zip(total, s)],n+1
     return total if n==1 else [t.div_(n) for t in total]
 
@@ -86,7 +94,7 @@ def sample_mean(
 def hutchinson_diag(
     product, # `v -> Hv` on lists of tensors shaped like `params`
     params:list, # Tensors that give the shapes
-    n_samples:int=1, # Number of probes; the standard error falls with its square root
+    n_samples:int=1, # Number of probes; the standard error falls with its square root. Raises `ValueError` below 1
     probe='rademacher', # Name or callable, see `get_probe`
     generator:torch.Generator=None, # Randomness of the probes
 )->list: # One tensor for each of `params`
@@ -97,27 +105,30 @@ def hutchinson_diag(
 def hutchinson_trace(
     product, # `v -> Hv` on lists of tensors shaped like `params`
     params:list, # Tensors that give the shapes
-    n_samples:int=1, # Number of probes
+    n_samples:int=1, # Number of probes; raises `ValueError` below 1
     probe='rademacher', # Name or callable, see `get_probe`
     generator:torch.Generator=None, # Randomness of the probes
 )->tuple: # The estimate and its standard error, as floats
     "Unbiased estimate of the trace of the matrix behind `product`, with its standard error"
     samples = hutchinson_samples(product, params, n_samples, probe, generator)
-    ts = torch.stack([sum(o.sum(dtype=torch.double) for o in s) for s in samples])
-    return ts.mean().item(), (ts.std()/math.sqrt(n_samples)).item() if n_samples>1 else math.inf
+    ts = torch.stack([torch.stack([o.sum(dtype=torch.double) for o in s]).sum() for s in samples])
+    return ts.mean().item(), (ts.std()/math.sqrt(len(ts))).item() if len(ts)>1 else math.inf
 
 # %% ../nbs/01_hutchinson.ipynb #e8b8a21f
 def control_variate_samples(
     product, # `v -> Hv` on lists of tensors shaped like `params`
     params:list, # Tensors that give the shapes
-    center:list, # Guess of the diagonal, c; shaped like `params`
-    n_samples:int=1, # Number of probes
+    center:list, # Guess of the diagonal, c; raises `ValueError` unless it is shaped like `params`
+    n_samples:int=1, # Number of probes; raises `ValueError` below 1
     probe='gaussian', # Name or callable, see `get_probe`
     generator:torch.Generator=None, # Randomness of the probes
 ): # Yields `n_samples` lists of tensors
     "Single-probe estimates `z ⊙ (H - diag(c))z + c` of the diagonal, one list for each probe"
+    shapes = [[tuple(o.shape) for o in ts] for ts in (center, params)]
+    if shapes[0]!=shapes[1]: raise ValueError(f"center must be shaped like params, got {shapes[0]} for {shapes[1]}")
     rest = lambda v: [h.addcmul(c, o, value=-1) for h,c,o in zip(product(v), center, v)]
-    for s in hutchinson_samples(rest, params, n_samples, probe, generator): yield [o.add_(c) for o,c in zip(s, center)]
+    samples = hutchinson_samples(rest, params, n_samples, probe, generator)
+    return ([o.add_(c) for o,c in zip(s, center)] for s in samples)
 
 # %% ../nbs/01_hutchinson.ipynb #a9bcf549
 def mean_and_noise(

@@ -7,13 +7,13 @@ A *product* is a callable `v -> Hv`. `v` and `Hv` are lists of tensors shaped li
 
 # %% auto #0
 __all__ = ['substitutes', 'dual_substitutes', 'hvp_methods', 'check_real', 'AsComplex', 'real_parameters', 'flat', 'unflat',
-           'check_count', 'gradient', 'graph_nodes', 'check_twice', 'check_checkpoints', 'hooks_disabled',
-           'graph_product', 'Substituted', 'substituted', 'zero_tangents', 'dual_numbers', 'dual_backward',
-           'dual_gradient', 'total_norm', 'step_size', 'moved', 'difference_product', 'difference_error',
-           'hessian_product', 'asymmetry', 'check_symmetric']
+           'check_count', 'check_number', 'gradient', 'graph_nodes', 'check_twice', 'check_checkpoints',
+           'hooks_disabled', 'graph_product', 'Substituted', 'substituted', 'zero_tangents', 'dual_numbers',
+           'dual_backward', 'dual_gradient', 'total_norm', 'step_size', 'moved', 'difference_product',
+           'difference_error', 'hessian_product', 'asymmetry', 'check_symmetric']
 
 # %% ../nbs/00_hvp.ipynb #23113829
-import operator,re
+import math,operator,re
 from contextlib import contextmanager
 
 import torch, torch.nn.functional as F, torch.autograd.forward_ad as fwAD
@@ -47,9 +47,11 @@ def real_parameters(
 
 # %% ../nbs/00_hvp.ipynb #9394b316
 def flat(
-    ts:list, # Tensors of any shapes, on one device
-)->Tensor: # One vector, row-major; half precision becomes single, and complex numbers raise `ValueError`
+    ts:list, # Tensors of any shapes, at least one, on one device; raises `ValueError` for complex ones
+)->Tensor: # One vector, row-major; half precision becomes single
     "All entries of `ts` as one vector"
+    ts = list(ts)
+    if not ts: raise ValueError("a vector is made of at least one tensor, got none")
     check_real(ts)
     v = torch.cat([t.detach().reshape(-1) for t in ts]).as_subclass(Tensor)
     return v.float() if v.dtype in (torch.half, torch.bfloat16) else v
@@ -61,7 +63,7 @@ def unflat(
     "The vector `v` cut into tensors shaped like `params`, the inverse of `flat`"
     return [o.view(p.shape).to(p.dtype) for o,p in zip(v.split([p.numel() for p in params]), params, strict=True)]
 
-# %% ../nbs/00_hvp.ipynb #3e10cd00
+# %% ../nbs/00_hvp.ipynb #e68e8010
 def check_count(
     name:str, # Of the argument, for the error
     n, # Its value; raises `ValueError` unless it is a whole number of at least `least`
@@ -73,6 +75,20 @@ def check_count(
     except TypeError: k = None
     if k is None or k<least: raise ValueError(f"{name} must be a whole number >= {least}, got {name}={n!r}")
     return k
+
+def check_number(
+    name:str, # Of the argument, for the error
+    x, # Its value; raises `ValueError` unless it is a finite number from `least` to `most`
+    least:float=-math.inf, # Smallest value allowed
+    most:float=math.inf, # Largest value allowed
+)->float:
+    "`x` as a `float`"
+    is_bool = getattr(x, 'dtype', type(x)) in (bool, torch.bool)
+    try: v = math.nan if is_bool or isinstance(x, str) else float(x)
+    except (TypeError,ValueError,RuntimeError): v = math.nan
+    ends = ''.join(f' {sign} {end}' for sign,end in (('>=',least),('<=',most)) if math.isfinite(end))
+    if not (math.isfinite(v) and least<=v<=most): raise ValueError(f"{name} must be a number{ends}, got {name}={x!r}")
+    return v
 
 # %% ../nbs/00_hvp.ipynb #b1a28e31
 def gradient(
@@ -168,7 +184,7 @@ def _linear_cross_entropy(*args, options=None, **kwargs): return F.linear_cross_
 substitutes = {F.hardsigmoid: _hardsigmoid, torch._weight_norm: _weight_norm}
 if hasattr(F, 'linear_cross_entropy'): substitutes[F.linear_cross_entropy] = _linear_cross_entropy
 
-# %% ../nbs/00_hvp.ipynb #2ce8ae6c
+# %% ../nbs/00_hvp.ipynb #8e18d607
 def _in_checkpoint():
     "Does a checkpoint without reentrance record what is saved?"
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -193,7 +209,7 @@ def substituted():
     "Context in which functions without a right second derivative are computed from others, see `substitutes`"
     return Substituted(substitutes)
 
-# %% ../nbs/00_hvp.ipynb #a7de1126
+# %% ../nbs/00_hvp.ipynb #994b9d0f
 def _primal(o):
     "`o` without its tangent"
     dual = fwAD.unpack_dual(o) if isinstance(o, Tensor) else None
@@ -206,7 +222,7 @@ def zero_tangents(
     bare = lambda t: t.is_floating_point() and fwAD.unpack_dual(t).tangent is None
     return [fwAD.make_dual(t, torch.zeros_like(t)) if bare(t) else t for t in tensors]
 
-# %% ../nbs/00_hvp.ipynb #a5d23329
+# %% ../nbs/00_hvp.ipynb #d1916081
 def _mse_loss(input, target, *args, **kwargs): return F.mse_loss(*zero_tangents([input, target]), *args, **kwargs)
 
 def _huber_loss(input, target, reduction='mean', delta=1., weight=None):
@@ -220,7 +236,7 @@ def _soft_margin_loss(input, target, size_average=None, reduce=None, reduction='
 
 dual_substitutes = {**substitutes, F.mse_loss: _mse_loss, F.huber_loss: _huber_loss, F.soft_margin_loss: _soft_margin_loss}
 
-# %% ../nbs/00_hvp.ipynb #88ae0556
+# %% ../nbs/00_hvp.ipynb #37395075
 @contextmanager
 def dual_numbers(
     params:list, # Tensors, whose values stay as they are
@@ -233,7 +249,7 @@ def dual_numbers(
             for p,o in on: p.copy_(fwAD.make_dual(p.detach(), o.as_subclass(Tensor)))
         with Substituted(dual_substitutes, dual=True): yield
 
-# %% ../nbs/00_hvp.ipynb #ffc29c93
+# %% ../nbs/00_hvp.ipynb #e9e76569
 _graph_wanted = re.compile('(LinalgDet|LinalgSlogdet|LinalgSolveEx|Cumprod|Silu|Mish|NativeGroupNorm|Logit)Backward')
 
 def _forward_is_wrong(node):
@@ -254,7 +270,7 @@ def dual_backward(
         except NotImplementedError: pass
     return gradient(loss, params, create_graph=True)
 
-# %% ../nbs/00_hvp.ipynb #6c253e8f
+# %% ../nbs/00_hvp.ipynb #1b57d49b
 def dual_gradient(
     loss, # Callable `() -> scalar tensor` that evaluates the loss at the parameters' present values
     params:list, # Tensors to differentiate for
@@ -267,7 +283,7 @@ def dual_gradient(
         hs = [torch.zeros_like(p, requires_grad=False) if t is None else t for t,p in zip(tangents, params)]
         return [None if d is None else d.primal.detach() for d in duals],hs
 
-# %% ../nbs/00_hvp.ipynb #b0c26a84
+# %% ../nbs/00_hvp.ipynb #9e294c93
 def total_norm(
     tensors:list, # Tensors of any shapes; norms of half precision are summed in single
 )->Tensor: # A number, 0 for no tensors
@@ -321,7 +337,7 @@ def difference_product(
         return [torch.zeros_like(p) if a is None or b is None else a.sub(b).div_(apart) for a,b,p in zip(far, near, params)]
     return product
 
-# %% ../nbs/00_hvp.ipynb #f2136dfb
+# %% ../nbs/00_hvp.ipynb #a8964045
 def difference_error(
     loss, # Callable `() -> scalar tensor`, the same function each time
     params:list, # Tensors to differentiate for
@@ -356,7 +372,7 @@ def hessian_product(
     if method not in hvp_methods: raise ValueError(f"method must be one of {list(hvp_methods)}, got {method=}")
     return hvp_methods[method](loss, list(params))
 
-# %% ../nbs/00_hvp.ipynb #6929bd87
+# %% ../nbs/00_hvp.ipynb #a7a6085b
 def asymmetry(
     u:list, # Direction, random with unit variance
     v:list, # Another one, independent of `u`

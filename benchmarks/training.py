@@ -19,9 +19,10 @@ import pandas as pd,torch
 from fastai.vision.all import *
 
 from adahessian_fastai.adahessian import adahessian
-from adahessian_fastai.compare import best_runs,digits_cnn,study_table
+from adahessian_fastai.compare import digits_cnn
 from adahessian_fastai.sophia import sophia
 from adahessian_fastai.translation import bleu_chrf,numericalize_pair,sentence_pairs,translate,translation_dls,translation_learner
+from studies import best_runs,study_table
 
 RESULTS = Path(__file__).parent/'results'
 

@@ -11,7 +11,7 @@ from functools import partial
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from adahessian_fastai.all import adahessian
+from adahessian_fastai.all import adahessian_paper as adahessian
 from helpers_learner import HYPERS,Seeded,data,given,mlp
 from variants import variants
 

@@ -7,7 +7,7 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from functools import partial
 from torch import nn
-from adahessian_fastai.all import adahessian
+from adahessian_fastai.all import adahessian_paper as adahessian
 from twin import Twin
 
 # A dozen steps in float64: the same sums in another order

@@ -4,7 +4,7 @@ import pytest,torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation,GradientClip
-from adahessian_fastai.adahessian import adahessian
+from adahessian_fastai.adahessian import adahessian_paper as adahessian
 from helpers_learner import ROUNDING,Noted,data,distance,fit,given,learner,mlp,plain,split,state_of
 
 

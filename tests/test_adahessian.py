@@ -5,7 +5,7 @@ import pytest,torch
 import torch.nn.functional as F
 from fastai.basics import Callback,DataLoaders,Learner,nn,partial,set_seed
 import fastai.callback.all  # chkstyle: ignore
-from adahessian_fastai.all import adahessian
+from adahessian_fastai.all import adahessian_paper as adahessian
 from twin import Twin
 
 # 50 steps of a contracting map amplify the last bit of float64 (1e-16) by less than 1e4

@@ -5,7 +5,7 @@ import pytest,torch
 from fastai.basics import Callback,CrossEntropyLossFlat,DataLoaders,Learner,partial,set_seed
 from torch import nn
 
-from adahessian_fastai.adahessian import adahessian
+from adahessian_fastai.adahessian import adahessian_paper as adahessian
 from adahessian_fastai.schedule import Budget,check_period,is_due,rows_due
 
 class Clock:

@@ -11,7 +11,7 @@ from fastai.losses import CrossEntropyLossFlat,LabelSmoothingCrossEntropy
 from fastai.optimizer import Adam
 from functools import partial
 from torch import nn
-from adahessian_fastai.all import adahessian
+from adahessian_fastai.all import adahessian_paper as adahessian
 from helpers_learner import HYPERS,ROUNDING,Noted,convnet,data,distance,fit,given,learner,mlp,one_loss,plain,split,state_of
 from twin import Twin
 

@@ -1,10 +1,13 @@
 "Conjugate gradients and what surrounds it, against dense solutions in float64"
 import math, pytest, torch
+from torch import nn
 from adahessian_fastai.cg import *
-from adahessian_fastai.hvp import flat, unflat
+from adahessian_fastai.hvp import flat, hessian_product, unflat
+from adahessian_fastai.spectrum import dense_hessian, extreme_eigenvalues, hessian_times_gradient
 
 DRIFT = 5e-6    # the recursively updated residual may differ from `b - A@x` by this much
 EXACT = 1e-7    # one quadratic form computed in two orders, float64
+SOLVED = 1e-10  # asked of a solve in float64; the solution is then good to SOLVED times the condition number
 
 def problem(n, seed=0):
     "A random positive definite matrix, its condition far from 1, and a right-hand side"
@@ -189,3 +192,84 @@ def test_preconditioner_inverts_the_power_of_the_damped_diagonal():
 @pytest.mark.parametrize('kwargs', [dict(neg_curv='x'), dict(max_iter=0), dict(check_every=0), dict(grid=.5)])
 def test_wrong_settings_are_named(kwargs):
     with pytest.raises(ValueError, match=list(kwargs)[0] if 'grid' not in kwargs else 'base'): cg(lambda v: v, torch.ones(2), **kwargs)
+
+@pytest.mark.parametrize('kwargs', [dict(max_iter=True), dict(max_iter=1.5), dict(max_iter=math.nan), dict(tol=-1), dict(tol=math.nan),
+    dict(tol='x'), dict(atol=-1.), dict(atol=math.inf), dict(eps=-1.), dict(keep=-1), dict(check_every=True), dict(grid=math.nan),
+    dict(x0=torch.ones(3))])
+def test_settings_of_another_kind_are_named(kwargs):
+    name = 'base' if 'grid' in kwargs else list(kwargs)[0]
+    with pytest.raises(ValueError, match=name): cg(lambda v: v, torch.ones(2), **kwargs)
+
+def test_no_limit_lets_rounding_have_its_iterations():
+    "Twelve unknowns in single precision: the default cap of twelve is too low, and without one the tolerance is met"
+    d,b = torch.logspace(0, 4, 12),torch.ones(12)
+    capped,free = (cg(lambda v: d*v, b, max_iter=m, tol=1e-6, eps=None) for m in (None,math.inf))
+    assert (capped.reason,capped.n_iter)==('max_iter',12) and free.reason=='tolerance' and free.n_iter>12
+    assert (d*free.x-b).norm() <= 1e-5*b.norm()
+    assert list(free.iterates)[:6]==[0,1,2,3,4,6] and list(free.iterates)[-1]==free.n_iter
+
+def test_a_system_without_unknowns():
+    res = cg(lambda v: v, torch.zeros(0))
+    assert res.x.shape==(0,) and res.reason=='tolerance' and res.n_iter==0
+    assert solve(lambda v: v, [torch.zeros(0)]).x[0].shape==(0,)
+
+WRONG_RULES = [('lm_bounds', (.75,.25)), ('lm_bounds', (.25,)), ('lm_bounds', .25), ('lm_bounds', (math.nan,.75)), ('lm_bounds', ('a','b')),
+    ('lm_factors', (2/3,3/2)), ('lm_factors', (1.5,0.)), ('lm_factors', (1.5,-1.)), ('lm_factors', (1.5,2.)), ('lm_factors', (math.inf,.5)),
+    ('lm_factors', None), ('damping_bounds', (1.,0.)), ('damping_bounds', (-1.,1.)), ('damping_bounds', (0.,math.inf)),
+    ('damping_bounds', (True,2.))]
+
+@pytest.mark.parametrize('name,value', WRONG_RULES)
+def test_a_damping_rule_without_sense_is_named(name, value):
+    with pytest.raises(ValueError, match=name): check_damping_rule(**{name: value})
+    check_damping_rule()
+
+@pytest.mark.parametrize('kwargs,match', [(dict(lower=.8), 'lm_bounds'), (dict(up=.5), 'lm_factors'), (dict(down=0.), 'lm_factors'),
+    (dict(bounds=(2.,1.)), 'damping_bounds'), (dict(damping=-1.), 'damping'), (dict(damping=math.nan), 'damping')])
+def test_the_rule_checks_what_it_is_given(kwargs, match):
+    with pytest.raises(ValueError, match=match): lm_damping(**{'damping': 1., 'rho': .5, **kwargs})
+
+@pytest.mark.parametrize('kwargs', [dict(alpha=0.), dict(alpha=math.inf), dict(c=math.nan), dict(beta=math.nan),
+    dict(max_iter=0), dict(max_iter=True)])
+def test_a_line_search_without_sense_is_named(kwargs):
+    with pytest.raises(ValueError, match=list(kwargs)[0]): armijo(lambda a: a, 0., -1., **kwargs)
+
+@pytest.mark.parametrize('kwargs', [dict(damping=math.nan), dict(damping=math.inf), dict(damping='1'), dict(tol=-1.), dict(max_iter=0)])
+def test_arguments_of_solve_are_named(kwargs):
+    with pytest.raises(ValueError, match=list(kwargs)[0]): solve(lambda v: v, [torch.ones(2)], **kwargs)
+
+@pytest.fixture(scope='module')
+def net():
+    torch.manual_seed(0)
+    model,X,Y = nn.Sequential(nn.Linear(4,6), nn.Tanh(), nn.Linear(6,3)).double(),torch.randn(30,4).double(),torch.randint(0,3,(30,))
+    loss,params = (lambda: nn.functional.cross_entropy(model(X), Y)),list(model.parameters())
+    return loss,params,dense_hessian(loss, params)
+
+def test_newton_step_of_a_network(net):
+    loss,params,H = net
+    _,g = hessian_times_gradient(loss, params)
+    product = hessian_product(loss, params)
+    lam = -extreme_eigenvalues(product, params, which='smallest', generator=torch.Generator().manual_seed(0)).values[0].item()
+    assert lam > 0
+    sol = solve(product, g, damping=lam+.1, tol=SOLVED, max_iter=500)
+    exact = torch.linalg.solve(H+(lam+.1)*torch.eye(len(H)), flat(g))
+    assert torch.allclose(flat(sol.x), exact, atol=1e-7) and sol.reason=='tolerance' and sol.residual <= 10*SOLVED
+    assert [o.shape for o in sol.x]==[p.shape for p in params]
+
+def test_negative_curvature_is_refused(net):
+    loss,params,_ = net
+    _,g = hessian_times_gradient(loss, params)
+    with pytest.raises(ValueError, match='not positive definite, got damping=0.0'): solve(hessian_product(loss, params), g, max_iter=500)
+
+def test_count_residual_and_cap():
+    A,count = torch.diag(torch.logspace(-3, 0, 40, dtype=torch.double)),[0]
+    def product(v):
+        count[0] += 1
+        return [A@v[0]]
+    b = [torch.ones(40, dtype=torch.double)]
+    sol = solve(product, b, max_iter=5)
+    assert sol.reason=='max_iter' and sol.n_products==count[0]
+    assert abs(sol.residual-(A@sol.x[0]-b[0]).norm()/b[0].norm()) < 1e-12 and sol.residual > 1e-3
+
+def test_zero_right_hand_side():
+    sol = solve(lambda v: v, [torch.zeros(3)])
+    assert torch.equal(sol.x[0], torch.zeros(3)) and sol.residual==0

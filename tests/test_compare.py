@@ -1,12 +1,17 @@
-"The command line, as a user calls it"
-import subprocess,sys
+"The command line, as a user calls it, and the tables and pictures of comparisons"
+import math,os,subprocess,sys
+from pathlib import Path
 
-import pandas as pd,pytest
+import matplotlib,numpy as np,pandas as pd,pytest
+matplotlib.use('Agg')
 from PIL import Image
-from adahessian_fastai.compare import main
+from adahessian_fastai.compare import main,muted,parse_opts,plot_comparison,plot_rates
 
 
-def call(*args): return subprocess.run([sys.executable,'-m','adahessian_fastai',*args], capture_output=True, text=True)
+# The variables that keep PyTorch's profiler quiet come from the Makefile; nobody else has them
+LOUD = {k: v for k,v in os.environ.items() if not k.startswith(('KINETO','TORCH_CPP'))}
+
+def call(*args, env=None): return subprocess.run([sys.executable,'-m','adahessian_fastai',*args], capture_output=True, text=True, env=env)
 
 
 def test_exit_code_and_stream_of_the_command():
@@ -14,7 +19,9 @@ def test_exit_code_and_stream_of_the_command():
     assert (res.returncode,res.stdout)==(2,'') and res.stderr.count('\n')==1
 
 WRONG = {'a missing folder': dict(data='nowhere'), 'an unknown optimizer': dict(opts='adam,newton'), 'an unknown arch': dict(arch='resnet17'),
-    'no epochs': dict(epochs=0), 'a negative learning rate': dict(lr='-1'), 'no number': dict(lr='adam=much'), 'a file as out': dict(out=__file__),
+    'no epochs': dict(epochs=0), 'a negative learning rate': dict(lr='-1'),
+    'an argument that it lacks': dict(opts='adam,adahessian:betas=3'), 'a value out of range': dict(opts='adahessian:update_each=0'),
+    'a rate and a range': dict(lr='0.1', rates=3), 'no number': dict(lr='adam=much'), 'a file as out': dict(out=__file__),
     'an empty folder': dict(data='EMPTY')}
 
 @pytest.mark.parametrize('what', WRONG)
@@ -34,9 +41,87 @@ def test_a_folder_of_images_is_compared(tmp_path):
             folder.mkdir(parents=True)
             for i in range(6): Image.new('RGB', (20,20), (level+i,level,level-i)).save(folder/f'{i}.png')
     out = tmp_path/'res'
-    res = call('--data', str(tmp_path/'images'), '--arch','xresnet18','--size','16','--bs','4','--epochs','1','--opts','sgd,adahessian','--out',str(out))
+    res = call('--data', str(tmp_path/'images'), '--arch','xresnet18','--size','16','--bs','4','--epochs','1','--opts','sgd,adahessian','--out',str(out), env=LOUD)
     assert res.returncode==0, res.stderr
     assert {o.name for o in out.iterdir()}=={'compare.csv','runs.csv','compare.png'}
     table = pd.read_csv(out/'compare.csv')
     assert list(table.optimizer)==['sgd','adahessian'] and table.ratio[0]==1
     assert {'valid_loss','accuracy','s/epoch','peak MB'}<=set(table.columns) and table['peak MB'].min()>1
+    assert '\r' not in res.stdout and max(map(len, res.stdout.split('\n')[-8:-3]))<=80
+    assert not any(o in (res.stdout+res.stderr).lower() for o in ('profiler','kineto','gpugetdevice'))
+
+
+def test_variants_over_a_range_of_rates(tmp_path, capsys, monkeypatch):
+    "The default rate is one of the range, each line an epoch, and the picture marks what nobody gave"
+    monkeypatch.chdir(tmp_path)
+    name = 'adahessian:update_each=10,clip=3.,dense=2'
+    main(epochs=1, opts=f'adam,{name},sophia:lr=0.01', rates=3)
+    out = capsys.readouterr().out
+    runs = pd.read_csv('results/runs.csv')
+    assert runs.groupby('optimizer').lr.apply(list).to_dict()=={'adam': [.001,.01,.1], name: [.015,.15,1.5], 'sophia:lr=0.01': [.001,.01,.1]}
+    assert runs.groupby('optimizer').default.first().to_dict()=={'adam': .001, name: .15, 'sophia:lr=0.01': .01}
+    assert out.count('epoch 0, train_loss')==9 and '\r' not in out and max(map(len, out.split('\n')))<=80
+    table = pd.read_csv('results/compare.csv').set_index('optimizer')
+    for k,o in runs.groupby('optimizer'):
+        best = o.loc[o.valid_loss.idxmin()]
+        assert table.loc[k, 'best lr']==best.lr and table.loc[k, 'lowest loss']==pytest.approx(best.valid_loss)
+        assert table.loc[k, 'loss']==pytest.approx(o.valid_loss[np.isclose(o.lr, o.default)].item())
+        assert table.loc[k, 'near best']==pytest.approx((o.valid_loss<=1.1*best.valid_loss).mean())
+
+
+def test_what_an_optimizer_is_given_is_what_trains():
+    opts = parse_opts('adahessian:update_each=10,estimator=gnb,signed=True,block_length=1,hessian_free:lr=0.5,adam')
+    assert list(opts)==['adahessian:update_each=10,estimator=gnb,signed=True,block_length=1','hessian_free:lr=0.5','adam']
+    assert opts['hessian_free:lr=0.5'].keywords==dict(lr=.5)
+    assert list(opts.values())[0].keywords==dict(update_each=10, estimator='gnb', signed=True, block_length=1)
+
+
+def runs_of(*rates): return pd.DataFrame([dict(optimizer=k, seed=0, lr=lr, default=.1, valid_loss=loss, valid_losses=[2.,loss], seconds=[1.,3.],
+    losses=[3.,2.,1.,.5], **{'s/epoch': 1.5}) for k,lr,loss in rates])
+
+def test_pictures_have_a_validation_curve_and_a_time_axis():
+    one = plot_comparison(runs_of(('a',.1,.3)))
+    assert [o.get_xdata().tolist() for o in one[0].lines]==[[0,1,2,3],[2.,4.]] and one[0].lines[1].get_ydata().tolist()==[2.,.3]
+    assert one[1].lines[0].get_xdata().tolist()==[1.,3.] and 'seconds' in one[1].get_xlabel()
+    many = plot_rates(runs_of(('a',.01,.5), ('a',.1,.4), ('a',1.,.2)))
+    assert many[0].lines[0].get_xydata().tolist()==[[.01,.5],[.1,.4],[1.,.2]]
+    assert many[0].lines[1].get_xydata().tolist()==[[.1,.4]] and many[0].lines[1].get_marker()=='*'
+    assert [o.get_ydata().tolist()[-1] for o in many[1].lines[:2]]==[.4,.2]
+
+def test_a_diverged_run_leaves_the_others_visible():
+    ax = plot_rates(runs_of(('a',.1,.2), ('a',1.,1e17)))[0]
+    assert ax.get_ylim()[1]<=20 and not math.isinf(ax.get_ylim()[1])
+
+
+def test_muted_is_silent_below_python_and_ends(capfd):
+    with muted(): os.write(2, b'lost')
+    os.write(2, b'heard')
+    assert capfd.readouterr().err=='heard'
+    with pytest.raises(ZeroDivisionError), muted(): 1/0
+    os.write(2, b'again')
+    assert capfd.readouterr().err=='again'
+
+
+# Studies
+
+@pytest.fixture
+def studies(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]/'benchmarks'))
+    import studies
+    return studies
+
+@pytest.fixture
+def study():
+    rows = [('a',0.1,0,1.,0.8), ('a',1.,0,2.,0.9), ('a',0.1,1,9.,0.6), ('b',0.1,0,math.nan,0.1), ('b',1.,0,3.,0.5)]
+    return pd.DataFrame(rows, columns=['entry','lr','seed','valid_loss','accuracy']).assign(epochs=1, seconds=[2.,1.,4.,1.,6.])
+
+def test_the_rate_with_the_lowest_loss_at_the_first_seed_counts(studies, study):
+    "0.1 for `a`, so its accuracies are 0.8 and 0.6; a run that diverged has no loss and is never chosen"
+    table = studies.study_table(study)
+    assert list(table.accuracy)==['70.0% ± 14.1%','50.0%'] and list(table.lr)==[.1,1.] and list(table.time)==[1.,2.]
+
+def test_pictures_of_a_study(studies, study):
+    points = studies.plot_study(study).containers
+    assert [o[0].get_xydata().tolist()[0] for o in points]==[[3.,pytest.approx(.7)],[6.,.5]]
+    lines = studies.plot_lrs(study).lines
+    assert [o.get_xydata().tolist() for o in lines]==[[[.1,pytest.approx(.7)],[1.,.9]],[[.1,.1],[1.,.5]]]

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call,hessian
 from torch.nn.attention import SDPBackend,sdpa_kernel
-from adahessian_fastai.averaging import average_diag
-from adahessian_fastai.hutchinson import gaussian_like,hutchinson_diag,hutchinson_samples,hutchinson_trace,rademacher_like
+from adahessian_fastai.averaging import average_diag,block_mean,check_block_length
+from adahessian_fastai.hutchinson import *
 from adahessian_fastai.hvp import gradient,graph_product,hessian_product
 
 ROUNDING = 1e-10     # relative, for sums of some hundred products in float64
@@ -128,3 +128,99 @@ def test_averages_keep_shape_and_mean(shape, block_length):
             blocks = res.flatten().split(block_length)
             assert all((b==b[0]).all() for b in blocks)
             assert all(torch.isclose(b[0],w.mean()) for b,w in zip(blocks, want.flatten().split(block_length)))
+
+
+def literal(d, shared):
+    "Mean of |d| over all entries with the same number in `shared`, entry by entry"
+    out,flat = torch.zeros_like(d),d.abs().flatten()
+    for i,k in enumerate(shared): out.view(-1)[i] = flat[shared==k].mean()
+    return out
+
+VECTOR,MATRIX,CONV1,CONV2,CONV3 = (7,),(3,5),(2,3,4),(2,2,3,3),(2,1,2,2,2)
+SHARED = [(MATRIX, 'row', 5), ((1,7), 'row', 7), ((4,1), 'row', 1), (MATRIX, 4, 4), (MATRIX, {2: 4}, 4), (MATRIX, {1: 2}, 32),
+    (VECTOR, {1: 3}, 3), (VECTOR, {1: 'row'}, 7), (VECTOR, {1: 100}, 100), (CONV1, {3: 2}, 2), (CONV1, {3: 3}, 3), (CONV1, 'row', 4),
+    (CONV1, {3: 'kernel'}, 4), (CONV2, {4: 3}, 3), (CONV2, {4: 9}, 9), (CONV2, {4: 18}, 18), (CONV2, {2: 'row'}, 9), (CONV3, {5: 8}, 8),
+    (CONV3, {5: 'kernel'}, 8), (CONV3, 1, 8)]
+
+@pytest.mark.parametrize('shape,block_length,run', SHARED)
+def test_what_shares_a_value(shape, block_length, run):
+    "Each run of as many entries, row-major"
+    d = torch.randn(shape, dtype=torch.double)
+    assert torch.allclose(average_diag(d, block_length), literal(d, torch.arange(d.numel())//run), rtol=ROUNDING)
+    assert torch.allclose(average_diag(d.abs(), block_length, signed=True), average_diag(d, block_length), rtol=ROUNDING)
+
+
+def test_one_setting_for_rows_of_any_length():
+    "The variance of noise falls n-fold for a row of n entries, and a word that did not occur stays at zero"
+    torch.manual_seed(0)
+    for n in (3,64,1000):
+        averaged = average_diag(torch.randn(500,n), 'row', signed=True)
+        assert (averaged==averaged[:,:1]).all() and abs(n*averaged[:,0].var()-1) < N_SIGMA*(2/500)**.5
+    d = torch.randn(4,50)
+    d[2] = 0
+    assert average_diag(d, 'row')[2].eq(0).all() and average_diag(d, 32)[2].ne(0).any()
+
+
+@pytest.mark.parametrize('shape,kw', [(MATRIX, dict(block_length=1)), (MATRIX, dict(block_length={2: 1})),
+    (CONV1, dict(average_kernels=False)), (CONV1, dict(block_length={3: 1}))])
+def test_switched_off(shape, kw):
+    d = torch.randn(shape)
+    assert torch.equal(average_diag(d, **kw), d.abs()) and torch.equal(average_diag(d, signed=True, **kw), d)
+
+
+def test_a_dict_is_stronger_than_average_kernels():
+    d = torch.randn(2,3,4)
+    assert torch.equal(average_diag(d, {3: 'kernel'}, average_kernels=False), average_diag(d))
+    assert torch.equal(average_diag(d[0,0], {2: 4}), d[0,0])
+
+
+@pytest.mark.parametrize('shape', [(0,), (0,4), (4,0), (0,2,3), (2,0,3)])
+def test_parameters_without_entries(shape):
+    for block_length in (2, 'row', {1: 2, 2: 2, 3: 2}): assert average_diag(torch.zeros(shape), block_length).shape==shape
+
+
+@pytest.mark.parametrize('wrong', [0, -1, True, 2.5, math.nan, math.inf, None, 'rows', 'kernel', [2], {2: 'kernel'}, {3: 'row'}, {2: 0},
+    {1: None}, {'2': 4}, {0: 4}])
+def test_a_wrong_block_length_is_named_for_every_shape(wrong):
+    for shape in ((), (3,), (3,3), (1,2,3)):
+        with pytest.raises(ValueError, match='block_length'): average_diag(torch.ones(shape), wrong)
+    with pytest.raises(ValueError, match='block_length'): check_block_length(wrong)
+    if not isinstance(wrong, dict):
+        with pytest.raises(ValueError, match='block_length'): block_mean(torch.ones(3), wrong)
+
+
+P = [torch.zeros(2), torch.zeros(1,3)]
+def same(v): return [o.clone() for o in v]
+
+def around_p(product, params, n_samples): return control_variate_samples(product, params, P, n_samples)
+
+@pytest.mark.parametrize('n', [0, -3, True, 1.5, math.nan, math.inf, None, '2', torch.tensor(0)])
+@pytest.mark.parametrize('f', [hutchinson_samples, hutchinson_diag, hutchinson_trace, around_p])
+def test_a_wrong_number_of_samples_is_named_at_once(f, n):
+    with pytest.raises(ValueError, match='n_samples'): f(same, P, n_samples=n)
+
+
+@pytest.mark.parametrize('center', [[], P[:1], P[::-1], [torch.zeros(2), torch.zeros(3)]])
+def test_a_center_of_another_shape_is_refused_and_not_broadcast(center):
+    with pytest.raises(ValueError, match='center must be shaped like params'): control_variate_samples(same, P, center)
+
+
+def test_products_and_probes_of_another_shape_are_refused():
+    with pytest.raises(ValueError): hutchinson_diag(lambda v: v[:1], P)
+    with pytest.raises(ValueError, match='probe must give a tensor like'): hutchinson_diag(same, P, probe=lambda p,g: torch.ones(1))
+    with pytest.raises(ValueError, match="probe='uniform'"): hutchinson_diag(same, P, probe='uniform')
+    with pytest.raises(ValueError, match='complex64'): hutchinson_diag(same, [torch.zeros(2, dtype=torch.cfloat)])
+
+
+def test_numbers_of_other_libraries_and_no_parameters():
+    import numpy as np
+    for n in (np.int64(3), torch.tensor(3)): assert hutchinson_trace(same, P, n_samples=n)==(5.,0.)
+    assert hutchinson_diag(same, [])==[] and torch.equal(block_mean(torch.tensor([1.,3.]), np.int32(2)), torch.tensor([2.,2.]))
+
+
+def test_samples_are_drawn_one_at_a_time():
+    seen = []
+    samples = hutchinson_samples(lambda v: seen.append(0) or same(v), P, 5)
+    assert not seen
+    next(samples)
+    assert len(seen)==1 and len(list(samples))==4

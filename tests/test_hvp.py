@@ -6,7 +6,7 @@ from fastai.basics import Callback,DataLoaders,Learner,MSELossFlat,TensorBase,nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrizations,weight_norm
 from torch.utils.checkpoint import checkpoint
-from adahessian_fastai.adahessian import adahessian
+from adahessian_fastai.adahessian import adahessian_paper as adahessian
 from adahessian_fastai.hvp import *
 from adahessian_fastai.hvp import dual_substitutes,substitutes
 
@@ -415,7 +415,7 @@ def test_an_optimizer_steps_on_real_and_imaginary_parts():
             self.w = nn.Parameter(torch.tensor([1+1j]))
         def forward(self, x): return (3*self.w.real**2+5*self.w.imag**2).expand(len(x),1)
     class See(Callback):
-        def before_step(self): seen.update({n: self.opt.diags[p].item() for n,p in self.model.named_parameters()})
+        def before_step(self): seen.update({n: self.opt.pending.diags[p].item() for n,p in self.model.named_parameters()})
     dls = DataLoaders.from_dsets([(torch.zeros(1),torch.zeros(1))]*4, [], bs=4, num_workers=0)
     learn = Learner(dls, real_parameters(Bowl()), lambda z,y: z.mean(), opt_func=adahessian, cbs=See())
     with learn.no_bar(),learn.no_logging(): learn.fit(1, .1)

@@ -13,7 +13,7 @@ from fastai.optimizer import Adam,Lookahead,OptimWrapper
 from fastai.torch_core import params,set_seed
 from torch import nn
 import fastai.callback.all  # chkstyle: ignore
-from adahessian_fastai.all import adahessian
+from adahessian_fastai.all import adahessian_paper as adahessian
 
 
 def data(n=256, bs=16, seed=0):

@@ -4,9 +4,9 @@ import torch.nn.functional as F
 from fastai.basics import Callback,CrossEntropyLossFlat,DataLoaders,Learner,MSELossFlat,nn,partial,set_seed
 from fastai.callback.all import CutMix,GradientAccumulation,MixUp
 from fastai.losses import BCEWithLogitsLossFlat,FocalLossFlat,LabelSmoothingCrossEntropyFlat
-from adahessian_fastai.adahessian import adahessian
-from adahessian_fastai.estimators import Evaluation
+from adahessian_fastai.adahessian import adahessian_paper as adahessian
 from adahessian_fastai.losses import Rule,gnb_samples,known_hessian,label_noise,loss_count,losses
+from adahessian_fastai.problem import Problem
 
 # A mean over draws may be off by this many of its standard errors; one in 10^8 is, and there are some hundred entries
 STANDARD_ERRORS = 6
@@ -313,7 +313,8 @@ def test_every_draw_is_exact_for_one_output_and_squared_error():
     y = torch.zeros(1,1).double()
     d,_ = dense(net, x, lambda z: F.mse_loss(z, y), lambda z: z.view(1,1))
     out = net(x)
-    for s in gnb_samples(out, list(net.parameters()), label_noise(nn.MSELoss(), out, y), 3): assert torch.allclose(flat(s), d, atol=ROUNDING)
+    samples = gnb_samples(out, list(net.parameters()), label_noise(nn.MSELoss(), out, y), 3)
+    for s in samples: assert torch.allclose(flat(s), d, atol=ROUNDING)
 
 
 def test_batch_size_factor():
@@ -323,7 +324,8 @@ def test_batch_size_factor():
         xs,y = x.expand(bs,2),torch.zeros(bs, dtype=torch.long)
         d,_ = dense(net, x, lambda z: F.cross_entropy(z, y[:1]), lambda z: z.view(1,3))
         out,gen = net(xs),torch.Generator().manual_seed(bs)
-        D = torch.stack([flat(s) for s in gnb_samples(out, list(net.parameters()), label_noise(nn.CrossEntropyLoss(), out, y), N_DRAWS, gen)])
+        samples = gnb_samples(out, list(net.parameters()), label_noise(nn.CrossEntropyLoss(), out, y), N_DRAWS, gen)
+        D = torch.stack([flat(s) for s in samples])
         assert ((D.mean(0)-d).abs() <= STANDARD_ERRORS*D.std(0)/N_DRAWS**0.5 + ROUNDING).all()
 
 
@@ -333,7 +335,8 @@ def test_sequences_count_tokens_and_not_sentences():
     z = torch.randn(2,4,3).double()
     y = torch.tensor([[0,1,2,-100],[1,-100,-100,-100]])
     image,mask = z.transpose(1,2).reshape(2,3,2,2),y.view(2,2,2)
-    for out,loss,target in ((z, CrossEntropyLossFlat(), y), (image, CrossEntropyLossFlat(axis=1), mask), (image, nn.CrossEntropyLoss(), mask)):
+    cases = (z, CrossEntropyLossFlat(), y), (image, CrossEntropyLossFlat(axis=1), mask), (image, nn.CrossEntropyLoss(), mask)
+    for out,loss,target in cases:
         H = torch.func.hessian(lambda o: loss(o.view_as(out), target))(out.flatten())
         draw,gen = label_noise(loss, out, target),torch.Generator().manual_seed(0)
         us = torch.stack([draw(gen).flatten() for _ in range(N_DRAWS)])
@@ -344,9 +347,9 @@ def test_sequences_count_tokens_and_not_sentences():
 
 def test_loss_scale_changes_nothing():
     net,x = setup()
-    out = net(x)
-    draws = [next(gnb_samples(out, list(net.parameters()), label_noise(nn.CrossEntropyLoss(), out, Y), 1, torch.Generator().manual_seed(3), scale))
-        for scale in (1.,65536.)]
+    out,params,gen = net(x),list(net.parameters()),lambda: torch.Generator().manual_seed(3)
+    noise = label_noise(nn.CrossEntropyLoss(), out, Y)
+    draws = [next(gnb_samples(out, params, noise, 1, gen(), scale)) for scale in (1.,65536.)]
     assert torch.allclose(flat(draws[0]), flat(draws[1]), rtol=1e-12)
 
 
@@ -366,8 +369,10 @@ def learner(loss, n_out, targets, opt_func, net=None):
     return Learner(dls, net or nn.Linear(2,n_out), loss, opt_func=opt_func)
 
 
-@pytest.mark.parametrize('loss,n_out,targets', [(CrossEntropyLossFlat(), 2, lambda x: (x[:,0]>0).long()), (MSELossFlat(), 1, lambda x: x[:,:1]),
-    (BCEWithLogitsLossFlat(), 2, lambda x: (x>0).float()), (LabelSmoothingCrossEntropyFlat(), 2, lambda x: (x[:,0]>0).long())],
+def sides(x): return (x[:,0]>0).long()
+
+@pytest.mark.parametrize('loss,n_out,targets', [(CrossEntropyLossFlat(), 2, sides), (MSELossFlat(), 1, lambda x: x[:,:1]),
+    (BCEWithLogitsLossFlat(), 2, lambda x: (x>0).float()), (LabelSmoothingCrossEntropyFlat(), 2, sides)],
     ids=['ce','mse','bce','smoothing'])
 def test_through_a_learner(loss, n_out, targets):
     learn = learner(loss, n_out, targets, partial(adahessian, estimator='gnb', lr=0.1))
@@ -401,9 +406,9 @@ def test_graph_is_gone_after_the_backward_pass():
     opt = adahessian(ps, estimator='gnb')
     out = net(x)
     loss = F.cross_entropy(out, Y)
-    opt.differentiate(loss, at=Evaluation(loss, out, Y, F.cross_entropy))
+    opt.differentiate(Problem(ps, loss, out, Y, F.cross_entropy))
     with pytest.raises(RuntimeError, match='second time'): torch.autograd.grad(loss, ps)
-    assert all(not p.grad.requires_grad for p in ps) and len(opt.diags)==4
+    assert all(not p.grad.requires_grad for p in ps) and len(opt.pending.diags)==4
 
 
 def test_in_a_plain_loop_what_is_missing_is_named():
@@ -418,9 +423,9 @@ def test_accumulated_batches_weigh_as_one(monkeypatch):
     seen = []
     class See(Callback):
         order = 100
-        def before_step(self): seen.append({k: self.opt.diags[p].clone() for k,p in self.model.named_parameters()})
-    fixed = lambda f: (lambda outputs, params, draw, n, gen, scale: f(outputs, params, lambda g: torch.full_like(outputs, 0.1), n, gen, scale))
-    monkeypatch.setattr('adahessian_fastai.estimators.gnb_samples', fixed(gnb_samples))
+        def before_step(self): seen.append({k: self.opt.pending.diags[p].clone() for k,p in self.model.named_parameters()})
+    def fixed(outputs, params, draw, *args): return gnb_samples(outputs, params, lambda g: torch.full_like(outputs, 0.1), *args)
+    monkeypatch.setattr('adahessian_fastai.estimators.gnb_samples', fixed)
     for cbs in ([],[GradientAccumulation(32)]):
         learn = learner(MSELossFlat(), 1, lambda x: x[:,:1], partial(adahessian, estimator='gnb', lr=0.))
         learn.dls.train.shuffle = False
@@ -430,8 +435,8 @@ def test_accumulated_batches_weigh_as_one(monkeypatch):
     for k in singles[0]: assert torch.allclose(pairs[0][k], (singles[0][k]+singles[1][k])/2, rtol=1e-5)
 
 
-@pytest.mark.parametrize('loss,match', [(nn.L1Loss(), 'CrossEntropyLoss, MSELoss, BCEWithLogitsLoss'), (FocalLossFlat(), "estimator='hutchinson'"),
-    (lambda z,y: z.sum(), 'hutchinson'), (nn.CrossEntropyLoss(reduction='none'), "reduction")], ids=['l1','focal','lambda','none'])
+@pytest.mark.parametrize('loss,match', [(nn.L1Loss(), 'CrossEntropyLoss, MSELoss, BCEWithLogitsLoss'), (lambda z,y: z.sum(), 'hutchinson'),
+    (FocalLossFlat(), "estimator='hutchinson'"), (nn.CrossEntropyLoss(reduction='none'), "reduction")], ids=['l1','lambda','focal','none'])
 def test_other_losses_get_a_clear_error(loss, match):
     net,x = setup()
     with pytest.raises(ValueError, match=match): label_noise(loss, net(x), Y)

@@ -191,7 +191,8 @@ def test_the_scale_of_curvature_falls_until_the_estimate_is_finite(cpu_amp):
     learn.opt.curvature_scale.c = 2.**8
     with pytest.warns(UserWarning, match='estimate of the diagonal is not finite'): fit(learn.to_fp16())
     assert learn.opt.n_dropped>1 and learn.opt.curvature_scale.c==2.**(8-learn.opt.n_dropped)
-    assert all(s['hess_step']==12-learn.opt.n_dropped for s in learn.opt.opt.state.values() if 'hess_step' in s)
+    counts = [s['hess_step'] for s in learn.opt.opt.state.values() if 'hess_step' in s]
+    assert min(counts)==12-learn.opt.n_dropped and max(counts)<=12 # where the estimate was finite it is used
     assert distance(learn.model, convnet().float())>0
 
 

@@ -121,7 +121,7 @@ def test_arguments_of_the_hutchinson_estimator_change_the_run(kw):
 
 
 @pytest.mark.parametrize('kw,match', [(dict(rho=0.), 'rho must be > 0'), (dict(rho=[0.1,-1.]), 'rho must be > 0'), (dict(lr=-1.), 'lr must be'),
-    (dict(mom=1.), 'mom must be'), (dict(update_each=0), 'update_each=0'), (dict(estimator='magic'), "estimator='magic'"), (dict(probe='gaussian'), 'draws labels')],
+    (dict(mom=1.), 'mom must be'), (dict(update_each=0), 'update_each=0'), (dict(estimator='magic'), "estimator='magic'"), (dict(probe='gaussian'), 'takes no probe')],
     ids=['rho','rhos','lr','mom','update_each','estimator','probe'])
 def test_wrong_arguments_are_named(kw, match):
     with pytest.raises(ValueError, match=match): sophia([nn.Parameter(torch.ones(1))], **kw)

@@ -1,6 +1,6 @@
 "Paths on functions with a known minimum, from the start points of the published pictures"
 import torch
-from adahessian_fastai.all import adahessian
+from adahessian_fastai.all import adahessian_paper as adahessian
 from adahessian_fastai.toys import descend,rastrigin,rosenbrock
 
 

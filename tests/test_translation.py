@@ -5,7 +5,7 @@ import pytest,torch
 from fastai.basics import Adam,set_seed
 from fastai.callback.schedule import *
 import adahessian_fastai.translation as translation
-from adahessian_fastai.adahessian import adahessian
+from adahessian_fastai.adahessian import adahessian_paper as adahessian
 from adahessian_fastai.hessian_free import hessian_free
 from adahessian_fastai.translation import *
 from adahessian_fastai.translation import bos,eos,pad,unk

@@ -4,7 +4,7 @@ import pytest,torch
 from fastai.basics import Callback,DataLoader,DataLoaders,Learner,partial
 from fastai.callback.training import GradientAccumulation
 from torch import nn
-from adahessian_fastai.all import adahessian,hessian_free
+from adahessian_fastai.all import adahessian_paper as adahessian,hessian_free
 from variants import Case,cases,recorded,stream,summary,train,train_on_ranks,variants,wrong_before
 
 # Another instruction set of the processor changed sums of 600 weights, after some 12 steps in float64, by up to 1e-10

@@ -14,6 +14,8 @@ from fastai.losses import LabelSmoothingCrossEntropy,LabelSmoothingCrossEntropyF
 from torch import nn
 import adahessian_fastai
 from adahessian_fastai.all import *
+try: from adahessian_fastai.all import adahessian_paper as adahessian
+except ImportError: pass # The name of before
 try: from adahessian_fastai.schedule import Budget
 except ImportError: from adahessian_fastai.budget import Budget
 
