@@ -120,7 +120,7 @@ class Sometimes(nn.Module):
         torch.manual_seed(0)
         self.body,self.heads,self.n = nn.Linear(5,7).double(),nn.ModuleList([nn.Linear(7,3).double() for _ in range(2)]),0
     def forward(self, x):
-        self.n += 1
+        if self.training: self.n += 1
         return self.heads[self.n%2](self.body(x).tanh())
 
 
