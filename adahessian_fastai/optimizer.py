@@ -24,6 +24,7 @@ from typing import NamedTuple
 from torch.utils.checkpoint import CheckpointError
 
 from fastai.basics import *
+from ._help import describe
 from .hvp import check_count,hooks_disabled,total_norm
 from .averaging import average_diag,check_block_length
 from .problem import Problem
@@ -524,6 +525,7 @@ class CurvatureOptimizer(Optimizer, GetAttr):
     update_each,hessian_bs,dense = (PartOf('when') for _ in range(3))
     diags,noises,n_batches,n_items = (PartOf('pending') for _ in range(4))
     noise_record = PartOf('counts')
+    __repr__ = describe
     def __init__(self,
         opt:Optimizer, # `Optimizer` of steppers, usually from `AdaHessian` or `Sophia`
         estimator=None, # How the diagonal is estimated: `Hutchinson(...)` by default, `ControlVariate(...)` or `GNB(...)`
@@ -650,7 +652,7 @@ class CurvatureOptimizer(Optimizer, GetAttr):
 
     def state_dict(self)->dict:
         "State of the wrapped optimizer and of the parts, with what is pending"
-        return {**self.opt.state_dict(), 'curvature': curvature_state(self)}
+        return {**self.opt.state_dict(), 'hypers': [dict(o) for o in self.opt.hypers], 'curvature': curvature_state(self)}
 
     def load_state_dict(self,
         sd:dict, # From `state_dict`; raises `ValueError` if it is of another model or optimizer
