@@ -511,14 +511,14 @@ def test_the_loss_scale_leaves_every_estimate_as_it_is(kw, monkeypatch):
 
 
 def test_given_takes_the_step_that_the_exact_diagonal_gives():
-"Hutchinson is exact on a diagonal Hessian, so both must step alike, through accumulation and loss scale too"
-def stepped(estimator, scale):
-    x = nn.Parameter(torch.tensor([3.,1.], dtype=torch.double))
-    opt = adahessian([x], lr=0.1, n_acc=2, estimator=estimator, block_length=1)
-    for k in (1.,2.): opt.differentiate(scale*k*(x**3).sum(), scale=scale)
-    x.grad /= scale # as GradScaler does
-    opt.step()
-    return x.detach()
-ks = iter((1.,2.))
-given = Given(lambda problem, params: [next(ks)*6*p for p in params])
-assert (stepped(given, 8.)-stepped('hutchinson', 8.)).abs().max()<1e-12
+    "Hutchinson is exact on a diagonal Hessian, so both must step alike, through accumulation and loss scale too"
+    def stepped(estimator, scale):
+        x = nn.Parameter(torch.tensor([3.,1.], dtype=torch.double))
+        opt = adahessian([x], lr=0.1, n_acc=2, estimator=estimator, block_length=1)
+        for k in (1.,2.): opt.differentiate(scale*k*(x**3).sum(), scale=scale)
+        x.grad /= scale # as GradScaler does
+        opt.step()
+        return x.detach()
+    ks = iter((1.,2.))
+    given = Given(lambda problem, params: [next(ks)*6*p for p in params])
+    assert (stepped(given, 8.)-stepped('hutchinson', 8.)).abs().max()<1e-12
