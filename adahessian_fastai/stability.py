@@ -139,7 +139,7 @@ def curvature_summary(self:Learner,
         total = _row('whole network', st, slice(None), params, top(params))
     head,line = f"{'Layer':<24}{'Params':>10}{'Trace':>11}   {'±':<8}{'λ_max':>8}{'|diag|':>9}{'snr':>7}",'-'*80
     lr,s = ifnone(lr, trained_lr(self)),self.stability(max_iter=max_iter, seed=seed, batches=batches, curvature=curvature)
-    judged = f"\nThe training's lr={lr:.3g} is {lr/s.limit:.2g} of that limit" if 0<s.limit<math.inf else ''
+    judged = f"\nlr={lr:.3g} is {lr/s.limit:.2g} times that limit" if 0<s.limit<math.inf else ''
     return PrettyString('\n'.join([head, line, *rows, line, total, '', f'{s}{judged}']))
 
 # %% ../nbs/21_stability.ipynb #080e4d42
