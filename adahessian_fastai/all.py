@@ -22,3 +22,7 @@ from .sophia import Sophia,sophia,win_rate  # chkstyle: ignore
 from .diagnostics import CurvatureRecorder,curvature_stats,edge_of_stability,overestimate,own_diagonal,plot_noise  # chkstyle: ignore
 from .stability import Stability,trained_lr  # chkstyle: ignore
 from .compare import compare_optimizers,comparison_table,plot_comparison  # chkstyle: ignore
+from fastai.learner import Learner as _Learner
+from ._help import add_all_notes as _add_all_notes
+
+_add_all_notes(globals(), _Learner) # Help shows what stands beside each parameter

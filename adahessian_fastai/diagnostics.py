@@ -493,7 +493,7 @@ def plot_diagonal(self:CurvatureRecorder,
         ylabel="the optimizer's average" if own else f"estimate of {n_samples} {'probe' if n_samples==1 else 'probes'}")
     return ax
 
-# %% ../nbs/20_diagnostics.ipynb #b47fb37b
+# %% ../nbs/20_diagnostics.ipynb #0e37a547
 def group_names(
     learn:Learner, # With an optimizer
 )->list: # One string for each parameter group

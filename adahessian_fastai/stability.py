@@ -41,6 +41,7 @@ def _seen(learn, opt, params, b, est, rng):
         ds = [opt.smooth(d) for d in est(problem, params, rng, _zeros).diag] if est else gs
     return [*gs, *(ds if average_diag_hessian in opt.cbs else [d**2 for d in ds])]
 
+# %% ../nbs/21_stability.ipynb #304ac708
 def fresh_states(
     learn:Learner, # Its model is differentiated on each of `batches`
     opt, # An optimizer that `step_rule` knows
@@ -97,7 +98,7 @@ def stability(self:Learner,
     lam = eig.values[0].item()
     return Stability(factor/lam if lam>0 or rule=='unknown' else math.inf, lam, eig.bounds[0].item(), rule, len(batches))
 
-# %% ../nbs/21_stability.ipynb #9eda85c6
+# %% ../nbs/21_stability.ipynb #9a5dce04
 def trained_lr(
     learn:Learner, # After a training, or before the first
 )->float: # Of the last parameter group
@@ -142,7 +143,7 @@ def curvature_summary(self:Learner,
     judged = f"\nlr={lr:.3g} is {lr/s.limit:.2g} times that limit" if 0<s.limit<math.inf else ''
     return PrettyString('\n'.join([head, line, *rows, line, total, '', f'{s}{judged}']))
 
-# %% ../nbs/21_stability.ipynb #080e4d42
+# %% ../nbs/21_stability.ipynb #12ede641
 @patch
 def suggest_lr_from_curvature(self:Learner, *args, **kwargs):
     "Gone: says what to use instead"

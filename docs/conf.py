@@ -4,7 +4,8 @@ from nbdev.config import read_version
 
 root = Path(__file__).resolve().parents[1]
 project,author,language = 'adahessian_fastai','adahessian_fastai contributors','en'
-copyright,release = author,read_version(root/project)
+release = read_version(root/project)
+copyright = f'{author}, Apache-2.0'
 extensions = ['myst_nb', 'sphinx_copybutton', 'sphinx_design', 'sphinx-mathjax-offline']
 exclude_patterns = ['benchmarks', 'nbs']
 
@@ -19,7 +20,7 @@ toc_object_entries_show_parents = 'hide'
 python_maximum_signature_line_length = 88
 
 html_theme = 'furo'
-html_title = project
+html_title = f'{project} {release}'
 html_static_path = ['_static']
 html_css_files = ['site.css']
 html_extra_path = [str(root/'_proc/llms.txt')]

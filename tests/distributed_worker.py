@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from adahessian_fastai.all import adahessian_paper as adahessian
 from helpers_learner import HYPERS,Seeded,data,given,mlp
+from variants import variants
 
 DistributedTrainer._wrap_dl = lambda self,dl: dl
 # It says that synchronised norms need a GPU; their own forward pass says so too, on every step without an estimate
@@ -67,7 +68,7 @@ def broken_probe():
     return draw
 
 
-def train(batches, n_epoch=1, model=None, cbs=(), mode='accelerate', sync_bn=False, amp=False, **kwargs):
+def train(batches, n_epoch=1, model=None, cbs=(), mode='accelerate', sync_bn=False, amp=False, ddp={}, **kwargs):
     model = model or mlp()
     opt_func = partial(adahessian, **{**HYPERS, **kwargs})
     dls = DataLoaders(batches, [])
@@ -79,7 +80,7 @@ def train(batches, n_epoch=1, model=None, cbs=(), mode='accelerate', sync_bn=Fal
         if mode=='accelerate':
             with learn.distrib_ctx(sync_bn=sync_bn, cpu=True): learn.fit(n_epoch)
         else:
-            if mode!='none': learn.model = DistributedDataParallel(model)
+            if mode!='none': learn.model = DistributedDataParallel(model, **ddp)
             if mode=='compiled': learn.model = torch.compile(learn.model, backend='aot_eager')
             learn.fit(n_epoch)
     opt = learn.opt
@@ -95,6 +96,14 @@ def sharded(batches):
     except Exception as e: return f'{type(e).__name__}: {e}'
 
 
+def sharded_blocks(batches):
+    "The same of a model whose children alone are sharded"
+    mesh,model = dist.device_mesh.init_device_mesh('cpu', (dist.get_world_size(),)),mlp()
+    fully_shard(model[0], mesh=mesh)
+    try: train(batches, model=model, mode='none')
+    except Exception as e: return f'{type(e).__name__}: {e}'
+
+
 def first_probe(batches):
     seen = []
     def draw(p, g):
@@ -102,6 +111,33 @@ def first_probe(batches):
         return seen[-1]*2-1
     train(batches, probe=draw)
     return seen[0]
+
+
+class Sometimes(nn.Module):
+    "One head in even batches, the other in odd ones"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body,self.heads,self.n = nn.Linear(5,7).double(),nn.ModuleList([nn.Linear(7,3).double() for _ in range(2)]),0
+    def forward(self, x):
+        if self.training: self.n += 1
+        return self.heads[self.n%2](self.body(x).tanh())
+
+
+def refused(f):
+    "What is said, and whether anything had been computed"
+    model,calls = mlp(),[]
+    model.register_forward_pre_hook(lambda m,x: calls.append(1))
+    try: f(model)
+    except Exception as e: return f'{type(e).__name__}: {e}',len(calls)
+
+
+def own_probe(kwargs): return {} if 'gnb' in kwargs.get('estimator', '') or kwargs.get('probe') else dict(probe=given())
+
+def variant_cases(n_ranks, rank):
+    "Every variant, a dozen batches, with the same probes on every rank; compiling is a case of its own"
+    mine = lambda: shards(n_ranks)[rank]
+    return {f'variant {k}': partial(lambda kw: train(mine(), 3, mode='ddp', **{**own_probe(kw), **kw}), v) for k,v in variants.items() if k!='compiled'}
 
 
 def main(folder, rank, n_ranks):
@@ -124,8 +160,12 @@ def main(folder, rank, n_ranks):
         debiased=lambda: train(mine(), n_samples=2, debiased=True),
         noise=lambda: train(shards(n_ranks)[0][:1], 60, lr=0., block_length=1),
         first_probe=lambda: first_probe(mine()),
+        unused=lambda: train(mine(), 2, model=Sometimes(), mode='ddp', ddp=dict(find_unused_parameters=True), probe=given()),
+        static=lambda: refused(lambda m: train(mine(), model=m, mode='ddp', ddp=dict(static_graph=True))),
+        sharded_blocks=lambda: sharded_blocks(mine()),
         sharded=lambda: sharded(mine()))
     if n_ranks>2: cases['compiled'] = lambda: train(mine(), probe=given(), update_each=2, mode='compiled')
+    if len(sys.argv)>4: cases = variant_cases(n_ranks, rank)
     found = {}
     for name,case in cases.items():
         found[name] = case()

@@ -7,7 +7,7 @@ from functools import partial
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint
-from adahessian_fastai import adahessian as room
+from adahessian_fastai import curvature as room
 from contextlib import nullcontext
 from helpers_learner import ROUNDING,Noted,data,distance,fit,given,learner,mlp,plain,split
 

@@ -1,11 +1,17 @@
 "The documentation's tables and numbers are those of the result files"
-import csv,re,sys
+import csv,inspect,re,sys
 from pathlib import Path
 import pytest
+from fastai.basics import Learner,nn
+from fastcore.docments import docments
+from IPython.core.interactiveshell import InteractiveShell
+import adahessian_fastai.all as everything
+from adahessian_fastai import _help
+from adahessian_fastai.all import CurvatureRecorder,GNB,adahessian,hessian_free,sophia
 
 root = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(root/'tools'))
-import results
+import results,site_pages
 
 guides = sorted((root/'docs').glob('*.md'))
 
@@ -50,8 +56,74 @@ def test_a_number_is_the_mean_of_what_matches_and_a_missing_one_is_named(folder)
 def test_digits_of_a_mean_are_those_of_its_spread(vs, want): assert results.mean_sd(vs).replace('\u00a0', ' ')==want
 
 def test_every_result_file_is_documented():
-    text = (root/'docs/benchmarks.md').read_text(encoding='utf-8')
-    asked = {a for m in results.re_table.finditer(text) for a in m[1].split()}
+    text = ''.join(p.read_text(encoding='utf-8') for p in guides)
+    asked = {a for m in results.re_table.finditer(text) for a in m[1].split()} | {m[3] for m in results.re_number.finditer(text)}
     for p in (root/'benchmarks/results').glob('*.csv'):
         parts = {p.stem, *re.split('_', p.stem), re.sub('^(training|robustness|hessian_free)_', '', p.stem)}
-        assert asked & parts, f'docs/benchmarks.md shows nothing of {p.name}'
+        assert asked & parts or p.name in text, f'no guide shows anything of {p.name}'
+
+# What `?` shows, and what an optimizer says of itself
+
+public = {nm: o for nm,o in vars(everything).items() if nm[0]!='_' and inspect.isfunction(o) and o.__module__.startswith('adahessian_fastai')}
+
+@pytest.mark.parametrize('name', public)
+def test_help_has_the_comment_beside_each_parameter(name):
+    f = public[name]
+    want = {k: ' '.join(v.split()) for k,v in docments(f).items() if v and k!='return'}
+    notes = {k.lstrip('*'): ' '.join(v.split()) for k,v in _help.parameter_notes(f).items()}
+    assert {k: notes.get(k) for k in want}==want and set(notes)<={*inspect.signature(f).parameters, 'returns', 'kwargs'}
+    assert all(v in ' '.join(f.__doc__.split()) for v in notes.values())
+
+def test_jupyter_shows_all_arguments_of_functions_methods_and_classes():
+    def asked(o, key): return InteractiveShell.instance().inspector.info(o)[key]
+    doc = asked(adahessian, 'docstring')
+    assert doc.startswith('AdaHessian as `opt_func` of a `Learner`\n\nParameters:\n  params ')
+    assert all(re.search(rf'^  \*{{0,2}}{k} ', doc, re.M) for k in inspect.signature(adahessian).parameters)
+    assert re.search('^  returns +Raises `ValueError`', doc, re.M) and max(map(len, doc.splitlines()))<=100
+    assert re.search('^ *every +Measure after each', asked(CurvatureRecorder, 'init_docstring'), re.M)
+    assert re.search('^  n_batches +Training batches', asked(Learner.curvature_summary, 'docstring'), re.M)
+
+def test_what_has_no_notes_keeps_its_docstring():
+    def plain(x): "Plain"
+    _help.add_notes(plain)
+    assert plain.__doc__=='Plain' and '\n' not in CurvatureRecorder.__doc__
+
+def nets(): return nn.Linear(2,3),nn.Linear(3,1)
+
+def test_an_optimizer_says_what_it_is():
+    a,b = nets()
+    a.bias.requires_grad_(False)
+    text = _help.describe(sophia([list(a.parameters()),list(b.parameters())], lr=slice(1e-3,1e-2), estimator=GNB(3)))
+    assert text=="""sophia: weight_decay, average_grad, average_diag_hessian, sophia_step
+  estimator: GNB(n_samples=3)
+  when: Every(update_each=10)
+  group 0: 2 tensors, 6 of 9 weights train; wd=0.1, sqr_mom=0.99, rho=0.04, eps=1e-12, lr=0.001, mom=0.965
+  group 1: 2 tensors, 4 of 4 weights train; wd=0.1, sqr_mom=0.99, rho=0.04, eps=1e-12, lr=0.01, mom=0.965"""
+
+@pytest.mark.parametrize('kwargs,want', [(dict(signed=True), 'average_diag_hessian'), (dict(n_acc=2), 'n_acc: 2'), (dict(rho=0.1), 'rho=0.1'),
+    (dict(hvp='auto'), "Hessian(method='auto')"), (dict(budget=0.25), 'Budget(overhead=0.25'), (dict(lr=0.3), 'lr=0.3')])
+def test_a_variant_is_seen(kwargs, want):
+    ps = [p for m in nets() for p in m.parameters()]
+    plain,other = (_help.describe(adahessian(ps, **kw)) for kw in ({}, kwargs))
+    assert want in other and want not in plain.replace('sqr_average', '').replace('average_sqr', '')
+
+def test_groups_alike_are_one_line(): assert 'groups 0 to 1: 4 tensors, 13 of 13 weights' in _help.describe(hessian_free([list(m.parameters()) for m in nets()]))
+
+# The site
+
+def test_colab_is_offered_only_where_there_is_an_address():
+    path = root/'nbs/30_tutorial.toys.ipynb'
+    assert site_pages.colab_note(path, '')=='' and site_pages.colab_note(path, 'https://example.org/a/b')==''
+    note = site_pages.colab_note(path, 'https://github.com/someone/adahessian_fastai')
+    assert '(https://colab.research.google.com/github/someone/adahessian_fastai/blob/main/nbs/30_tutorial.toys.ipynb)' in note
+    assert 'pip install git+https://github.com/someone/adahessian_fastai' in note
+
+def test_overview_begins_with_what_people_use():
+    names = re.findall(r'`(?:Learner\.)?(\w+) <', site_pages.main_table())
+    assert names[0]=='adahessian' and {'sophia', 'hessian_free', 'CurvatureRecorder', 'curvature_summary', 'compare_optimizers'}<=set(names)
+    assert list(site_pages.kinds())[-1]=='Inside' and sorted(p for ps in site_pages.kinds().values() for p in ps)==site_pages.rooms()
+
+def test_tutorials_come_in_a_learners_order():
+    stems = [p.stem.split('.')[-1] for p in site_pages.stories()]
+    known = [s for s in site_pages.first_stories if s in stems]
+    assert stems[:len(known)]==known and 'pytorch' in known and site_pages.guides()[0].stem=='start'

@@ -1,14 +1,16 @@
 "The Hessian-free optimizer: in a Learner, in plain PyTorch, and when things go wrong"
-import inspect, itertools, math, pickle, pytest, torch, torch.nn.functional as F, warnings
+import inspect, itertools, math, os, pickle, pytest, socket, subprocess, sys, torch, torch.distributed as dist, torch.nn.functional as F, warnings
 import numpy as np
 from collections import defaultdict
 from copy import deepcopy
 from functools import partial
 from types import SimpleNamespace
 from torch import nn, tensor
+from torch.nn.parallel import DistributedDataParallel
 from fastai.basics import Adam, CancelFitException, Callback, CrossEntropyLossFlat, DataLoaders, L, Learner, Module, SGD, noop, set_seed
 from fastai.callback.all import GradientAccumulation, GradientClip, MixUp
 from fastai.callback.rnn import rnn_cbs
+from fastai.distributed import rank_distrib
 from fastai.losses import MSELossFlat
 from fastai.layers import ConvLayer
 from fastai.vision.core import TensorImage, TensorMask
@@ -1117,3 +1119,116 @@ def test_an_optimizer_can_be_copied_and_pickled_in_the_middle():
     fit(learn)
     assert len(learn.opt.batches)==2
     for o in (deepcopy(learn.opt), pickle.loads(pickle.dumps(learn.opt))): assert len(o.batches)==0 and o.n_steps==0
+
+
+# --- two processes
+
+class Fails(Callback):
+    "On the last rank, in batch `at`, `raised` is raised in evaluation number `n` of the batch (0 is the one of the training loop)"
+    run_valid = False
+    def __init__(self, raised, n=1, at=1): self.raised,self.n,self.at = raised,n,at
+    def before_batch(self): self.count = itertools.count()
+    def after_pred(self):
+        if rank_distrib() and self.train_iter==self.at and next(self.count)>=self.n: raise self.raised
+
+class NoDual(Module):
+    "A function without a forward derivative, on the last rank only"
+    def __init__(self): self.a,self.c,self.b = nn.Linear(6,8),nn.Conv1d(1,1,3,padding=1),nn.Linear(8,3)
+    def forward(self, x):
+        h = self.c(self.a(x)[:,None])[:,0]
+        return self.b(Cube.apply(h) if rank_distrib() else h**3)
+
+class Cube(torch.autograd.Function):
+    "Differentiable twice, and not forwards"
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+    @staticmethod
+    def backward(ctx, g): return 3*ctx.saved_tensors[0]**2*g
+
+def shard_of(rank, n_ranks, n_batches=3, bs=12):
+    x,y = data(n_ranks*n_batches*bs)
+    return [(xb[rank::n_ranks].double(),yb[rank::n_ranks]) for xb,yb in zip(x.split(n_ranks*bs), y.split(n_ranks*bs))]
+
+def train_shard(batches, cbs=(), model=None, ddp=None, epochs=2, **kwargs):
+    "What one rank ends with; `ddp` are arguments of the wrapper, `None` for a single process"
+    set_seed(3)
+    model = (model or mlp)().double()
+    learn = Learner(DataLoaders(batches, []), model, F.cross_entropy, opt_func=partial(hessian_free, **{'jvp':'reverse', **kwargs}), cbs=list(cbs))
+    learn.remove_cb(learn.recorder)
+    learn.logger = noop
+    if ddp is not None: learn.model = DistributedDataParallel(model, **ddp)
+    with warnings.catch_warnings(),learn.no_bar():
+        warnings.simplefilter('ignore')
+        learn.fit(epochs)
+    opt = learn.opt
+    return dict(weights=flat(list(model.parameters())).detach(), n_steps=opt.n_steps, n_skipped=opt.n_skipped, failed=sorted(opt.curvature.failed), record=[r['reason'] for r in opt.record],
+        damping=opt.hypers[0]['damping'], grad_enabled=torch.is_grad_enabled())
+
+def ignored(batches, rank):
+    "All targets of the last rank's batch 1 are ignored"
+    if rank: batches[1] = batches[1][0],torch.full_like(batches[1][1], -100)
+    return batches
+
+def on_ranks(rank, n_ranks):
+    mine = lambda: shard_of(rank, n_ranks)
+    return dict(plain=lambda: train_shard(mine(), ddp={}), hessian=lambda: train_shard(mine(), ddp={}, curvature='hessian'),  # chkstyle: ignore-node
+        n_acc=lambda: train_shard(mine(), ddp={}, n_acc=3), precondition=lambda: train_shard(mine(), ddp={}, precondition=True, fisher_probes=None),
+        auto=lambda: train_shard(mine(), ddp={}, model=Conv, jvp='auto'),
+        trial=lambda: train_shard(mine(), [Fails(RuntimeError('in a trial'))], ddp={}),
+        bug=lambda: train_shard(mine(), [Fails(ArithmeticError('in the second trial'), 2)], ddp={}),
+        product=lambda: train_shard(mine(), [Fails(RuntimeError('in a product'))], ddp={}, jvp='dual'),
+        memory=lambda: train_shard(mine(), [Fails(torch.OutOfMemoryError('in a product'))], ddp={}, jvp='dual', damping=.1),
+        way=lambda: train_shard(mine(), ddp={}, model=NoDual, jvp='auto'), ignored=lambda: train_shard(ignored(mine(), rank), ddp={}),
+        unused=lambda: train_shard(mine(), ddp=dict(find_unused_parameters=True), model=Sometimes))
+
+def main(folder, rank, n_ranks):
+    dist.init_process_group('gloo', rank=rank, world_size=n_ranks)
+    found = {}
+    for name,f in on_ranks(rank, n_ranks).items():
+        found[name] = f()
+        dist.barrier()
+    torch.save(found, f'{folder}/{rank}.pt')
+    dist.destroy_process_group()
+
+@pytest.fixture(scope='module')
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('ranks')
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        env = {**os.environ, 'MASTER_ADDR':'localhost', 'MASTER_PORT':str(s.getsockname()[1]), 'WORLD_SIZE':'2', 'OMP_NUM_THREADS':'1'}
+    logs = [open(folder/f'{r}.log', 'w+') for r in range(2)]
+    ps = [subprocess.Popen([sys.executable, __file__, folder, str(r), '2'], env={**env, 'RANK':str(r), 'LOCAL_RANK':str(r)}, stdout=log, stderr=subprocess.STDOUT)
+        for r,log in enumerate(logs)]
+    try:
+        for p in ps: p.wait(timeout=240)
+    finally:
+        for p in ps: p.kill()
+        for log in logs: log.close()
+    assert all(p.returncode==0 for p in ps), (folder/'0.log').read_text()[-3000:]+(folder/'1.log').read_text()[-3000:]
+    return [torch.load(folder/f'{r}.pt') for r in range(2)]
+
+@pytest.mark.parametrize('case', list(on_ranks(0, 2)))
+def test_two_processes_end_alike(ranks, case):
+    "Bit for bit, with the same steps, skips, ways and damping, whatever failed on one of them"
+    a,b = (r[case] for r in ranks)
+    assert torch.equal(a['weights'], b['weights']) and a['weights'].isfinite().all()
+    for k in set(a)-{'weights'}:
+        if k!='record': assert a[k]==b[k]
+    assert [r.startswith('skipped') for r in a['record']]==[r.startswith('skipped') for r in b['record']]
+
+@pytest.mark.parametrize('case,skipped,failed', [('plain',0,[]), ('hessian',None,[]), ('n_acc',0,[]), ('auto',0,[]), ('trial',1,[]), ('bug',1,[]), ('product',1,['dual']), ('memory',1,[]),
+    ('way',0,['dual','linearize']), ('ignored',2,[]), ('unused',0,[])])
+def test_what_one_process_cannot_do_none_does(ranks, case, skipped, failed):
+    found = ranks[0][case]
+    assert (skipped is None or found['n_skipped']==skipped) and found['grad_enabled']
+    if case!='way': assert found['failed']==failed
+    else: assert 'dual' in found['failed'] and 'reverse' not in found['failed']
+
+@pytest.mark.parametrize('case,kwargs', [('plain',{}), ('hessian',dict(curvature='hessian')), ('n_acc',dict(n_acc=3))], ids=str)
+def test_two_processes_are_one_on_the_whole_batch(ranks, case, kwargs):
+    one = train_shard([tuple(map(torch.cat, zip(*o))) for o in zip(shard_of(0, 2), shard_of(1, 2))], **kwargs)
+    assert torch.allclose(one['weights'], ranks[0][case]['weights'], rtol=1e-6, atol=1e-8)   # float64, six steps, other orders of summation
+
+if __name__=='__main__': main(sys.argv[1], *map(int, sys.argv[2:]))

@@ -1,11 +1,16 @@
 "A run that was interrupted and continued is the run that was not, bit for bit; what does not fit is refused and changes nothing"
-import copy,os,pickle,random,signal,subprocess,sys,time
+import copy,io,json,math,os,pickle,random,signal,subprocess,sys,time
 from pathlib import Path
-import pytest,torch
+import pytest,torch,torch.nn.functional as F
+from fastai.callback.core import Callback
 from fastai.callback.tracker import SaveModelCallback
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner,load_learner
 from fastai.optimizer import Adam
 from torch import nn
-from helpers_learner import data,fit,learner,mlp,state_of
+from adahessian_fastai.all import adahessian,sophia
+from helpers_learner import ROUNDING,data,fit,learner,mlp,state_of
 
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')
 CASES = [dict(), dict(update_each=5), dict(n_acc=4), dict(n_acc=4, update_each=5), dict(n_samples=2, debiased=True, n_acc=3)]
@@ -140,6 +145,155 @@ def test_a_loaded_state_shares_no_memory_with_its_source(tmp_path):
     before = state_of(learn)
     fit(other, 2)
     assert state_of(learn)==before
+
+
+# Every entry of a state, and what may have happened to it
+
+GONE = object()
+tensors = dict(  # chkstyle: ignore-node
+    nan=lambda t: t.clone().fill_(math.nan), inf=lambda t: t.clone().fill_(math.inf), half=lambda t: t.half(), single=lambda t: t.float(),
+    bfloat16=lambda t: t.bfloat16(), complex=lambda t: t.to(torch.complex128), scalar=torch.tensor(1., dtype=torch.double), short=lambda t: t[:1], text='a',
+    none=None, list=[1.], number=1., gone=GONE)
+wholes = dict(negative=-1, half=1.5, text='a', none=None, tensor=torch.tensor(1), true=True, nan=math.nan, gone=GONE)
+sections = dict(none=None, list=[], text='a', number=3)
+SPOILT = [  # chkstyle: ignore-node
+    *[(f'state.0.{k}', v) for k in ('grad_avg','sqr_avg_diag_hessian') for v in tensors.items()],
+    *[(f'state.0.{k}', v) for k in ('step','hess_step','age') for v in wholes.items()],
+    *[(f'curvature.counts.{k}', v) for k in ('seed','n_steps','n_estimates','n_dropped','n_skipped') for v in wholes.items()],
+    *[('hypers.0.lr', v) for v in dict(nan=math.nan, inf=math.inf, negative=-1., text='a', none=None, gone=GONE, tensor=torch.tensor(0.1)).items()],
+    ('hypers.0.mom', ('one',1.)), ('hypers.0.eps', ('zero',0.)),
+    *[('curvature.scale.c', v) for v in dict(nan=math.nan, zero=0., text='a', none=None, gone=GONE).items()],
+    *[('curvature.scale.n_good', v) for v in wholes.items()],
+    *[(k, v) for k in ('curvature','state','hypers','state.0','hypers.0') for v in sections.items() if (k,v[0])!=('state.0','dict')],
+    *[(f'curvature.{k}', v) for k in ('counts','scale','estimator','when') for v in sections.items()]]
+SPOILT_PENDING = [  # chkstyle: ignore-node
+    *[('curvature.pending', v) for v in sections.items()],
+    *[(f'curvature.pending.{k}', v) for k in ('n_batches','n_items') for v in wholes.items()],
+    *[(f'curvature.pending.{k}', v) for k in ('scaled','grads','diags','noises','losses') for v in dict(none=None, text='a', number=-1, gone=GONE).items()],
+    *[('curvature.pending.share', v) for v in dict(text='a', negative=-1, gone=GONE).items()],
+    *[(f'curvature.pending.{k}.0', (n,tensors[n])) for k in ('grads','diags') for n in ('single','short','text','scalar')]]
+
+def spoil(sd, path, v):
+    *way,last = [int(k) if k.isdigit() else k for k in path.split('.')]
+    for k in way: sd = sd[k]
+    if v is GONE: del sd[last]
+    else: sd[last] = v(sd[last]) if callable(v) else v
+
+
+@pytest.fixture(scope='module')
+def at_rest(tmp_path_factory): return fit(made(tmp_path_factory.mktemp('a'))),fit(made(tmp_path_factory.mktemp('b')), 2)
+
+@pytest.fixture(scope='module')
+def accumulating(tmp_path_factory):
+    kwargs = dict(n_acc=4, n_samples=2, debiased=True)
+    return fit(made(tmp_path_factory.mktemp('a'), **kwargs)),fit(made(tmp_path_factory.mktemp('b'), **kwargs), 2)
+
+
+@pytest.mark.parametrize('pending', [False,True])
+def test_a_spoilt_state_is_refused_and_changes_nothing(pending, at_rest, accumulating):
+    "Also where an accumulation is under way, of which no half is replaced"
+    source,learn = accumulating if pending else at_rest
+    assert bool(learn.opt.n_batches)==pending
+    for path,(name,v) in [*SPOILT, *(SPOILT_PENDING if pending else [])]:
+        sd = copy.deepcopy(source.opt.state_dict())
+        spoil(sd, path, v)
+        try: unchanged(learn, lambda: learn.opt.load_state_dict(sd), '')
+        except BaseException as e: raise AssertionError(f'{path} {name}') from e
+    learn.opt.load_state_dict(source.opt.state_dict())
+    assert state_of(learn)[1]==state_of(source)[1]
+
+
+@pytest.mark.parametrize('a,b', [('double','float'),('float','double'),('float','bfloat16'),('double','half')])
+def test_the_state_of_another_precision_is_refused(a, b, tmp_path):
+    source,learn = (made(tmp_path, model=getattr(mlp(), o)()) for o in (a,b))
+    for o,l in ((a,source),(b,learn)):
+        l.create_opt()
+        l.opt.differentiate(l.model(data(6, dtype=getattr(torch, o))[0]).square().mean())
+        l.opt.step()
+    unchanged(learn, lambda: learn.opt.load_state_dict(source.opt.state_dict()), 'with_opt=False')
+
+
+def test_what_is_pending_may_be_an_overflow(tmp_path):
+    "A file between a bad batch and its step: the step is skipped after loading as it would have been"
+    class Bad(Callback):
+        def after_loss(self):
+            if self.training and self.train_iter==4: self.learn.loss_grad = self.loss_grad*math.inf
+    learn,other = (made(tmp_path, n_acc=4, seed=s, cbs=[Bad()]) for s in (0,1))
+    fit(learn).save('bad')
+    other.load('bad')
+    assert state_of(other)[1]['curvature']['counts']==state_of(learn)[1]['curvature']['counts']
+    for l in (learn,other):
+        with pytest.warns(UserWarning, match='step skipped'): fit(l)
+    assert all(torch.equal(p, q) for p,q in zip(learn.model.parameters(), other.model.parameters())) and other.opt.n_skipped==1
+
+
+# Files of version 0.0.1
+
+def tensors_again(o):
+    if isinstance(o, dict): return torch.tensor(o['tensor'], dtype=torch.double) if 'tensor' in o else {k: tensors_again(v) for k,v in o.items()}
+    return [tensors_again(v) for v in o] if isinstance(o, list) else o
+
+
+@pytest.mark.parametrize('case', ['sparse','auto','n_acc_samples'])
+def test_a_file_of_version_0_0_1_continues_where_it_stood(case, tmp_path, capsys):
+    "Two epochs there; the third one ends here as it ended there"
+    found = tensors_again(json.loads(Path(__file__).with_name('state_0_0_1.json').read_text())[case])
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5,3), nn.Tanh(), nn.Linear(3,3)).double()
+    learn = made(tmp_path, model=model, seed=7, **found['kwargs'])
+    (tmp_path/'models').mkdir()
+    torch.save({k: found[k] for k in ('model','opt')}, tmp_path/'models/old.pth')
+    learn.load('old')
+    torch.manual_seed(5)
+    fit(learn)
+    assert max((v-found['after'][k]).abs().max().item() for k,v in learn.model.state_dict().items())<ROUNDING
+
+
+# The real error, and the rate that nobody gave
+
+def test_a_stream_shows_what_was_wrong(tmp_path):
+    learn = fit(made(tmp_path))
+    file = learn.save('whole')
+    learn.load(io.BytesIO(file.read_bytes()))
+    unchanged(learn, lambda: learn.load(io.BytesIO(file.read_bytes()[:900])), 'PytorchStreamReader|archive|zip|pickle|not a whole')
+    broken = io.BytesIO()
+    torch.save(dict(model=learn.model.state_dict(), opt=fit(made(tmp_path, model=nn.Sequential(nn.Linear(5,3).double()))).opt.state_dict()), broken)
+    broken.seek(0)
+    unchanged(learn, lambda: learn.load(broken), 'parameters, the model has')
+
+
+class Items(list):
+    "What can be exported"
+    def new_empty(self): return Items()
+
+
+def trip(how, learn, tmp_path):
+    if how=='pickle': return pickle.loads(pickle.dumps(learn))
+    if how=='deepcopy': return copy.deepcopy(learn)
+    learn.export('a.pkl')
+    return load_learner(learn.path/'a.pkl')
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('how', ['pickle','deepcopy','export'])
+@pytest.mark.parametrize('first,then', [(adahessian,sophia), (sophia,adahessian), (adahessian,Adam), (Adam,adahessian), (sophia,Adam)])
+@pytest.mark.parametrize('created', [True,False])
+def test_the_rate_that_nobody_gave_survives_copies_and_another_optimizer(how, first, then, created, tmp_path):
+    "`learn.lr` is that of the optimizer at hand; a rate of the user stays the user's"
+    default = {adahessian: 0.15, sophia: 1e-4, Adam: 1e-3}
+    def new(**kwargs):
+        x,y = data(12)
+        ds = Items(zip(x, y))
+        dls = DataLoaders(DataLoader(ds, bs=6), DataLoader(ds, bs=6), device=torch.device('cpu'))
+        learn = Learner(dls, mlp(), F.cross_entropy, opt_func=first, path=tmp_path, **kwargs)
+        if created: learn.create_opt()
+        return trip(how, learn, tmp_path)
+    for rate in (None,0.02):
+        learn = new(**({} if rate is None else dict(lr=rate)))
+        for opt in (first,then,first):
+            learn.opt_func = opt
+            learn.create_opt()
+            assert learn.lr==(rate or default[opt]) and {h['lr'] for h in learn.opt.hypers}=={learn.lr}
 
 
 @pytest.mark.cuda

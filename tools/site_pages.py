@@ -1,5 +1,6 @@
 "Writes the pages of the documentation site in _proc: the notebooks with their API made readable, `docs/*.md`, changelog and contributing guide"
 import ast,io,json,posixpath,re,tokenize
+from configparser import ConfigParser
 from functools import lru_cache
 from pathlib import Path
 from shutil import copy,rmtree
@@ -11,18 +12,33 @@ from results import filled
 root = Path(__file__).resolve().parents[1]
 out,lib = root/'_proc','adahessian_fastai'
 defs = ast.FunctionDef,ast.ClassDef
-first_guides = ['which', 'hyperparameters', 'benchmarks'] # The others follow by name
+first_guides = ['start', 'which', 'hyperparameters', 'benchmarks'] # The others follow by name
+first_stories = ['transfer', 'imagenette', 'pytorch', 'toys', 'curvature', 'translation', 'hessian_free', 'pinn'] # As a learner goes, then the rest
+main_names = ['adahessian', 'adahessian_paper', 'sophia', 'hessian_free', 'sassha', 'CurvatureRecorder', 'Learner.curvature_summary',
+    'Learner.suggest_lr_from_curvature', 'compare_optimizers', 'Budget', 'GNB', 'Problem'] # What people ask for first; one that does not exist is left out
 papers = {'CHANGELOG.md': 'changelog.md', 'CONTRIBUTING.md': 'contributing.md'}
 re_link = re.compile(r'(\]\(|<img[^>]* src=")(?![a-z]+:|#)([^)"\s#]+)')
 re_code = re.compile(r'(?<![`\[])`([A-Za-z_][\w.]*)(?:\(\))?`(?!`)')
 
 # Reading notebooks
 
+def place(names, name): return names.index(name) if name in names else len(names)
 def notebooks(): return sorted(p for p in (root/'nbs').glob('*.ipynb') if p.name[0] not in '_.')
 def guides():
     "The pages of docs/ in reading order"
-    last = len(first_guides)
-    return sorted((root/'docs').glob('*.md'), key=lambda p: (first_guides.index(p.stem) if p.stem in first_guides else last, p.name))
+    return sorted((root/'docs').glob('*.md'), key=lambda p: (place(first_guides, p.stem), p.name))
+
+def stories():
+    "The notebooks that make no module, in a learner's order"
+    found = [p for p in notebooks() if not module_name(read_nb(p)) and p.name!='index.ipynb']
+    return sorted(found, key=lambda p: (place(first_stories, p.stem.split('.')[-1]), p.name))
+
+def rooms(low=0, high=99):
+    "The notebooks that make modules, with numbers from `low` to `high`"
+    found = [p for p in notebooks() if module_name(read_nb(p)) and p.name!='index.ipynb']
+    return [p for p in found if low<=int(re.match(r'\d+', p.name)[0])<=high]
+
+def kinds(): return {'Optimizers': rooms(16, 19), 'Look and compare': rooms(20), 'Inside': rooms(0, 15)}
 
 def page_name(p): return nbpath2html(Path(p.name)).with_suffix('.ipynb').as_posix()
 def module_name(nb): return next((d for c in nb.cells if (d := c.directive('default_exp'))), None)
@@ -145,8 +161,8 @@ def relinked(md, folder):
         return m[0]
     return re_link.sub(f, md)
 
-def prose(md, folder): return linked(relinked(md, folder))
-def guide_page(md): return prose(filled(md).replace('<!-- stacked -->', '{.stacked}'), 'docs') # Wide tables that a phone shows row by row
+def prose(md, folder): return linked(relinked(md, folder)).replace('<!-- stacked -->', '{.stacked}') # Wide tables that a phone shows row by row
+def guide_page(md): return prose(filled(md).replace('\u00a0±', ' ±'), 'docs') # A phone may break a line there
 
 # Pages
 
@@ -176,30 +192,66 @@ def page_cell(c, mod):
 
 def clean_dict(c): return {k: c[k] for k in ('cell_type', 'id', 'metadata', 'source', 'outputs', 'execution_count') if k in c}
 
-def notebook_page(path, extra=()):
-    "Write the page of the notebook at `path`"
+def repository():
+    "Address of the published repository, '' while there is none"
+    cfg = ConfigParser(interpolation=None, delimiters=['='])
+    cfg.read(root/'settings.ini', encoding='utf-8')
+    return cfg['DEFAULT'].get('git_url', '').strip().rstrip('/').removesuffix('.git')
+
+def colab_note(path, url):
+    "A link that opens the notebook at `path` in Colab, nothing without an address on GitHub"
+    if not (m := re.match(r'https://github\.com/([^/]+/[^/]+)$', url)): return ''
+    link = f'https://colab.research.google.com/github/{m[1]}/blob/main/nbs/{path.name}'
+    return f'[Open in Colab]({link}), where `%pip install git+{url}` comes first.'
+
+def notebook_page(path, extra=(), above=''):
+    "Write the page of the notebook at `path`, with the text `above` under its title"
     nb = read_nb(path)
     cells = [clean_dict(o) for c in nb.cells if (o := page_cell(c, module_name(nb)))]
+    if above: cells.insert(1, md_cell('above', above))
     page = dict(cells=[*cells, *extra], metadata=nb.metadata, nbformat=nb.nbformat, nbformat_minor=nb.nbformat_minor)
     (out/page_name(path)).write_text(json.dumps(page), encoding='utf-8')
 
-def toctree(caption, names):
-    entries = '\n'.join(n.rsplit('.', 1)[0] for n in names)
-    return f'```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{entries}\n```' if names else ''
+def toc_entry(p):
+    "The side bar's line for the notebook, or page, at `p`; tutorials stand under a heading that calls them so"
+    name = page_name(p).rsplit('.', 1)[0] if p.suffix=='.ipynb' else papers.get(p.name, p.name).removesuffix('.md')
+    title = page_title(read_nb(p)) if p.suffix=='.ipynb' else ''
+    if not title.startswith('Tutorial: '): return name
+    title = title.removeprefix('Tutorial: ')
+    return f'{title[0].upper()}{title[1:]} <{name}>'
+
+def toctree(caption, paths):
+    entries = '\n'.join(map(toc_entry, paths))
+    return f'```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{entries}\n```' if paths else ''
 
 def summary(nb): return next((m[1] for c in nb.cells if (m := re.search(r'^> (.+)$', c.source, re.M))), '')
+
+def name_row(name, about): return f"| `{name}` | {about.replace('|', chr(92)+'|')} |"
 
 def module_table(path):
     "The section of the API overview on the notebook at `path`"
     nb = read_nb(path)
     nodes = [n for c in nb.cells if is_export(c) for n in ast.parse(source(c)).body]
-    rows = [f"| `{shown_name(n)}` | {ast.get_docstring(n) or ''} |" for n in nodes if isinstance(n, defs) and shown_name(n)]
-    head = f"## [{module_name(nb)}]({page_name(path)})\n\n{summary(nb)}\n\n"
+    rows = [name_row(shown_name(n), ast.get_docstring(n) or '') for n in nodes if isinstance(n, defs) and shown_name(n)]
+    head = f"### [{module_name(nb)}]({page_name(path)})\n\n{summary(nb)}\n\n"
     return head + (linked('{.docments}\n| Name | What it does |\n|---|---|\n' + '\n'.join(rows)) if rows else '')
 
-def api_page(rooms):
-    intro = f'# API at a glance\n\n`from {lib}.all import *` brings what notebooks usually need; the rest is imported from the module that a heading names. Each heading leads to the notebook that defines, explains and tests its module.'
-    (out/'api.md').write_text('\n\n'.join([intro, *map(module_table, rooms)])+'\n', encoding='utf-8')
+@lru_cache
+def described_names():
+    "Docstring by public name, for every function and class of every notebook"
+    nodes = (n for p in rooms() for c in read_nb(p).cells if is_export(c) for n in ast.parse(source(c)).body)
+    return {shown_name(n): ast.get_docstring(n) or '' for n in nodes if isinstance(n, defs) and shown_name(n)}
+
+def main_table():
+    "What people ask for first"
+    rows = [name_row(nm, about) for nm in main_names if (about := described_names().get(nm))]
+    return linked('{.docments}\n| Name | What it does |\n|---|---|\n' + '\n'.join(rows))
+
+def api_page():
+    intro = f'# API at a glance\n\n`from {lib}.all import *` brings what notebooks usually need. These come first:\n\n{main_table()}'
+    rest = 'All public names follow, by module. Each heading leads to the notebook that defines, explains and tests its module.'
+    parts = [f'## {k}\n\n'+'\n\n'.join(map(module_table, ps)) for k,ps in kinds().items()]
+    (out/'api.md').write_text('\n\n'.join([intro, rest, *parts])+'\n', encoding='utf-8')
 
 def entry(name, title, about): return f"- [{title}]({name.rsplit('.', 1)[0]}.html)" + (f': {about}' if about else '')
 
@@ -210,13 +262,13 @@ def lead(p):
 
 def page_title(nb): return next(m[1] for c in nb.cells if (m := re.search(r'^# (.+)$', c.source, re.M)))
 
-def llms_txt(stories, rooms):
+def llms_txt():
     "The site for a language model: what the package is and what each page holds"
     index = read_nb(root/'nbs/index.ipynb')
     about = next(c.source for c in index.cells[1:] if c.cell_type=='markdown')
     line = lambda p,title: entry(page_name(p), title(nb := read_nb(p)), summary(nb))
-    api = [line(p, lambda nb: f'{lib}.{module_name(nb)}') for p in rooms]
-    parts = dict(Guides=[entry(p.name, *lead(p)) for p in guides()], Tutorials=[line(p, page_title) for p in stories],
+    api = [line(p, lambda nb: f'{lib}.{module_name(nb)}') for ps in kinds().values() for p in ps]
+    parts = dict(Guides=[entry(p.name, *lead(p)) for p in guides()], Tutorials=[line(p, page_title) for p in stories()],
         API=[entry('api.md', 'API at a glance', 'every public name with one line'), *api],
         Optional=[entry(name, Path(name).stem.capitalize(), '') for name in papers.values()])
     return '\n\n'.join([f'# {lib}', f'> {summary(index)}', about, *(f'## {k}\n\n'+'\n'.join(v) for k,v in parts.items())])+'\n'
@@ -225,16 +277,15 @@ def site_pages():
     "Write all pages, afresh"
     rmtree(out, ignore_errors=True)
     out.mkdir()
-    rooms = [p for p in notebooks() if module_name(read_nb(p)) and p.name!='index.ipynb']
-    stories = [p for p in notebooks() if p not in rooms and p.name!='index.ipynb']
-    for p in [*rooms, *stories]: notebook_page(p)
+    for p in rooms(): notebook_page(p)
+    for p in stories(): notebook_page(p, above=colab_note(p, repository()))
     for p in guides(): (out/p.name).write_text(guide_page(p.read_text(encoding='utf-8')), encoding='utf-8')
     for p,name in papers.items(): (out/name).write_text(prose((root/p).read_text(encoding='utf-8'), '.'), encoding='utf-8')
-    api_page(rooms)
-    (out/'llms.txt').write_text(llms_txt(stories, rooms), encoding='utf-8')
-    trees = [('Tutorials', map(page_name, stories)), ('Guides', (p.name for p in guides())), ('API', ('api.md', *map(page_name, rooms))),
-        ('Project', papers.values())]
-    tocs = '\n\n'.join(toctree(k, list(v)) for k,v in trees)
-    notebook_page(root/'nbs/index.ipynb', [md_cell('toctrees', tocs)])
+    api_page()
+    (out/'llms.txt').write_text(llms_txt(), encoding='utf-8')
+    start,*others = guides()
+    trees = dict(Begin=[start], Tutorials=stories(), Guides=others, API=[out/'api.md', *kinds()['Optimizers'], *kinds()['Look and compare']],
+        Inside=kinds()['Inside'], Project=map(Path, papers))
+    notebook_page(root/'nbs/index.ipynb', [md_cell('toctrees', '\n\n'.join(toctree(k, list(v)) for k,v in trees.items()))])
 
 if __name__=='__main__': site_pages()

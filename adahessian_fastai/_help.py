@@ -1,0 +1,110 @@
+"Help for the person in front of it: comments beside parameters become part of `__doc__`, optimizers say what they are"
+import inspect,re
+from itertools import groupby
+from linecache import getlines
+from textwrap import wrap
+
+_re_param = re.compile(r'\s*(?:def \w+\()?\s*(\*{0,2}[a-zA-Z_]\w*)\s*[:=,)]?.*?\s#\s+(.*)')
+_lib,_width = __package__,100
+
+# Notes of parameters
+
+def signature_lines(
+    f, # Function with its source at hand
+): # Lines from `def` to the end of its signature
+    "The signature of `f` as it is written"
+    code = inspect.unwrap(f).__code__
+    lines = getlines(code.co_filename)[code.co_firstlineno-1:]
+    start = next((i for i,l in enumerate(lines) if re.match(r'\s*(async )?def ', l)), None)
+    if start is None: return []
+    head = lines[start].split('#')[0]
+    if head.count('(')<=head.count(')'): return [lines[start]]
+    end = next((i for i in range(start+1, len(lines)) if re.match(r'\s*\)', lines[i])), start)
+    return lines[start:end+1]
+
+def parameter_notes(
+    f, # Function with its source at hand
+)->dict: # Comments by parameter; 'returns' for the one behind the closing parenthesis
+    "What stands beside the parameters of `f`"
+    to,notes = getattr(f, '__delwrap__', None),{}
+    for l in signature_lines(f):
+        if m := re.match(r'.*\)(?:->.*?)?:.*?\s#\s+(.*)', l): notes['returns'] = m[1].strip()
+        elif m := _re_param.match(l): notes[m[1]] = m[2].strip()
+    more = parameter_notes(to.__init__ if inspect.isclass(to) else to) if to else {} # Arguments that `delegates` hands on
+    return {**notes, **{k: v for k,v in more.items() if k not in notes and k in inspect.signature(f).parameters}}
+
+def notes_text(
+    notes:dict, # Text by name
+)->str:
+    "`notes` as a list of at most 100 columns"
+    n = max(map(len, notes))+4
+    def entry(k, v): return f'  {k}'.ljust(n) + f'\n{" "*n}'.join(wrap(v, _width-n, break_on_hyphens=False))
+    return '\n'.join(entry(k, v) for k,v in notes.items())
+
+def add_notes(
+    f, # Function; one without docstring or without notes stays as it is
+):
+    "Put the notes of the parameters of `f` under its docstring"
+    doc = f.__doc__
+    if '\n' in (doc or '') or doc is None and f.__name__!='__init__' or not (notes := parameter_notes(f)): return
+    f.__doc__ = f"{f'{doc}{chr(10)*2}' if doc else ''}Parameters:\n{notes_text(notes)}"
+
+def functions_of(
+    o, # A function or a class; anything else has none
+)->list: # `o` itself, or its public methods
+    "What a person may ask about in `o`"
+    if inspect.isfunction(o): return [o]
+    return [f for nm,f in vars(o).items() if inspect.isfunction(f) and (nm[0]!='_' or nm=='__init__')] if inspect.isclass(o) else []
+
+def add_all_notes(
+    names:dict, # Objects by public name, as `vars` of a module has them
+    *patched, # Classes of other packages whose methods from here have notes too
+):
+    "Put notes into `__doc__` for all that `names` hold of this package"
+    own = [o for nm,o in names.items() if nm[0]!='_']
+    own += [f for c in patched for f in vars(c).values()]
+    mine = [o for o in own if (getattr(o, '__module__', None) or '').startswith(f'{_lib}.')]
+    for f in {id(f): f for o in mine for f in functions_of(o)}.values(): add_notes(f)
+
+# What an object is
+
+def arguments(
+    o, # Object whose class keeps arguments under their own names
+)->dict: # Those that differ from their defaults
+    "What `o` was made with"
+    ps = inspect.signature(type(o)).parameters.values()
+    kept = {p.name: (vars(o)[p.name],p.default) for p in ps if vars(o).get(p.name) is not None}
+    return {k: v for k,(v,default) in kept.items() if v is not default and v!=default}
+
+def shown(
+    o, # Number, text, function or part of an optimizer
+)->str:
+    "`o` in a few letters"
+    if isinstance(o, float): return f'{o:.4g}'
+    if hasattr(o, '__name__'): return o.__name__
+    if not type(o).__module__.startswith(_lib): return repr(o)
+    return f"{type(o).__name__}({', '.join(f'{k}={shown(v)}' for k,v in arguments(o).items())})"
+
+def described_groups(
+    opt, # Any fastai optimizer
+)->list: # A line for all groups with the same hyperparameters that follow one another
+    "Parameters and hyperparameters of the groups of `opt`"
+    def hypers(i): return ', '.join(f'{k}={shown(v)}' for k,v in opt.hypers[i].items())
+    def line(idxs, text):
+        ps = [p for i in idxs for p in opt.param_lists[i]]
+        name = f'group {idxs[0]}' if len(idxs)==1 else f'groups {idxs[0]} to {idxs[-1]}'
+        free = sum(p.numel() for p in ps if p.requires_grad)
+        return f"{name}: {len(ps)} tensors, {free:,} of {sum(p.numel() for p in ps):,} weights train; {text}"
+    return [line(list(idxs), text) for text,idxs in groupby(range(len(opt.param_lists)), hypers)]
+
+def describe(
+    opt, # Optimizer of this package
+)->str: # Name and steppers, estimator, schedule, groups
+    "What `opt` is, in a few lines"
+    inner = getattr(opt, 'opt', None)
+    cbs = [getattr(cb, 'func', cb).__name__ for cb in getattr(inner, 'cbs', ())]
+    name = cbs[-1].removesuffix('_step') if cbs else type(opt).__name__
+    parts = {k: vars(opt)[k] for k in ('estimator','when','perturb','n_acc','damping') if k in vars(opt)}
+    parts = {k: v for k,v in parts.items() if not (k=='perturb' and not v.rho or k=='n_acc' and v==1)}
+    head = f"{name}: {', '.join(cbs)}" if cbs else name
+    return '\n  '.join([head, *(f'{k}: {shown(v)}' for k,v in parts.items()), *described_groups(opt)])

@@ -1,0 +1,166 @@
+"""Kill, spoil and outlast training runs: `python tests/soak.py` prints a table of what was tried and what was lost
+
+Runs are killed by SIGKILL at random times and go on from their last file until they end; files and states are spoilt; trainings are interrupted at
+random lines; memory is watched over many steps; every variant trains on several processes. `--short` does a little of each."""
+import argparse,copy,os,random,resource,signal,subprocess,sys,tempfile,time,warnings
+from pathlib import Path
+import torch
+from fastai.callback.core import Callback
+from torch import nn
+from helpers_learner import data,fit,learner,mlp,state_of
+from test_resume import SPOILT,SPOILT_PENDING,spoil
+from test_threads import SURE,interrupts
+from variants import variants
+
+python = [sys.executable, '-W', 'ignore', __file__]
+KILLED = 'default update_each3 signed debiased control ggn gnb rows n_acc3'.split()
+N_EPOCH = 60
+
+
+# Runs that are killed
+
+class Files(Callback):
+    "A file after each epoch, which is whole or not there"
+    order = 90
+    def after_epoch(self):
+        self.learn.save('new')
+        held = torch.load(self.path/'models/new.pth', weights_only=False)
+        torch.save(dict(held=held, epoch=self.epoch+1), self.path/'both')
+        os.replace(self.path/'both', self.path/'last')
+
+
+def run(folder, name):
+    "One process of a run: it goes on from the last file, and writes down what it ends with"
+    folder = Path(folder)
+    there = torch.load(folder/'last', weights_only=False) if (folder/'last').exists() else None
+    torch.manual_seed(int.from_bytes(os.urandom(4), 'little') if there else 0)
+    torch.set_num_threads(1)
+    learn = learner(mlp(norm=nn.BatchNorm1d), *data(30), path=folder, cbs=[Files()], **variants[name])
+    learn.create_opt()
+    if there:
+        learn.model.load_state_dict(there['held']['model'])
+        learn.opt.load_state_dict(there['held']['opt'])
+    print('start', there['epoch'] if there else 0, flush=True)
+    fit(learn, N_EPOCH, start_epoch=there['epoch'] if there else 0)
+    torch.save(learn.model.state_dict(), folder/'done')
+
+
+def start(folder, name, seconds=None):
+    "Run a process, and kill it so many seconds after it began to train: was it killed, and seconds of training"
+    folder.mkdir(parents=True, exist_ok=True)
+    p = subprocess.Popen([*python, '--run', folder, name], stdout=subprocess.PIPE, stderr=open(folder/'log', 'a'))
+    p.stdout.readline()
+    begun = time.time()
+    try: p.wait(timeout=seconds or 300)
+    except subprocess.TimeoutExpired: p.send_signal(signal.SIGKILL)
+    code = p.wait()
+    if code not in (0,-signal.SIGKILL): raise RuntimeError(f'{name} ended with {code}: {(folder/"log").read_text()[-2000:]}')
+    return code!=0,time.time()-begun
+
+
+def killed(folder, names, n_kills, seed=0):
+    "Kills, runs that ended, and runs that ended with other weights than the run nobody killed"
+    rng,kills,ends,other = random.Random(seed),0,0,[]
+    for name in names:
+        seconds = start(folder/f'{name}-whole', name)[1]
+        want,left,k = torch.load(folder/f'{name}-whole'/'done'),n_kills,0
+        while left>0:
+            there,k = folder/f'{name}-{k}',k+1
+            while not (there/'done').exists():
+                was_killed,_ = start(there, name, rng.uniform(0.05, 0.7)*seconds if left>0 else None)
+                kills,left = kills+was_killed,left-was_killed
+            ends += 1
+            got = torch.load(there/'done')
+            if not all(torch.equal(got[o], want[o]) for o in want): other.append(there.name)
+    return kills,ends,other
+
+
+# Files that are spoilt
+
+def cut_files(folder, n):
+    "Files tried, and those that were taken or changed something: cut off at `n` places, or with some bytes turned"
+    learn = fit(learner(mlp(norm=nn.BatchNorm1d), *data(30), path=folder, n_acc=4))
+    content,bad = learn.save('whole').read_bytes(),[]
+    (folder/'models').mkdir(exist_ok=True)
+    for i in range(n):
+        (folder/'models/part.pth').write_bytes(content[:len(content)*i//n])
+        before = str(state_of(learn))
+        try: learn.load('part')
+        except Exception: ok = str(state_of(learn))==before
+        else: ok = False
+        if not ok: bad.append(i)
+    return n,bad
+
+
+def spoilt_states(folder):
+    "States tried, and those that were taken or changed something"
+    kwargs,bad,tried = dict(n_acc=4, n_samples=2, debiased=True),[],0
+    source,learn = (fit(learner(mlp(norm=nn.BatchNorm1d), *data(30), path=folder, **kwargs), n) for n in (1,2))
+    for path,(name,v) in [*SPOILT,*SPOILT_PENDING]:
+        sd,before = copy.deepcopy(source.opt.state_dict()),str(state_of(learn))
+        spoil(sd, path, v)
+        tried += 1
+        try: learn.opt.load_state_dict(sd)
+        except ValueError: ok = str(state_of(learn))==before
+        except Exception: ok = False
+        else: ok = False
+        if not ok: bad.append(f'{path} {name}')
+    return tried,bad
+
+
+# Memory
+
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
+
+def memory(folder, names, n_steps):
+    "Growth of the largest memory, in MB, over the second half of `n_steps`, by variant"
+    found = {}
+    for name in names:
+        learn = learner(mlp(), *data(60), path=folder, **variants[name])
+        fit(learn, n_steps//20)
+        half = peak()
+        fit(learn, n_steps//20)
+        found[name] = peak()-half
+    return found
+
+
+# Processes
+
+def on_ranks(folder, n):
+    "Variants on `n` processes, and those whose ranks differ"
+    from test_distributed import launch
+    folder.mkdir()
+    a,*others = launch(n, folder, 900, 'variants')
+    return len(a),[k for k in a for o in others if not all(torch.equal(p, q) for p,q in zip(a[k]['weights'], o[k]['weights']))]
+
+
+def main(short):
+    warnings.simplefilter('ignore')
+    torch.set_num_threads(1)
+    tic,lost = time.time(),[]
+    def say(what, tried, bad):
+        print(f'{what:44s} {tried!s:>12s}   lost: {", ".join(map(str, bad)) or "none"}   ({time.time()-tic:.0f} s)', flush=True)
+        lost.extend(bad)
+    with tempfile.TemporaryDirectory() as d:
+        d = Path(d)
+        names = ['n_acc3'] if short else KILLED
+        kills,ends,other = killed(d, names, 2 if short else 12)
+        say(f'SIGKILLs in {len(names)} variants; runs that ended', f'{kills}; {ends}', other)
+        say('files cut off anywhere', *cut_files(d, 20 if short else 200))
+        say('states with a spoilt entry', *spoilt_states(d))
+        n = len(SURE)*(1 if short else 20)
+        say('interrupts at random lines', n, [f'{k}: {v}' for k,v in interrupts(n, seed=2).items()])
+        grown = memory(d, ['default'] if short else KILLED, 400 if short else 2000)
+        say(f'steps whose memory was watched, {len(grown)} variants', 200 if short else 1000, [f'{k} {v:.1f} MB' for k,v in grown.items() if v>5])
+        for ranks in () if short else (2,4): say(f'variants on {ranks} processes', *on_ranks(d/f'{ranks}', ranks))
+    print(f'{len(lost)} losses in {time.time()-tic:.0f} s')
+    return bool(lost)
+
+
+if __name__=='__main__':
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--short', action='store_true', help='a little of each, two minutes')
+    p.add_argument('--run', nargs=2, metavar=('FOLDER','VARIANT'), help=argparse.SUPPRESS)
+    a = p.parse_args()
+    if a.run: run(*a.run)
+    else: sys.exit(main(a.short))

@@ -1,0 +1,255 @@
+"The forward pass at θ - ρm/‖m‖ or θ + ρg/‖g‖: a literal twin, and parameters that are never seen where they do not belong"
+import pytest,torch,torch.nn.functional as F
+from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.training import GradientAccumulation
+from functools import partial
+from torch import nn
+from adahessian_fastai.all import AdaHessian,AdaHessianWrapper
+from adahessian_fastai.optimizer import Perturbation
+from helpers_learner import HYPERS,ROUNDING,data,distance,fit,given,learner,mlp,one_loss,split
+from twin import Twin
+
+RHO = 0.1
+# `MixedPrecision` turns predictions into float32
+FLOAT_PRED = 1e-5
+
+
+def moved(params, lr=0.05, along='momentum', rho=RHO, mom=0.9, sqr_mom=0.99, eps=1e-2, wd=0., hessian_power=1., **kwargs):
+    "`adahessian` with a perturbation of either form"
+    return AdaHessianWrapper(AdaHessian(params, lr, mom, sqr_mom, eps, wd, hessian_power), perturb=Perturbation(rho, along), **kwargs)
+
+
+class Moved(Twin):
+    "The twin, but gradient and curvature are those of the moved point"
+    along = 'momentum'
+    def step(self, losses, **hypers):
+        home = [p.data.clone() for p in self.params]
+        d = [-m for m in self.m]
+        if self.along=='gradient': d = [sum(o)/len(losses) for o in zip(*[torch.autograd.grad(loss(), self.params) for loss in losses])]
+        norm = sum((o**2).sum() for o in d)**0.5
+        if norm>0:
+            for p,o in zip(self.params, d): p.data = p.data+RHO*o/norm
+        if self.t%self.update_each==0:
+            g,diag = self.curvature(losses)
+            self.h += 1
+        else: g,diag = [sum(o)/len(losses) for o in zip(*[torch.autograd.grad(loss(), self.params) for loss in losses])],None
+        for p,o in zip(self.params, home): p.data = o
+        self.t += 1
+        for i,p in enumerate(self.params): self.move(i, p, g[i], None if diag is None else diag[i], {**self.groups[0], **hypers})
+
+
+def twin_of(model, steps, along='momentum', params=None, hypers=HYPERS, **kwargs):
+    twin = Moved([dict(params=list(params or model.parameters()), **hypers)], given(), **kwargs)
+    twin.along,i = along,0
+    for batches in steps:
+        n = sum(len(y) for _,y in batches)
+        twin.step([partial(one_loss, model, F.cross_entropy, x, y, i+j, len(y)*len(batches)/n) for j,(x,y) in enumerate(batches)])
+        i += len(batches)
+    return model
+
+
+def trained(model, x, y, n=1, cbs=None, along='momentum', **kwargs):
+    learn = learner(model, x, y, opt_func=partial(moved, along=along), probe=given(), cbs=cbs, **kwargs)
+    learn.wd_bn_bias = True
+    return fit(learn, n)
+
+def dropping(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5,7), nn.Dropout(0.3), nn.Tanh(), nn.Linear(7,3)).double()
+
+BOTH = pytest.mark.parametrize('along', ['momentum','gradient'])
+X,Y = data(36)
+
+
+@BOTH
+@pytest.mark.parametrize('kwargs', [{}, dict(hypers={**HYPERS, 'wd': 0.1}), dict(update_each=3)], ids=str)
+@pytest.mark.parametrize('net', [mlp,dropping])
+def test_against_a_literal_twin(along, kwargs, net):
+    "Step and decay at the unmoved point; two epochs, with the same dropout masks in both passes"
+    found = trained(net(), X, Y, 1, along=along, **kwargs).model
+    want = twin_of(net(), [[b] for b in split(X, Y, 6)], along, **kwargs)
+    assert distance(found, want)<ROUNDING
+    plain = fit(learner(net(), X, Y, probe=given(), **kwargs)).model
+    assert distance(found, plain)>1e-4
+
+
+@BOTH
+@pytest.mark.parametrize('hvp', ['reverse','forward','finite_difference'])
+@pytest.mark.filterwarnings('ignore')
+def test_every_way_to_curvature_sees_the_moved_point(along, hvp):
+    "A one-sided difference has half of the digits"
+    found = trained(mlp(), X, Y, along=along, hvp=hvp).model
+    assert distance(found, twin_of(mlp(), [[b] for b in split(X, Y, 6)], along))<(1e-5 if hvp=='finite_difference' else ROUNDING)
+
+
+@BOTH
+def test_the_factory_says_rho(along):
+    "`rho` is the cheap form; 0 and `None` are none"
+    if along=='momentum':
+        one = fit(learner(mlp(), X, Y, probe=given(), rho=RHO)).model
+        assert distance(one, trained(mlp(), X, Y).model)==0
+    a,b,c = (fit(learner(mlp(), X, Y, probe=given(), **k)).model for k in ({},dict(rho=0),dict(rho=None)))
+    assert distance(a, b)==distance(a, c)==0
+
+
+@BOTH
+def test_accumulation_keeps_one_point(along):
+    "By `n_acc` and by fastai's callback. Along the gradient each batch has a gradient of its own to go up, so this is for the momentum"
+    steps = [split(X, Y, 6)[:3],split(X, Y, 6)[3:]]
+    by_count = trained(mlp(), X, Y, along=along, n_acc=3).model
+    by_callback = trained(mlp(), X, Y, along=along, cbs=[GradientAccumulation(18)]).model
+    assert distance(by_count, by_callback)<ROUNDING
+    if along=='momentum': assert distance(by_count, twin_of(mlp(), steps))<ROUNDING
+
+
+@BOTH
+def test_batch_norm_moves_its_statistics_once(along):
+    "As often as in the twin, which makes one forward pass of a batch; along the gradient it is that at the unmoved point"
+    norm = lambda: mlp(norm=nn.BatchNorm1d)
+    model = trained(norm(), X, Y, along=along).model
+    assert model[1].num_batches_tracked==6
+    one = trained(norm(), X[:6], Y[:6], along=along).model[1]
+    want = norm()
+    want(X[:6])
+    assert torch.allclose(one.running_mean, want[1].running_mean, atol=ROUNDING)
+
+
+@BOTH
+def test_half_precision(cpu_amp, along):
+    "With a loss scale; weights stay float64, and the predictions become float32"
+    learn = learner(mlp(), X, Y, opt_func=partial(moved, along=along), probe=given()).to_fp16(init_scale=2.**10)
+    learn.remove_cb(learn.mixed_precision)
+    class NoCast(MixedPrecision):
+        def before_batch(self):
+            self.autocast = torch.autocast('cpu', enabled=False)
+            self.autocast.__enter__()
+    learn.add_cb(NoCast(init_scale=2.**10))
+    assert distance(fit(learn).model, twin_of(mlp(), [[b] for b in split(X, Y, 6)], along))<FLOAT_PRED
+
+
+@BOTH
+def test_frozen_layers_stay(along):
+    model = mlp()
+    before = [p.detach().clone() for p in model.parameters()]
+    model[0].requires_grad_(False)
+    where = []
+    class Look(Callback):
+        run_valid = False
+        def before_backward(self): where.append([p.detach().clone() for p in self.model[0].parameters()])
+    trained(model, X, Y, along=along, cbs=[Look()])
+    assert all(torch.equal(p, o) for s in where for p,o in zip(s, before))
+    want = mlp()
+    assert distance(model, twin_of(want, [[b] for b in split(X, Y, 6)], along, params=[p for m in (want[1],want[3]) for p in m.parameters()]))<ROUNDING
+
+
+# Where the parameters are, and when
+
+EVENTS = 'before_fit before_epoch before_train before_batch after_pred after_loss before_backward after_backward before_step after_step after_batch before_validate after_epoch after_fit'.split()
+INSIDE = ['after_pred','after_loss','before_backward']
+
+def homes(n_acc=1, along='momentum', cb=None, seed=0):
+    "A Learner, and the parameters after each step"
+    after = []
+    class After(Callback):
+        run_valid,order = False,90
+        def before_fit(self): after.append([p.detach().clone() for p in self.model.parameters()])
+        def after_step(self): after.append([p.detach().clone() for p in self.model.parameters()])
+    learn = learner(mlp(seed), X, Y, opt_func=partial(moved, along=along), probe=given(), cbs=[After(), *([cb] if cb else [])], n_acc=n_acc)
+    return learn,after
+
+
+@BOTH
+def test_the_parameters_are_moved_inside_and_nowhere_else(along):
+    "Distance ρ from home in the forward pass from the second step on, along the gradient in the second of two; validation sees the parameters themselves"
+    class Where(Callback):
+        order,seen = 80,[]
+        def note(self, when): self.seen.append((when, self.training, [p.detach().clone() for p in self.model.parameters()]))
+    where,after = Where(),None
+    where.seen = []
+    for e in EVENTS: setattr(where, e, partial(where.note, e))
+    learn,after = homes(along=along, cb=where)
+    fit(learn)
+    n,once = 0,set()
+    for when,training,ps in where.seen:
+        if when=='after_step': n += 1
+        far = sum((p-o).square().sum() for p,o in zip(ps, after[n])).sqrt().item()
+        inside = training and when in INSIDE and (n>0 and along=='momentum' or (when,n) in once)
+        assert far==pytest.approx(RHO, rel=1e-9) if inside else far==0, (when, n, far)
+        if along=='gradient' and training and when in INSIDE[:2]: once ^= {(when,n)}
+
+
+@BOTH
+@pytest.mark.parametrize('when', EVENTS)
+def test_a_file_at_any_event_holds_the_unmoved_parameters(when, along, tmp_path):
+    "And training goes on as if nothing had been written"
+    class Keep(Callback):
+        order = 70
+        def keep(self):
+            self.learn.path = tmp_path
+            self.learn.save('now')
+    cb = Keep()
+    setattr(cb, when, cb.keep)
+    learn,after = homes(along=along, cb=cb)
+    fit(learn)
+    held = torch.load(tmp_path/'models/now.pth', weights_only=False)['model']
+    assert any(all(torch.equal(a, b) for a,b in zip(held.values(), o)) for o in after)
+    assert distance(learn.model, trained(mlp(), X, Y, along=along).model)==0
+
+
+class Stopped(Exception): pass
+
+@BOTH
+@pytest.mark.parametrize('ex', [Stopped,KeyboardInterrupt])
+@pytest.mark.parametrize('when', [*INSIDE,'after_backward','before_step','loss','forward'])
+def test_what_ends_a_batch_leaves_the_parameters_unmoved(when, ex, along):
+    "Bit for bit those after the last step; the next fit starts from there"
+    class Stop(Callback):
+        run_valid,order,on = False,70,True
+        def stop(self):
+            if self.on and self.train_iter==3: raise ex('stopped')
+    cb = Stop()
+    if hasattr(Callback, when) or '_' in when: setattr(cb, when, cb.stop)
+    learn,after = homes(along=along, cb=cb)
+    if when=='loss':
+        inner = learn.loss_func
+        learn.loss_func = lambda *a: (cb.stop() if learn.training else None) or inner(*a)
+    if when=='forward': learn.model.register_forward_hook(lambda *a: cb.stop() if learn.training else None)
+    with pytest.raises(ex): fit(learn)
+    assert learn.opt.n_steps==3 and all(torch.equal(p, o) for p,o in zip(learn.model.parameters(), after[-1]))
+    assert learn.opt.perturb.kept==[] and all(p.grad is None for p in learn.model.parameters())
+    Stop.on = cb.on = False
+    fit(learn)
+    assert learn.opt.n_steps==9
+
+
+@BOTH
+def test_lr_find_leaves_everything_where_it_was(along, tmp_path):
+    learn = trained(mlp(), X, Y, along=along, path=tmp_path)
+    before = [p.detach().clone() for p in learn.model.parameters()]
+    with learn.no_bar(): learn.lr_find(num_it=5, show_plot=False)
+    assert all(torch.equal(p, o) for p,o in zip(learn.model.parameters(), before))
+
+
+def test_a_plain_loop_moves_along_the_momentum_by_hand():
+    "`ahead` before the forward pass, `back` before the step: what the Learner's context does"
+    model = mlp()
+    opt = moved(model.parameters(), probe=given(), **{k: v for k,v in HYPERS.items() if k!='lr'})
+    for i,(x,y) in enumerate(split(X, Y, 6)):
+        opt.perturb.ahead(opt)
+        opt.differentiate(one_loss(model, F.cross_entropy, x, y, i))
+        opt.perturb.back()
+        opt.step()
+        opt.zero_grad()
+    assert distance(model, twin_of(mlp(), [[b] for b in split(X, Y, 6)]))<ROUNDING
+
+
+def test_a_move_is_no_inplace_change_to_autograd():
+    "Back before the backward pass: the graph does not mind"
+    p = nn.Parameter(torch.ones(3))
+    move = Perturbation(0.5)
+    move.move([p], [torch.ones(3)], 1.)
+    loss = (p**3).sum()
+    move.back()
+    loss.backward()
+    assert torch.equal(p.detach(), torch.ones(3))
