@@ -1147,6 +1147,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'adahessian_fastai/stability.py'),
                                              'adahessian_fastai.stability._short': ( 'stability.html#_short',
                                                                                      'adahessian_fastai/stability.py'),
+                                             'adahessian_fastai.stability._zeros': ( 'stability.html#_zeros',
+                                                                                     'adahessian_fastai/stability.py'),
                                              'adahessian_fastai.stability.fresh_states': ( 'stability.html#fresh_states',
                                                                                            'adahessian_fastai/stability.py'),
                                              'adahessian_fastai.stability.trained_lr': ( 'stability.html#trained_lr',
