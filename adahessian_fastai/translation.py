@@ -1,4 +1,4 @@
-"""English to German with 30 000 sentences, small enough for one processor: data, model, loss, decoding and scores
+"""English to German with 30 000 sentences, small enough for one processor
 
 Attention is where second-order training meets code that was written for first derivatives: fused kernels, masks, layers that share a
 weight.
@@ -48,9 +48,8 @@ def multi30k_lines(
     with gzip.open(path, 'rt', encoding='utf-8') as f: return f.read().strip().split('\n')
 
 # %% ../nbs/24_translation.ipynb #3ac918f2
-_nouns = {'dog dogs': 'der Hund Hunde', 'cat cats': 'die Katze Katzen', 'horse horses': 'das Pferd Pferde', 'woman women': 'die Frau '
-    'Frauen',
-    'child children': 'das Kind Kinder', 'man men': 'der Mann Männer'}
+_nouns = {'dog dogs': 'der Hund Hunde', 'cat cats': 'die Katze Katzen', 'horse horses': 'das Pferd Pferde',
+    'woman women': 'die Frau Frauen', 'child children': 'das Kind Kinder', 'man men': 'der Mann Männer'}
 _things = dict(house='das Haus', ball='den Ball', street='die Straße', boat='das Boot', tree='den Baum', flower='die Blume')
 _adjs = dict(old='alt', little='klein', red='rot', young='jung', beautiful='schön')
 _verbs = dict(see='sieht sehen', love='liebt lieben', find='findet finden', paint='malt malen')
@@ -195,8 +194,8 @@ class TranslationTransformer(nn.Module):
     def decode(self, tgt_in, memory, src):
         "States from which the next words are told, B×T×d"
         later = torch.ones(2*tgt_in.shape[1:], dtype=torch.bool, device=src.device).triu(1)
-        return self.body.decoder(self.embed(self.tgt_emb, tgt_in), memory, tgt_mask=later, tgt_is_causal=True, tgt_key_padding_mask=tgt_in==pad,
-            memory_key_padding_mask=src==pad)
+        return self.body.decoder(self.embed(self.tgt_emb, tgt_in), memory, tgt_mask=later, tgt_is_causal=True,
+            tgt_key_padding_mask=tgt_in==pad, memory_key_padding_mask=src==pad)
     def head(self, h):
         "Scores of the words"
         return F.linear(h, self.tgt_emb.weight)

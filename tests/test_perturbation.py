@@ -5,9 +5,9 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
 from functools import partial
 from torch import nn
-from adahessian_fastai.all import AdaHessian,AdaHessianWrapper,adahessian
+from adahessian_fastai.all import AdaHessian,AdaHessianWrapper
 from adahessian_fastai.optimizer import Perturbation
-from helpers_learner import HYPERS,ROUNDING,Seeded,data,distance,fit,given,learner,mlp,one_loss,split
+from helpers_learner import HYPERS,ROUNDING,data,distance,fit,given,learner,mlp,one_loss,split
 from twin import Twin
 
 RHO = 0.1
@@ -121,7 +121,9 @@ def test_half_precision(cpu_amp, along):
     learn = learner(mlp(), X, Y, opt_func=partial(moved, along=along), probe=given()).to_fp16(init_scale=2.**10)
     learn.remove_cb(learn.mixed_precision)
     class NoCast(MixedPrecision):
-        def before_batch(self): self.autocast = torch.autocast('cpu', enabled=False); self.autocast.__enter__()
+        def before_batch(self):
+            self.autocast = torch.autocast('cpu', enabled=False)
+            self.autocast.__enter__()
     learn.add_cb(NoCast(init_scale=2.**10))
     assert distance(fit(learn).model, twin_of(mlp(), [[b] for b in split(X, Y, 6)], along))<FLOAT_PRED
 
