@@ -236,6 +236,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'adahessian_fastai/curvature.py'),
                                              'adahessian_fastai.curvature._clock': ( 'curvature.html#_clock',
                                                                                      'adahessian_fastai/curvature.py'),
+                                             'adahessian_fastai.curvature._doubt': ( 'curvature.html#_doubt',
+                                                                                     'adahessian_fastai/curvature.py'),
                                              'adahessian_fastai.curvature._dual': ( 'curvature.html#_dual',
                                                                                     'adahessian_fastai/curvature.py'),
                                              'adahessian_fastai.curvature._kink': ( 'curvature.html#_kink',

@@ -1,4 +1,4 @@
-"""English to German with 30 000 sentences, small enough for one processor: data, model, loss, decoding and scores
+"""English to German with 30 000 sentences, small enough for one processor
 
 Attention is where second-order training meets code that was written for first derivatives: fused kernels, masks, layers that share a
 weight. Multi30k (Elliott et al., *Multi30K: Multilingual English-German Image Descriptions*, 2016) is a real problem with all of that, and

@@ -65,7 +65,8 @@ def matrix(net, x, y, curvature):
 def samples(kind, n, n_samples=1, probe=rademacher_like, curvature='hessian', center=None, f=sample_mean, seed=0):
     net,x,y = problem()
     gen,c = torch.Generator().manual_seed(seed),curvatures[curvature]()
-    est = dict(hutchinson=lambda: Hutchinson(c, n_samples, probe), control_variate=lambda: ControlVariate(c, n_samples, probe), gnb=lambda: GNB(n_samples))[kind]()
+    est = dict(hutchinson=lambda: Hutchinson(c, n_samples, probe), control_variate=lambda: ControlVariate(c, n_samples, probe),
+        gnb=lambda: GNB(n_samples))[kind]()
     def one(): return est(evaluation(net, x, y), list(net.parameters()), lambda d: gen, lambda ps: center)
     return [one().diag if f is sample_mean else tuple(one()[:2]) for _ in range(n)]
 
