@@ -7,10 +7,8 @@ import torch
 
 root = Path(__file__).resolve().parents[1]
 results = root/'benchmarks/results'
-pieces = {
-    'cuda_tests': [sys.executable, '-m', 'pytest', '-q', '-m', 'cuda', 'tests'],
-    'speed': [sys.executable, 'benchmarks/speed.py', '--device', 'cuda', '--rounds', '5'],
-    'digits': [sys.executable, '-m', 'adahessian_fastai', '--seeds', '3']}
+pieces = dict(cuda_tests=[sys.executable, '-m', 'pytest', '-q', '-m', 'cuda', 'tests'], digits=[sys.executable, '-m', 'adahessian_fastai', '--seeds', '3'],
+    speed=[sys.executable, 'benchmarks/speed.py', '--device', 'cuda', '--rounds', '5'])
 
 def run(name, command):
     "Run one piece, and keep what it says with command, versions and hardware"
