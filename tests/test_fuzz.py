@@ -57,7 +57,7 @@ def double(v): return [2*o for o in v]
 def symmetric(v): return torch.tensor([[2.,1.],[1.,3.]], dtype=torch.double)@v
 
 P = [torch.ones(2, dtype=torch.double)]
-OWN = dict(lr='least0', mom='below1', sqr_mom='below1', eps='positive', wd='least0')
+OWN = dict(lr='bound', mom='below1', sqr_mom='below1', eps='positive', wd='least0')
 STEP = dict(OWN, hessian_power='power', clip='bound', cap='bound')
 CURVED = dict(estimator='name', curvature='maybe_name', hvp='maybe_name', probe='probe', n_samples='maybe_count', update_each='period', dense='count0',
     hessian_bs='rows', block_length='count', n_acc='count')
