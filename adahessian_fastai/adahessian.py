@@ -40,23 +40,24 @@ def adahessian(
     average_kernels:bool=True, # Average over the kernels of convolutions?
     signed_blocks:bool=None, # Average the signed diagonal over blocks and kernels and not `|d|`? Default: with `signed` or `debiased`
     debiased:bool=False, # Take the noise of the estimate out of its square? Needs `n_samples` >= 2
-    estimator:Literal['hutchinson','control_variate','gnb']='hutchinson', # How the diagonal is estimated; or an object such as `GNB(n_samples=2)`
-    curvature:Literal['hessian','ggn']=None, # The matrix whose diagonal is estimated, the Hessian by default; or an object such as `Hessian('auto')`
+    estimator:Literal['hutchinson','control_variate','gnb']='hutchinson', # How the diagonal is estimated; or an object such as `GNB(2)`
+    curvature:Literal['hessian','ggn']=None, # The matrix, the Hessian by default; or an object such as `Hessian('auto')`
     hvp:Literal['reverse','forward','compiled','finite_difference','auto']=None, # How a product is computed; 'reverse' by default
     probe=None, # 'rademacher' (default), 'gaussian' or a callable `(p, generator) -> tensor like p`
     n_samples:int=None, # Probes for each estimate; 1 by default
-    update_each:int|tuple=None, # Estimate at steps 1, k+1, 2k+1, … and keep the average in between, 10 by default; for a pair see `is_due`
+    update_each:int|tuple=None, # Estimate at steps 1, k+1, 2k+1, …, with k = 10 by default; for a pair see `is_due`
     dense:int=20, # So many steps at the start have an estimate each
-    hessian_bs:int|float|str=None, # Rows of the batch that the estimate is taken on, a number or a fraction; `None` for all, 'auto' with a `budget`
-    budget:float=None, # Mean overhead over plain training that curvature may have, such as 0.25; chooses `update_each`, and `hessian_bs` if that is 'auto'
+    hessian_bs:int|float|str=None, # Rows of the batch to estimate on, or a fraction; `None` for all, 'auto' with a `budget`
+    budget:float=None, # Mean overhead that curvature may have, such as 0.25; chooses `update_each`, and `hessian_bs` if 'auto'
     when=None, # A schedule of one's own, in the place of the four above
     **others # Names of other packages, which are answered with those here; raises `TypeError`
 )->AdaHessianWrapper: # Raises `ValueError` for an argument outside its range
     "AdaHessian as `opt_func` of a `Learner`"
     check_names('adahessian', others)
     steppers = AdaHessian(params, ifnone(lr, 0.2), mom, sqr_mom, eps, wd, hessian_power, decouple_wd, signed, clip, cap)
-    opt = AdaHessianWrapper(steppers, block_length, n_acc, estimator, curvature, hvp, probe, n_samples, signed_blocks, average_kernels, debiased,
-        Perturbation(rho), update_each=ifnone(update_each, 10 if budget is None else 1), hessian_bs=hessian_bs, budget=budget, dense=dense, when=when)
+    opt = AdaHessianWrapper(steppers, block_length, n_acc, estimator, curvature, hvp, probe, n_samples, signed_blocks, average_kernels,
+        debiased, Perturbation(rho), update_each=ifnone(update_each, 10 if budget is None else 1), hessian_bs=hessian_bs, budget=budget,
+        dense=dense, when=when)
     opt.default_lr = lr_for(opt)
     if lr is None: opt.set_hyper('lr', opt.default_lr)
     return opt
@@ -101,8 +102,9 @@ def AdaHessian(
     return made_steppers(params, cbs, **hypers)
 
 # %% ../nbs/16_adahessian.ipynb #44affd1f
-_renamed = dict(betas='mom and sqr_mom', weight_decay='wd', learning_rate='lr', update_period='update_each', hessian_update_interval='update_each',
-    average_conv_kernel='average_kernels', seed='torch.manual_seed before the optimizer is made', amsgrad='nothing in its place')
+_renamed = dict(betas='mom and sqr_mom', weight_decay='wd', learning_rate='lr', update_period='update_each',
+    hessian_update_interval='update_each', average_conv_kernel='average_kernels',
+    seed='torch.manual_seed before the optimizer is made', amsgrad='nothing in its place')
 
 def check_names(
     whose:str, # Name of the optimizer
@@ -117,7 +119,8 @@ def plain_params(
     params, # Parameters, or lists of them as groups; raises `ValueError` for anything else, groups of PyTorch's form among them
 ):
     "Refuse what are no parameters"
-    params = params if isinstance(params, Tensor) else list(params) if isinstance(params, Iterable) and not isinstance(params, nn.Module) else [params]
+    several = isinstance(params, Iterable) and not isinstance(params, (Tensor,nn.Module))
+    params = params if isinstance(params, Tensor) else list(params) if several else [params]
     if any(isinstance(p, dict) for p in params):
         raise ValueError("the parameters are groups in PyTorch's form: give `opt_func=adahessian` itself, without `OptimWrapper`, and "
             "in a plain loop lists of parameters")

@@ -1,16 +1,17 @@
 "Everything a notebook needs: `from adahessian_fastai.all import *`. What only other modules need is left in its own"
-from .hvp import check_symmetric,difference_error,difference_product,flat,gradient,graph_product,hessian_product,hvp_methods  # chkstyle: ignore
-from .hvp import real_parameters,substituted,unflat  # chkstyle: ignore
+from .hvp import check_symmetric,difference_error,difference_product,flat,gradient,graph_product,hessian_product  # chkstyle: ignore
+from .hvp import hvp_methods,real_parameters,substituted,unflat  # chkstyle: ignore
 from .hutchinson import *
 from .averaging import *
 from .spectrum import *
 from .cg import *
 from .toys import *
-from .ggn import best_jvp,dual_jvp,fisher_diagonal,fresh_ggn_product,ggn_product,linear_jvp,loss_hessian,model_forward,reverse_jvp  # chkstyle: ignore
+from .ggn import best_jvp,dual_jvp,fisher_diagonal,fresh_ggn_product,ggn_product,linear_jvp  # chkstyle: ignore
+from .ggn import loss_hessian,model_forward,reverse_jvp  # chkstyle: ignore
 from .losses import Rule,gnb_samples,known_hessian,label_noise,losses  # chkstyle: ignore
 from .problem import MeanProblem,Problem  # chkstyle: ignore
 from .curvature import GaussNewton,Hessian,twice_differentiable  # chkstyle: ignore
-from .estimators import ControlVariate,Estimate,GNB,Hutchinson  # chkstyle: ignore
+from .estimators import ControlVariate,Estimate,GNB,Given,Hutchinson  # chkstyle: ignore
 from .batch import LearnerProblem  # chkstyle: ignore
 from .schedule import Budget,Every  # chkstyle: ignore
 from .steppers import adahessian_step,average_diag_hessian,average_sqr_diag_hessian,denominator,sophia_step  # chkstyle: ignore

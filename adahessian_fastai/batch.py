@@ -59,6 +59,7 @@ def targets_for(
     "Targets that do not depend on the parameters, said in a way that forward mode understands"
     return ts if fwAD._current_level<0 else apply(lambda o: zero_tangents([o])[0] if isinstance(o, Tensor) else o, ts)
 
+# %% ../nbs/12_batch.ipynb #f9d3ed13
 def evaluate_batch(
     learn:Learner, # With a batch in `xb` and `yb`
     model:nn.Module, # What to call
@@ -202,6 +203,7 @@ def take_rows(
         raise ValueError(f"hessian_bs takes rows of tensors, got a list of {bs} items in the batch")
     return apply(lambda o: o[idxs.to(o.device)] if isinstance(o,Tensor) and o.ndim and len(o)==bs else o, xs)
 
+# %% ../nbs/12_batch.ipynb #5dd9acf2
 def check_rows_possible(
     learn:Learner, # With a batch
     n:int, # Rows to take; raises `ValueError` where that cannot be
@@ -285,7 +287,8 @@ class LearnerProblem(Problem):
         def evaluate(twice=False):
             loss,outputs = self.evaluate_again(twice)
             return loss*k,outputs
-        return self.replace(loss=self.loss*(k*scale) if k*scale!=1 else self.loss, weight=weight, scale=scale, evaluate=evaluate if self.start else None)
+        loss = self.loss*(k*scale) if k*scale!=1 else self.loss
+        return self.replace(loss=loss, weight=weight, scale=scale, evaluate=evaluate if self.start else None)
 
 # %% ../nbs/12_batch.ipynb #b69a3015
 @contextmanager
@@ -299,7 +302,8 @@ def problem_of(
     "Context with the problem of the batch `b` in full precision, whose graph can be differentiated twice"
     model,leave_out = unwrapped(learn.model),(MixedPrecision,GradientAccumulation)
     full_precision = torch.autocast(params[0].device.type, enabled=False)
-    with preserving(model),batch_of(learn),restored(start) if start else nullcontext(),without_backward_hooks(model),torch.enable_grad(),full_precision:
+    begin = restored(start) if start else nullcontext()
+    with preserving(model),batch_of(learn),begin,without_backward_hooks(model),torch.enable_grad(),full_precision:
         if b is not None:
             model.train(train)
             learn.training = train

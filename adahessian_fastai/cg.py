@@ -1,4 +1,4 @@
-r"""Solve with a curvature product: preconditioned CG, stopping rules, backtracking, line search, damping, the inverse times a gradient
+r"""Solve with a curvature product: preconditioned CG, when to stop, line search, damping
 
 A Newton-type step is the minimiser of the quadratic model $m(x) = \tfrac12 x^\top A x - b^\top x$ with $b=-\nabla f$ and
 $A = B + \lambda I$, where $B$ is the Hessian or the Gauss-Newton matrix. $A$ is never formed: everything in this module sees a product

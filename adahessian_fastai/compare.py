@@ -91,7 +91,8 @@ def plain_progress(
     if ifnone(bars, IN_NOTEBOOK or sys.stdout.isatty()):
         yield
         return
-    def line(log): print('  '+', '.join(f"{k} {f'{v:.4g}' if isinstance(v, float) else v}" for k,v in zip(learn.recorder.metric_names, log)), flush=True)
+    def one(k, v): return f"{k} {f'{v:.4g}' if isinstance(v, float) else v}"
+    def line(log): print('  '+', '.join(map(one, learn.recorder.metric_names, log)), flush=True)
     with learn.no_bar(),contextmanager(replacing_yield)(learn, 'logger', line): yield
 
 # %% ../nbs/22_compare.ipynb #ead140b0
@@ -149,10 +150,12 @@ def fitted(
     width:int=80, # Columns of the screen
 )->str:
     "`table` as text, with short column names and long row names in several lines"
-    short = table.drop(columns='train_loss', errors='ignore').rename(columns={'valid_loss': 'valid', 'valid_loss sd': '± sd', 'peak MB': 'MB'})
+    short = table.drop(columns='train_loss', errors='ignore')
+    short = short.rename(columns={'valid_loss': 'valid', 'valid_loss sd': '± sd', 'peak MB': 'MB'})
     body = short.reset_index([o for o in short.index.names if o!='optimizer']).to_string(index=False, float_format='%.3g').split('\n')
     room = width-len(body[0])-2
-    names = [textwrap.wrap(str(o).replace(',', ', ').replace(':', ': '), max(room, 8)) for o in ['optimizer', *short.index.get_level_values('optimizer')]]
+    names = ['optimizer', *map(str, short.index.get_level_values('optimizer'))]
+    names = [textwrap.wrap(o.replace(',', ', ').replace(':', ': '), max(room, 8)) for o in names]
     return '\n'.join(f'{part:<{room}}  {line if i==0 else ""}'.rstrip() for ps,line in zip(names, body) for i,part in enumerate(ps))
 
 # %% ../nbs/22_compare.ipynb #23ec5dd5
@@ -354,7 +357,8 @@ def save_comparison(
     out.mkdir(parents=True, exist_ok=True)
     many = (runs.groupby('optimizer').lr.nunique()>1).any()
     table,picture = (rates_table,plot_rates) if many else (comparison_table,plot_comparison)
-    writers = {'compare.csv': table(runs).to_csv, 'runs.csv': runs.drop(columns=_lists).to_csv, 'compare.png': picture(runs)[0].figure.savefig}
+    writers = {'compare.csv': table(runs).to_csv, 'runs.csv': runs.drop(columns=_lists).to_csv,
+        'compare.png': picture(runs)[0].figure.savefig}
     for name,write in writers.items():
         tmp = out/f'tmp_{name}'
         write(tmp)
@@ -381,7 +385,8 @@ def prepare(data, arch, size, bs, epochs, opts, lr, rates, seeds, fp16, bf16, ou
     check_machine(fp16, bf16, out)
     cbs = [MixedPrecision(AMPMode.FP16 if fp16 else AMPMode.BF16)] if fp16 or bf16 else []
     opts,n = parse_opts(opts),rates or (5 if data=='digits' and not lr else 1)
-    lrs = {k: rates_around(f, n, None if 'lr=' in k else middles.get(k.split(':')[0])) for k,f in opts.items()} if n>1 else parse_lr(lr, list(opts))
+    def middle(k): return None if 'lr=' in k else middles.get(k.split(':')[0])
+    lrs = {k: rates_around(f, n, middle(k)) for k,f in opts.items()} if n>1 else parse_lr(lr, list(opts))
     make = get_make_learner(get_dls(data, size, bs), arch or ('cnn' if data=='digits' else 'xresnet18'), cbs)
     return dict(make_learner=make, opts=opts, n_epoch=epochs, lr=lrs, seeds=range(seeds))
 
@@ -393,7 +398,7 @@ def main(
     size:int=64, # Height and width of images in pixels
     bs:int=64, # Batch size
     epochs:int=4, # Epochs of each run
-    opts:str='adam,adahessian,adahessian_paper', # Optimizers, separated by commas, maybe with arguments; the first is the reference for ratios
+    opts:str='adam,adahessian,adahessian_paper', # Optimizers, separated by commas; ratios are to the first
     lr:str='', # Learning rate for all, or adam=1e-3,adahessian=0.1
     rates:int=0, # Learning rates over two decades for each optimizer; default 5 for digits, and 1, the optimizer's own, for images
     seeds:int=1, # Number of runs of each optimizer at each rate

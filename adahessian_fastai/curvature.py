@@ -24,7 +24,6 @@ import math,re,sys,threading,time,warnings,weakref
 import torch, torch.autograd.forward_ad as fwAD, torch.nn.functional as F
 from contextlib import ExitStack,contextmanager,nullcontext
 from fastcore.basics import noop
-from functools import partial
 from types import MethodType
 from torch import Tensor,nn
 from torch.func import functional_call,grad,jvp
@@ -35,7 +34,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from .hvp import (asymmetry,check_checkpoints,check_twice,difference_error,difference_product,dual_gradient,dual_numbers,graph_nodes,
-    graph_product,hooks_disabled,substituted,total_norm)
+    graph_product,substituted,total_norm)
 from .hutchinson import rademacher_like
 from adahessian_fastai.ggn import (NoOutputs,adjoint_error,best_jvp,dual_jvp,ggn_product,linear_jvp,model_forward,output_tensors,
     reverse_jvp)
@@ -108,12 +107,13 @@ def twice_differentiable(
 
 # %% ../nbs/08_curvature.ipynb #e4abce8b
 nonsmooth_modules = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.SELU, nn.Threshold, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish,
-    nn.Hardshrink, nn.Softshrink, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
-    nn.FractionalMaxPool2d, nn.FractionalMaxPool3d, nn.L1Loss, nn.HingeEmbeddingLoss, nn.MarginRankingLoss, nn.MultiMarginLoss,
-    nn.MultiLabelMarginLoss, nn.TripletMarginLoss, nn.TripletMarginWithDistanceLoss, nn.CosineEmbeddingLoss)
-nonsmooth_functions = (F.relu, F.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, F.prelu, F.rrelu, F.selu, F.threshold, F.hardtanh, F.hardsigmoid,
-    F.hardswish, F.hardshrink, F.softshrink, F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d,
-    F.l1_loss, F.hinge_embedding_loss, F.margin_ranking_loss, F.multi_margin_loss, F.triplet_margin_loss, torch.relu, torch.max, torch.abs)
+    nn.Hardshrink, nn.Softshrink, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d,
+    nn.AdaptiveMaxPool3d, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d, nn.L1Loss, nn.HingeEmbeddingLoss, nn.MarginRankingLoss,
+    nn.MultiMarginLoss, nn.MultiLabelMarginLoss, nn.TripletMarginLoss, nn.TripletMarginWithDistanceLoss, nn.CosineEmbeddingLoss)
+nonsmooth_functions = (F.relu, F.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, F.prelu, F.rrelu, F.selu, F.threshold, F.hardtanh,
+    F.hardsigmoid, F.hardswish, F.hardshrink, F.softshrink, F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_max_pool1d,
+    F.adaptive_max_pool2d, F.l1_loss, F.hinge_embedding_loss, F.margin_ranking_loss, F.multi_margin_loss, F.triplet_margin_loss,
+    torch.relu, torch.max, torch.abs)
 
 def _kink(o):
     "The name of what has a kink in `o` itself, or `None`"
@@ -133,8 +133,8 @@ def nonsmooth(
     return found if k is None else [*found, f"the loss ({k})"]
 
 # %% ../nbs/08_curvature.ipynb #47744f5e
-_nonsmooth_nodes = re.compile('(Relu|LeakyRelu|Prelu|PreluKernel|RreluWithNoise|Threshold|Hard(tanh|sigmoid|swish|shrink)|Softshrink|(Adaptive)?MaxPool'
-    '|FractionalMaxPool|Abs|Maximum|Minimum|Clamp|Max|Min|Amax|Amin|Topk|Sort|.*Margin)')
+_nonsmooth_nodes = re.compile('(Relu|LeakyRelu|Prelu|PreluKernel|RreluWithNoise|Threshold|Hard(tanh|sigmoid|swish|shrink)|Softshrink'
+    '|(Adaptive)?MaxPool|FractionalMaxPool|Abs|Maximum|Minimum|Clamp|Max|Min|Amax|Amin|Topk|Sort|.*Margin)')
 
 def nonsmooth_graph(
     loss:Tensor, # With its graph
@@ -194,6 +194,7 @@ def forward(
     local.product = product
     return local
 
+# %% ../nbs/08_curvature.ipynb #8fc7a575
 def finite_difference(
     problem, # The `Problem`, with `evaluate`
     params:list, # Tensors to differentiate for, some of `problem.params`
@@ -228,8 +229,8 @@ def compile_product(
     whole:nn.Module, # A `ModelWithLoss` that is not compiled itself
 ): # `(values, tangents, inputs, targets) -> (gradients, products)`; values and tangents are dicts by parameter name
     "One compiled function for the gradient of a batch's loss and its derivative along `tangents`"
-    def both(values, tangents, xb, yb):
-        return jvp(grad(lambda values: functional_call(whole, values, (xb,yb))), (values,), (tangents,))
+    def loss(values, xb, yb): return functional_call(whole, values, (xb,yb))
+    def both(values, tangents, xb, yb): return jvp(grad(lambda values: loss(values, xb, yb)), (values,), (tangents,))
     return torch.compile(both)
 
 # %% ../nbs/08_curvature.ipynb #e5ac1d8b
@@ -334,9 +335,8 @@ def refuse_difference(
     "Refuse finite differences, with the alternatives"
     if reason:
         raise ValueError(f"hvp='finite_difference' is meaningless here: {reason}. Use hvp='reverse' or hvp='forward', which are exact "
-            f"for any "
-        "activation, or estimator='gnb', which needs no second derivative, or a smooth activation such as nn.GELU and nn.AvgPool2d for "
-            "pooling")
+            "for any activation, or estimator='gnb', which needs no second derivative, or a smooth activation such as nn.GELU and "
+            "nn.AvgPool2d for pooling")
 
 # %% ../nbs/08_curvature.ipynb #4f386b34
 def choose_way(
@@ -415,7 +415,8 @@ def against_reverse(
     "How far the product of `local` is from the double backward"
     v, = trial_probes(params, 1)
     hv = local.product(v)
-    g,own = ([torch.zeros_like(p) if o is None else o for p,o in zip(problem.params, gs)] for gs in (problem.gradient(retain_graph=True), local.grads))
+    grads = problem.gradient(retain_graph=True),local.grads
+    g,own = ([torch.zeros_like(p) if o is None else o for p,o in zip(problem.params, gs)] for gs in grads)
     if relative_error(own, g)>max_error: return '' # Other dropout masks: another function
     error = relative_error(hv, exact(v))
     return '' if error<=max_error else f"it is off by {error:.2g} from the double backward on the first batch"
@@ -433,8 +434,8 @@ def warn_asymmetric(
     "Warn that what the double backward returns is no Hessian"
     import warnings
     warnings.warn(f"The second derivative of this network is not symmetric (by {off:.2g}), so a function in it has a wrong one, or a "
-        f"gradient of its own "
-        "making. hvp='finite_difference' does without it where the network is smooth, and estimator='gnb' everywhere", stacklevel=2)
+        "gradient of its own making. hvp='finite_difference' does without it where the network is smooth, and estimator='gnb' "
+        "everywhere", stacklevel=2)
 
 # %% ../nbs/08_curvature.ipynb #27f1638d
 class Ride:
@@ -463,7 +464,9 @@ def outputs_again(
 ): # `() -> [outputs]`
     "Another evaluation of those outputs that have a graph"
     on = [o.requires_grad for o in output_tensors(problem.outputs, graph=False)]
-    def outputs(): return [o for o,has_graph in zip(output_tensors(problem.again(twice=True).outputs, graph=False), on, strict=True) if has_graph]
+    def outputs():
+        zs = output_tensors(problem.again(twice=True).outputs, graph=False)
+        return [o for o,has_graph in zip(zs, on, strict=True) if has_graph]
     return outputs
 
 class PlainTensors(TorchFunctionMode):
@@ -484,6 +487,7 @@ class Evaluated(nn.Module):
     def forward(self):
         with PlainTensors(): return self.outputs()
 
+# %% ../nbs/08_curvature.ipynb #9658c701
 def _dual(problem, params):
     outputs = outputs_again(problem)
     return dual_jvp(lambda _: outputs(), params)
@@ -555,7 +559,7 @@ class GaussNewton:
     "The generalized Gauss-Newton matrix of the loss"
     twice = True
     def __init__(self,
-        jvp:str='reverse', # Way to products with the Jacobian: 'reverse', 'along' with the forward pass, 'dual', 'linearize', or 'auto'; raises `ValueError` for others
+        jvp:str='reverse', # Way to Jacobian products: 'reverse', 'along', 'dual', 'linearize' or 'auto'; raises `ValueError` for others
         closed:bool=False, # Use the closed form of the loss Hessian where there is one?
     ):
         if jvp not in (*jvp_ways, 'along', 'auto'): raise ValueError(f"jvp must be one of {[*jvp_ways, 'along', 'auto']}, got {jvp=}")
@@ -632,6 +636,7 @@ def agreed_costs(
     t, = reduce([torch.tensor([costs.get(k, (math.nan,math.nan)) for k in jvp_ways], device=like.device)])
     return {k: tuple(c) for k,c in zip(jvp_ways, t.tolist()) if math.isfinite(sum(c))}
 
+# %% ../nbs/08_curvature.ipynb #ef54ce33
 def evaluated(p):
     "Another evaluation of `p`, with its outputs"
     p = p.again(twice=True)
@@ -640,6 +645,13 @@ def evaluated(p):
             "curvature='hessian'")
     return p
 
+def _doubt(gn, way, params, J, zs, half):
+    "What speaks against the products `J` by `way`; without it the way is trusted from now on"
+    error = adjoint_error(J, zs, params)
+    if not error<=max_adjoint_error['half' if half else 'full']: return f"it is off by {error:.2g} from the transposed product."
+    gn.trusted.add(way)
+
+# %% ../nbs/08_curvature.ipynb #c7cfc8c0
 def way_product(
     gn, # `GaussNewton`; its costs, failures and trusted ways are brought up to date
     problem, # `Problem` or `MeanProblem`, with `evaluate`
@@ -667,12 +679,7 @@ def way_product(
             gn.n_products = len(spent)
             return Gv
         return product
-    def check(way):
-        if way in gn.trusted: return ''
-        J,zs,half = Js.pop(way)
-        error = adjoint_error(J, zs, params)
-        if not error<=max_adjoint_error['half' if half else 'full']: return f"it is off by {error:.2g} from the transposed product."
-        gn.trusted.add(way)
+    def check(way): return '' if way in gn.trusted else _doubt(gn, way, params, *Js.pop(way))
     costs = agreed_costs(gn.costs, mean.reduce, params[0]) if gn.jvp=='auto' else {}
     ways = gn.ways(mean.problems[0].model, n_products or gn.n_products, costs)
     return FirstThatWorks(ways, build, check, gn.give_up, mean.reduce)

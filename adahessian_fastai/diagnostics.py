@@ -79,7 +79,7 @@ def products_of(
     learn:Learner, # Its batch attributes are used inside and put back
     batches:list, # Batches of its loaders, or `[None]` for the one that is under way
     params:list, # Tensors to differentiate for
-    curvature='hessian', # 'hessian', 'ggn' (Gauss-Newton) or an object such as `Hessian('finite_difference')`; raises `ValueError` for other words
+    curvature='hessian', # 'hessian', 'ggn' (Gauss-Newton) or an object such as `Hessian('auto')`; raises `ValueError` for other words
     start:tuple=None, # `snapshot` of the model to start from; the present one by default
 ): # Yields `group -> product`, for any `group` of `params`
     "Context for products with the curvature of the mean loss over `batches`, and with blocks of it"
@@ -235,6 +235,7 @@ def _adahessian_scaling(s, h):
 
 _scalings = dict(adam=_adam_scaling, adahessian=_adahessian_scaling, sophia=_sophia_scaling)
 
+# %% ../nbs/20_diagnostics.ipynb #fc96c441
 def step_scaling(
     opt, # Any optimizer
     params:list, # Its parameters
@@ -406,7 +407,8 @@ def plot_timeline(self:CurvatureRecorder,
     edge.axhline(1, color='grey', ls=':')
     if df.edge.isna().all(): edge.text(.5, .4, 'none is known for this optimizer', transform=edge.transAxes, ha='center')
     snr.plot(df.batch, df.snr, marker='.')
-    for a,t in zip(axs.flat, ('eigenvalues', 'trace, 95% interval', 'learning rate / largest stable one', 'signal-to-noise of an estimate')): a.set_title(t, fontsize=10)
+    titles = 'eigenvalues','trace, 95% interval','learning rate / largest stable one','signal-to-noise of an estimate'
+    for a,t in zip(axs.flat, titles): a.set_title(t, fontsize=10)
     for a in axs[1]: a.set_xlabel('batch')
     ax.legend(fontsize=8)
     return axs
@@ -505,7 +507,7 @@ def group_names(
 
 # %% ../nbs/20_diagnostics.ipynb #a1b0c521
 def plot_noise(
-    learn, # A Learner, or an optimizer from `adahessian` or `sophia`, after training with `n_samples` >= 2; raises `ValueError` without a record
+    learn, # A Learner, or an optimizer such as `adahessian`, trained with `n_samples` >= 2; raises `ValueError` without a record
     ax=None, # Axes to draw on
 ):
     "Signal-to-noise ratio of each estimate, a line for each parameter group"

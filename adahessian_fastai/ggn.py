@@ -1,4 +1,4 @@
-r"""Products of a vector with the generalized Gauss-Newton matrix, with everything cached that does not depend on the vector
+r"""Products of a vector with the generalized Gauss-Newton matrix, with all cached that allows it
 
 For a loss $\ell(z)$ of the outputs $z = F(\theta)$ the generalized Gauss-Newton matrix is $G = J^\top H_\ell J$ with the Jacobian $J =
 \partial z/\partial\theta$ and the Hessian $H_\ell$ of the loss at the
@@ -98,7 +98,8 @@ def linear_jvp(
         if all(map(torch.equal, before, after)): return Jv
         raise RuntimeError("the model draws random numbers, and 'linearize' would draw others in each product")
     first,second = (_jvp([torch.ones_like(p, requires_grad=False) for p in params]) for _ in range(2))
-    if all(torch.allclose(a, b, rtol=1e-2, atol=1e-6*a.abs().max().item(), equal_nan=True) for a,b in zip(first, second) if a.numel()): return _jvp
+    def same(a, b): return not a.numel() or torch.allclose(a, b, rtol=1e-2, atol=1e-6*a.abs().max().item(), equal_nan=True)
+    if all(map(same, first, second)): return _jvp
     raise RuntimeError("the linearised pass overwrites what it has recorded, and gives something else the second time")
 
 # %% ../nbs/05_ggn.ipynb #d28c047f
@@ -174,7 +175,8 @@ def loss_hessian(
     zs,on = [outputs[i] for i in kept],[j for j,g in enumerate(gs) if g is not None and g.requires_grad]
     def _product(u):
         if not on: return [torch.zeros_like(o) for o in u]
-        with independent(zs): hs = torch.autograd.grad([gs[j] for j in on], zs, [u[kept[j]] for j in on], retain_graph=True, allow_unused=True)
+        on_gs,on_u = [gs[j] for j in on],[u[kept[j]] for j in on]
+        with independent(zs): hs = torch.autograd.grad(on_gs, zs, on_u, retain_graph=True, allow_unused=True)
         of = dict(zip(kept, hs))
         return _dense([of.get(i) for i in range(len(outputs))], outputs)
     return _product

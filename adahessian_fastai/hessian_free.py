@@ -28,12 +28,12 @@ from types import SimpleNamespace
 
 import torch.autograd.forward_ad as fwAD,torch.distributed as dist
 from fastai.basics import *
-from .hvp import flat,unflat
+from .hvp import flat,hooks_disabled,unflat
 from .cg import CGResult,armijo,backtrack,cg,diag_preconditioner,flat_product,lm_damping,reduction_ratio
 from .ggn import NoOutputs,fisher_diagonal,output_tensors
 from .losses import gnb_samples,label_noise,loss_count
 from .problem import MeanProblem,Problem
-from adahessian_fastai.curvature import (AgreedError,FirstThatWorks,GaussNewton,Hessian,Local,NoProductError,check_checkpoints,hooks_disabled,
+from adahessian_fastai.curvature import (AgreedError,FirstThatWorks,GaussNewton,Hessian,Local,NoProductError,check_checkpoints,
     twice_differentiable)
 from .learner import check_gradients,check_model,cross_rank_mean,sync_group,trainable_params,unwrapped
 from .replay import backward_hooks,restored,snapshot,without_backward_hooks
@@ -67,7 +67,8 @@ def check_number(
     try: number = None if getattr(v, 'dtype', type(v)) in (bool, torch.bool, np.bool_) or isinstance(v, str) else float(v)
     except (TypeError,ValueError,RuntimeError,OverflowError): number = None
     fine = number is not None and math.isfinite(number) and (not whole or number==int(number))
-    fine = fine and (least is None or number>=least) and (most is None or number<=most) and (above is None or number>above) and (below is None or number<below)
+    fine = fine and (least is None or number>=least) and (most is None or number<=most)
+    fine = fine and (above is None or number>above) and (below is None or number<below)
     if not fine: raise SettingError(name, what, v)
     return int(number) if whole else number
 
@@ -82,6 +83,7 @@ def check_switch(name, v):
     if not isinstance(v, (bool,np.bool_)) and not (isinstance(v, int) and v in (0,1)): raise SettingError(name, 'True or False', v)
     return bool(v)
 
+# %% ../nbs/18_hessian_free.ipynb #97acbbb9
 def check_pair(name, v, **limits):
     "Two numbers as a tuple"
     if not isinstance(v, (tuple,list,np.ndarray,Tensor)) or len(v)!=2: raise SettingError(name, 'a pair of numbers', v)
@@ -92,8 +94,8 @@ def check_if_given(name, v, **limits): return None if v is None else check_numbe
 # %% ../nbs/18_hessian_free.ipynb #78529bf7
 class CG:
     "How conjugate gradients minimise the quadratic model"
-    flat = dict(cg_max_iter='max_iter', cg_tol='tol', martens_eps='martens_eps', x0_decay='x0_decay', neg_curv='neg_curv', check_every='check_every',
-        backtracking='backtracking', grid='grid', keep_iterates='keep_iterates')
+    flat = dict(cg_max_iter='max_iter', cg_tol='tol', martens_eps='martens_eps', x0_decay='x0_decay', neg_curv='neg_curv',
+        check_every='check_every', backtracking='backtracking', grid='grid', keep_iterates='keep_iterates')
     def __init__(self,
         max_iter:int=250, # Most iterations in a step; None for no limit; raises `ValueError` below 1
         tol:float=1e-5, # Relative residual at which CG stops
@@ -106,14 +108,17 @@ class CG:
         keep_iterates:int=4 # Keep at most so many; None: the whole grid
     ):
         self.max_iter,self.tol = check_if_given('max_iter', max_iter, least=1, whole=True),check_number('tol', tol, least=0)
-        self.martens_eps,self.x0_decay = check_number('martens_eps', ifnone(martens_eps, 0), least=0),check_number('x0_decay', x0_decay, least=0, most=1)
-        self.neg_curv,self.check_every = check_choice('neg_curv', neg_curv, ('stop','abs')),check_if_given('check_every', check_every, least=1, whole=True)
+        self.martens_eps = check_number('martens_eps', ifnone(martens_eps, 0), least=0)
+        self.x0_decay = check_number('x0_decay', x0_decay, least=0, most=1)
+        self.neg_curv = check_choice('neg_curv', neg_curv, ('stop','abs'))
+        self.check_every = check_if_given('check_every', check_every, least=1, whole=True)
         self.backtracking,self.grid = check_switch('backtracking', backtracking),check_if_given('grid', grid, above=1)
         self.keep_iterates = check_if_given('keep_iterates', keep_iterates, least=1, whole=True)
 
     def __call__(self, A, b, x0=None, M=noop, progress=noop)->CGResult:
         "Minimise `½xᵀAx - bᵀx`"
-        return cg(A, b, x0, M, ifnone(self.max_iter, sys.maxsize), self.tol, eps=self.martens_eps, grid=self.grid if self.backtracking else None,
+        grid = self.grid if self.backtracking else None
+        return cg(A, b, x0, M, ifnone(self.max_iter, sys.maxsize), self.tol, eps=self.martens_eps, grid=grid,
             keep=self.keep_iterates, neg_curv=self.neg_curv, check_every=self.check_every, progress=progress)
 
     def candidates(self, sol, cold):
@@ -123,7 +128,8 @@ class CG:
 # %% ../nbs/18_hessian_free.ipynb #7bfbc807
 class Damping:
     "How the damping λ begins, and how it follows the trust in the model"
-    flat = dict(damping='start', adapt_damping='adapt', lm_bounds='bounds', lm_factors='factors', damping_bounds='limits', structural='structural', hidden='hidden')
+    flat = dict(damping='start', adapt_damping='adapt', lm_bounds='bounds', lm_factors='factors', damping_bounds='limits',
+        structural='structural', hidden='hidden')
     def __init__(self,
         start:float=1., # λ at the start, or one for each parameter group
         adapt:bool=True, # Levenberg-Marquardt rule?
@@ -135,7 +141,8 @@ class Damping:
     ):
         self.start,self.adapt = start,check_switch('adapt', adapt)
         self.bounds,self.limits = check_pair('bounds', bounds),check_pair('limits', limits, least=0)
-        self.factors = check_number('factors', check_pair('factors', factors)[0], least=1),check_number('factors', factors[1], above=0, most=1)
+        up,down = check_pair('factors', factors)[0],factors[1]
+        self.factors = check_number('factors', up, least=1),check_number('factors', down, above=0, most=1)
         for name in ('bounds','limits'):
             if getattr(self, name)[0]>getattr(self, name)[1]:
                 raise SettingError(name, 'a pair of numbers, the smaller one first', getattr(self, name))
@@ -240,7 +247,8 @@ class Batches:
         keep_graph:bool=True, # Keep the graph of the forward pass for the products? False saves memory and costs time
         check_deterministic:bool=False # Compare a second evaluation of each batch with the first?
     ):
-        self.n_acc,self.curv_batches = check_number('n_acc', n_acc, least=1, whole=True),check_if_given('curv_batches', curv_batches, least=1, whole=True)
+        self.n_acc = check_number('n_acc', n_acc, least=1, whole=True)
+        self.curv_batches = check_if_given('curv_batches', curv_batches, least=1, whole=True)
         self.held_out = check_number('held_out', held_out, least=0, below=n_acc, whole=True)
         self.reduction,self.keep_graph = check_choice('reduction', reduction, ('mean','sum')),check_switch('keep_graph', keep_graph)
         self.check_deterministic,self.with_graph = check_switch('check_deterministic', check_deterministic),False
@@ -300,6 +308,7 @@ def mean_of(
     pairs = [(w,p) for w,r in zip(ws, rounds) for p in r if w]
     return MeanProblem([p for _,p in pairs], [w for w,_ in pairs], reduce)
 
+# %% ../nbs/18_hessian_free.ipynb #7e6e3e06
 def without_graph(p): return p.replace(loss=p.loss.detach(), outputs=None)
 
 # %% ../nbs/18_hessian_free.ipynb #ac844dc9
@@ -427,7 +436,8 @@ def made_group(name, cls, kwargs):
     given = kwargs.pop(name, cls is not Preconditioner)
     if isinstance(given, cls):
         if flat:
-            raise SettingError(name, f"given without {', '.join(k for k,own in cls.flat.items() if own in flat)}, which the object has", given)
+            names = ', '.join(k for k,own in cls.flat.items() if own in flat)
+            raise SettingError(name, f"given without {names}, which the object has", given)
         return given
     if cls is Preconditioner and isinstance(given, str): flat['diagonal'] = given
     elif name in ('line_search','precondition'): check_switch(name, given)
@@ -445,7 +455,8 @@ def with_flat_keywords(f):
     own = [p for p in inspect.signature(f).parameters.values() if p.kind is not p.VAR_KEYWORD]
     def shown(name, p): return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=p.default, annotation=p.annotation)
     flat = [shown(k, inspect.signature(cls).parameters[v]) for cls in groups.values() for k,v in cls.flat.items()]
-    objects = [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=d) for k,d in (('cg',None), ('batches',None), ('line_search',True), ('precondition',False))]
+    defaults = dict(cg=None, batches=None, line_search=True, precondition=False)
+    objects = [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=d) for k,d in defaults.items()]
     f.__signature__ = inspect.Signature([*own, *flat, *objects])
     return f
 
@@ -459,13 +470,14 @@ class HessianFree(Optimizer):
         lr:float=1., # Factor on each step
         wd:float=0., # Weight decay, ½wd‖θ‖² in the objective
         curvature='ggn', # 'ggn', 'hessian', or a curvature such as `Hessian('forward')`
-        jvp:str='auto', # Way to products with the Jacobian: 'reverse', 'dual', 'linearize'; 'auto': by the model, and for convolutions by time
+        jvp:str='auto', # Way to Jacobian products: 'reverse', 'dual', 'linearize'; 'auto': by the model, for convolutions by time
         **settings # Objects `cg`, `damping`, `line_search`, `precondition`, `batches`, or their flat keywords
     ):
         parts = grouped(settings)
         hypers = {k: checked_hyper(k, v) for k,v in dict(lr=lr, wd=wd, damping=parts['damping'].start).items()}
         try: super().__init__(params, [], **hypers)
-        except AssertionError as e: raise ValueError(f"lr, wd and damping are numbers, or lists of one for each parameter group: {e}") from None
+        except AssertionError as e:
+            raise ValueError(f"lr, wd and damping are numbers, or lists of one for each parameter group: {e}") from None
         self.cg,self.damping,self.line_search,self.preconditioner,self.batches = parts.values()
         self.curvature = made_curvature(curvature, jvp)
         self.n_steps,self.n_skipped,self.record,self.now = 0,0,deque(maxlen=10_000),None
@@ -490,6 +502,7 @@ def check_hypers(opt):
     for h in opt.hypers:
         for k in ('lr','wd','damping'): h[k] = check_number(k, h[k], least=0)
 
+# %% ../nbs/18_hessian_free.ipynb #84d5ba01
 def hyper_of(opt, params, name):
     "Hyperparameter `name` for each of `params`, in its first group; `do_wd=False` spares a parameter from weight decay"
     of = {p: h[name]*(name!='wd' or s.get('do_wd', True)) for p,_,s,h in reversed(opt.all_params())}
@@ -519,7 +532,8 @@ def newton_step(self:HessianFree, ps, trial, product=None, preconditioner=None):
     trial.put(d, alpha) if alpha else trial.restore()
     warm(self, ps, sol.x)
     reason = sol.reason if alpha else skipped(self, 'no length of the line search lowers the loss')
-    self.record.append(dict(step=self.n_steps, loss=f0, loss_after=f1, damping=lam, rho=rho, reason=reason, n_iter=sol.n_iter, best_iter=best, alpha=alpha, n_evals=trial.n_evals))
+    self.record.append(dict(step=self.n_steps, loss=f0, loss_after=f1, damping=lam, rho=rho, reason=reason, n_iter=sol.n_iter,
+        best_iter=best, alpha=alpha, n_evals=trial.n_evals))
     return f1
 
 def skipped(opt, why):
@@ -540,6 +554,7 @@ def decay(opt, ps):
     "½wd‖θ‖²"
     return sum(wd/2*p.double().pow(2).sum().item() for p,wd in zip(ps, hyper_of(opt, ps, 'wd')) if wd)
 
+# %% ../nbs/18_hessian_free.ipynb #d97e1a33
 def scaled(opt, ps, x):
     "Step `x` times the `lr` of each parameter, and whether that is all of it"
     lrs = hyper_of(opt, ps, 'lr')
@@ -565,7 +580,8 @@ def warm(opt, ps, x):
 def solve(self:HessianFree, ps, b, product=None, preconditioner=None):
     "CG on the damped curvature"
     curv,self.batches.curv = self.batches.curv,None
-    lams,n_failed = [a+w for a,w in zip(hyper_of(self, ps, 'damping'), hyper_of(self, ps, 'wd'))],len(self.curvature.failed) if product is None else 0
+    lams = [a+w for a,w in zip(hyper_of(self, ps, 'damping'), hyper_of(self, ps, 'wd'))]
+    n_failed = len(self.curvature.failed) if product is None else 0
     with hooks_disabled(ps):
         if product is None:
             curv = MeanProblem([current(p, self.batches.keep_graph) for p in curv.problems], curv.weights, curv.reduce)
@@ -667,6 +683,7 @@ def skip(self:HessianFree,
     adapt(self, math.nan)
     self.record.append(dict(step=self.n_steps, reason=skipped(self, why), damping=self.hypers[-1]['damping']))
 
+# %% ../nbs/18_hessian_free.ipynb #6572884a
 def present_state(opt):
     "A function that puts back damping, warm start and count as they are now"
     n,lams,x0s = opt.n_steps,[h['damping'] for h in opt.hypers],[(s, s.get('x0')) for _,_,s,_ in opt.all_params()]
@@ -681,8 +698,8 @@ def present_state(opt):
 def compare_twice(batches):
     "Warn if a second evaluation of the batches differs from the first"
     a,b = known_loss(batches.trial),loss_now(batches.trial, batches)
-    if not math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6): warnings.warn(f"The loss of a batch is not the same twice ({a} and {b}): "
-        f"steps are judged by noise.")
+    if not math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6):
+        warnings.warn(f"The loss of a batch is not the same twice ({a} and {b}): steps are judged by noise.")
 
 # %% ../nbs/18_hessian_free.ipynb #aa26002a
 @patch
@@ -714,14 +731,15 @@ def backward(self:HessianFree,
             f"its body")
     if not self.n_steps: check_checkpoints(learn.loss_grad)
     ps,b,p = trainable_params(self),self.batches,LearnerProblem(learn, trainable_params(self), self.now.start)
-    p = p.replace(loss=p.loss.clone().as_subclass(Tensor), count=loss_count(learn.loss_func, learn.yb), states=list(self.now.states), versions=versions(p.model),
-        rescaled=partial(divided, scale=p.scale))
+    p = p.replace(loss=p.loss.clone().as_subclass(Tensor), count=loss_count(learn.loss_func, learn.yb), states=list(self.now.states),
+        versions=versions(p.model), rescaled=partial(divided, scale=p.scale))
     if not b.held: p.backward(retain_graph=b.keep_graph)
     for o in ps if b.held else (): o.grad = torch.zeros_like(o)
     b.pending.append(p if b.keep_graph else without_graph(p))
     if not self.n_steps: check_gradients(ps)
     learn.pred,learn.loss,learn.loss_grad = to_detach((learn.pred, learn.loss, learn.loss_grad), cpu=False, gather=False)
 
+# %% ../nbs/18_hessian_free.ipynb #39954497
 def divided(product, scale): return product if scale==1. else lambda v: [o/scale for o in product(v)]
 
 def versions(model): return [] if model is None else [p._version for p in model.parameters()]
@@ -787,7 +805,8 @@ def upgraded_state(sd):
     "The own part of a state, also of one from version 0.0.1"
     if 'curvature' in sd or 'hessian_free' not in sd: return sd.get('curvature')
     old = sd['hessian_free']
-    return dict(counts={k: old[k] for k in ('n_steps','n_skipped')}, record=old['record'], products=dict(costs=old.get('costs', {})), generator=old.get('generator'))
+    return dict(counts={k: old[k] for k in ('n_steps','n_skipped')}, record=old['record'],
+        products=dict(costs=old.get('costs', {})), generator=old.get('generator'))
 
 def checked_state(opt, sd):
     "`sd` as counts and the like, hyperparameters, and state by parameter; raises `ValueError` where something does not fit"
@@ -806,7 +825,8 @@ def checked_state(opt, sd):
     for k,pair in own['products'].get('costs', {}).items(): check_pair(f'costs of {k}', pair, least=0)
     if not all(isinstance(r, dict) and 'step' in r for r in own['record']): raise ValueError("the record of the state is no list of steps")
     if own['generator'] is not None: torch.Generator().set_state(own['generator'].cpu())
-    return own,L(dict(h) for h in sd['hypers']),{p: {k: o.to(p.device, copy=True) if k=='x0' else o for k,o in s.items()} for p,s in zip(ps, sd['state'])}
+    state = {p: {k: o.to(p.device, copy=True) if k=='x0' else o for k,o in s.items()} for p,s in zip(ps, sd['state'])}
+    return own,L(dict(h) for h in sd['hypers']),state
 
 def check_warm_start(i, p, s):
     "Raise `ValueError` for a state `s` that does not fit the parameter `p`"
@@ -858,7 +878,8 @@ def closure_problem(
         o = closure()
         return (o[0],o[1] if len(o)==2 else tuple(o[1:])) if isinstance(o, (tuple,list)) else (o,None)
     def evaluate(twice=False):
-        with restored(start),without_backward_hooks(ifnone(module, nn.Module())),twice_differentiable(ifnone(module, nn.Module()), forward=twice): return pair()
+        m = ifnone(module, nn.Module())
+        with restored(start),without_backward_hooks(m),twice_differentiable(m, forward=twice): return pair()
     with hidden_states(modules) as states: loss,outputs = pair()
     return Problem(params, loss, outputs, evaluate=evaluate, model=module, **kwargs).replace(states=list(states), versions=versions(module))
 

@@ -1,4 +1,4 @@
-"""Products of a vector with the Hessian of a loss, without ever building the matrix, and a look at the graph they come from
+"""Products of a vector with the Hessian of a loss, and a look at the graph they come from
 
 A *product* is a callable `v -> Hv`. `v` and `Hv` are lists of tensors shaped like the parameters. Everything built on this module
 (estimators, eigenvalues, solvers) sees a product and never a model, so the same code serves a neural network and a 2×2 matrix."""

@@ -13,7 +13,7 @@ __all__ = ['unwrapped', 'callback_of', 'is_sharded', 'check_model', 'check_gradi
 
 # %% ../nbs/10_learner.ipynb #d25dec26
 import inspect,math,zipfile
-from contextlib import contextmanager,nullcontext
+from contextlib import nullcontext
 
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor

@@ -1,4 +1,4 @@
-r"""One table of losses whose Hessian at the outputs is known: its products, noise with it as covariance, what a mean divides by
+r"""One table of losses whose Hessian at the outputs is known, with its products and its noise
 
 The generalized Gauss-Newton matrix $G = J^\top H_\ell J$ has the Jacobian $J$ of the outputs and the Hessian $H_\ell$ of the loss at
 the outputs. For the usual losses $H_\ell$ is known, and three things follow from it:

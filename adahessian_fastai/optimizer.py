@@ -24,6 +24,7 @@ from typing import NamedTuple
 from torch.utils.checkpoint import CheckpointError
 
 from fastai.basics import *
+from ._help import describe
 from .hvp import check_count,hooks_disabled,total_norm
 from .averaging import average_diag,check_block_length
 from .problem import Problem
@@ -209,9 +210,9 @@ def signed_average(
 
 # %% ../nbs/15_optimizer.ipynb #09188b23
 _not_negative = (lambda v: 0<=v<math.inf, '>= 0 and finite')
-_ranges = dict(lr=_not_negative, wd=_not_negative, clip=_not_negative, cap=_not_negative, mom=(lambda v: 0<=v<1, 'in [0,1)'), sqr_mom=(lambda v: 0<=v<1, 'in [0,1)'),
-    eps=(lambda v: 0<v<math.inf, '> 0 and finite'), hessian_power=(lambda v: 0<=v<=1, 'in [0,1]'), rho=(lambda v: 0<v<math.inf, '> 0 '
-        'and finite'))
+_below_one,_positive = (lambda v: 0<=v<1, 'in [0,1)'),(lambda v: 0<v<math.inf, '> 0 and finite')
+_ranges = dict(lr=_not_negative, wd=_not_negative, clip=_not_negative, cap=_not_negative, mom=_below_one, sqr_mom=_below_one,
+    eps=_positive, rho=_positive, hessian_power=(lambda v: 0<=v<=1, 'in [0,1]'))
 
 def check_hypers(
     **hypers # Hyperparameters by name; a slice or a list as fastai takes them
@@ -293,19 +294,21 @@ class Perturbation:
         there = problem.again(twice=twice)
         return there.replace(loss=there.loss*problem.scale, scale=problem.scale)
 
-    @contextmanager
-    def unmoved(self):
-        "Context in which the parameters are where they belong"
-        there = [(p, p.detach().clone()) for p,_ in self.kept]
-        home,self.kept = self.kept,[]
-        def put(rows):
-            with torch.no_grad(),torch.autograd._unsafe_preserve_version_counter(tuple(p for p,_ in rows)):
-                for p,o in rows: p.copy_(o)
-        put(home)
-        try: yield
-        finally:
-            put(there)
-            self.kept = home
+# %% ../nbs/15_optimizer.ipynb #bcb7a4d6
+@patch
+@contextmanager
+def unmoved(self:Perturbation):
+    "Context in which the parameters are where they belong"
+    there = [(p, p.detach().clone()) for p,_ in self.kept]
+    home,self.kept = self.kept,[]
+    def put(rows):
+        with torch.no_grad(),torch.autograd._unsafe_preserve_version_counter(tuple(p for p,_ in rows)):
+            for p,o in rows: p.copy_(o)
+    put(home)
+    try: yield
+    finally:
+        put(there)
+        self.kept = home
 
 # %% ../nbs/15_optimizer.ipynb #e26ed4b6
 @contextmanager
@@ -379,7 +382,8 @@ def ready_for_step(
 def _pending_state(o, ps):
     "What is pending, by the places of `ps`"
     by = {k: [v.get(p) for p in ps] for k,v in (('diags',o.diags), ('noises',o.noises))}
-    return dict(n_batches=o.n_batches, n_items=o.n_items, scaled=o.scaled, share=o.share, losses=[l.item() for l in o.losses], grads=[p.grad for p in ps], **by)
+    return dict(n_batches=o.n_batches, n_items=o.n_items, scaled=o.scaled, share=o.share, losses=[l.item() for l in o.losses],
+        grads=[p.grad for p in ps], **by)
 
 def curvature_state(
     opt, # `CurvatureOptimizer`
@@ -397,12 +401,13 @@ def upgraded(
     if 'wrapper' not in sd or 'curvature' in sd: return sd
     own = sd['wrapper']
     m,pending = own.get('measured', {}),{k: own.get(k) for k in ('n_batches','n_items','scaled','grads','diags','noises')}
-    new = dict(counts={k: own[k] for k in Counts.names if k in own}, scale=own.get('curvature_scale') or dict(c=1., n_good=0), estimator=dict(used=m.get('hvp_used')), when=m)
+    scale = own.get('curvature_scale') or dict(c=1., n_good=0)
+    new = dict(counts={k: own[k] for k in Counts.names if k in own}, scale=scale, estimator=dict(used=m.get('hvp_used')), when=m)
     if own.get('n_batches'): new['pending'] = dict(pending, share=None, losses=[math.nan] if own.get('bad_loss') else [])
     age = lambda s: dict(age=s.get('step', own.get('n_steps', 0))) if 'hess_step' in s else {}
     state = [{**{k: v for k,v in s.items() if k!='asked'}, **age(s)} for s in sd['state']]
     hypers = [{**(dict(clip=0., cap=0.) if 'hessian_power' in h else {}), **h} for h in sd['hypers']]
-    return {'state': state, 'hypers': hypers, 'curvature': new}
+    return dict(state=state, hypers=hypers, curvature=new)
 
 # %% ../nbs/15_optimizer.ipynb #2b47b053
 _counted = ('step','hess_step','age','asked')
@@ -445,8 +450,9 @@ _any = (lambda v: True, '')
 _counts = {k: _whole for k in Counts.names}
 _scale = dict(c=(lambda v: isinstance(v, (int,float)) and 0<v<math.inf, 'a number > 0'), n_good=_whole)
 _numbers = (lambda v: isinstance(v, list) and all(isinstance(o, (int,float)) for o in v), 'a list of numbers')
-_pending = dict(n_batches=_whole, n_items=_whole, scaled=_flag, share=(lambda v: v is None or isinstance(v, (int,float)) and v>=0, '`None` or a number >= 0'),
-    losses=_numbers, **{k: (lambda v: isinstance(v, list), 'a list') for k in ('grads','diags','noises')})
+_share = (lambda v: v is None or isinstance(v, (int,float)) and v>=0, '`None` or a number >= 0')
+_pending = dict(n_batches=_whole, n_items=_whole, scaled=_flag, share=_share, losses=_numbers,
+    **{k: (lambda v: isinstance(v, list), 'a list') for k in ('grads','diags','noises')})
 
 def check_part(
     name:str, # Of a part of a state
@@ -471,6 +477,7 @@ def check_pending(
             if v is not None and not isinstance(v, Tensor): raise ValueError(f"{k} of parameter {i} must be a tensor, got {v!r}")
             check_entry(i, k, v, p, finite=False)
 
+# %% ../nbs/15_optimizer.ipynb #c82ee4d9
 def checked_state(
     opt, # `CurvatureOptimizer`
     sd:dict, # From `state_dict`; raises `ValueError` if it is not the state of an optimizer like `opt`
@@ -480,7 +487,8 @@ def checked_state(
     ps,own = opt.all_params().itemgot(0),sd['curvature']
     check_part('the state', own, {k: _any for k in ('counts','scale','estimator','when')})
     for h in sd['hypers']: check_hypers(**h)
-    for k,rules in dict(counts=_counts, scale=_scale, estimator={k: _any for k in opt.estimator.state_dict()}, when={}).items(): check_part(k, own[k], rules)
+    parts = dict(counts=_counts, scale=_scale, estimator={k: _any for k in opt.estimator.state_dict()}, when={})
+    for k,rules in parts.items(): check_part(k, own[k], rules)
     if 'pending' in own: check_pending(ps, own['pending'])
     for i,(p,s) in enumerate(zip(ps, sd['state'])):
         for k,v in s.items(): check_entry(i, k, v, p)
@@ -517,6 +525,7 @@ class PartOf:
     def __get__(self, o, cls=None): return self if o is None else getattr(vars(o)[self.part], self.name)
     def __set__(self, o, v): setattr(vars(o)[self.part], self.name, v)
 
+# %% ../nbs/15_optimizer.ipynb #fa84b0a4
 class CurvatureOptimizer(Optimizer, GetAttr):
     "Wrap `opt` so that its steppers receive an estimate of the diagonal of a curvature"
     _default,default_lr,param_lists = 'opt',0.15,PartOf('opt')
@@ -524,6 +533,7 @@ class CurvatureOptimizer(Optimizer, GetAttr):
     update_each,hessian_bs,dense = (PartOf('when') for _ in range(3))
     diags,noises,n_batches,n_items = (PartOf('pending') for _ in range(4))
     noise_record = PartOf('counts')
+    __repr__ = describe
     def __init__(self,
         opt:Optimizer, # `Optimizer` of steppers, usually from `AdaHessian` or `Sophia`
         estimator=None, # How the diagonal is estimated: `Hutchinson(...)` by default, `ControlVariate(...)` or `GNB(...)`
@@ -534,7 +544,8 @@ class CurvatureOptimizer(Optimizer, GetAttr):
         perturb:Perturbation=None, # Where loss and curvature are taken; at the parameters themselves by default
     ):
         check_count('n_acc', n_acc)
-        self.opt,self.estimator,self.when,self.smooth,self.n_acc,self.debiased = opt,estimator or Hutchinson(),when or Every(),smooth,n_acc,debiased
+        self.opt,self.estimator,self.when = opt,estimator or Hutchinson(),when or Every()
+        self.smooth,self.n_acc,self.debiased = smooth,n_acc,debiased
         self.counts,self.pending,self.curvature_scale,self.turn = Counts(),Pending(),CurvatureScale(),None
         self.perturb = perturb or Perturbation()
         opt._keep_on_clear = [*opt._keep_on_clear, 'do_hessian']
@@ -549,86 +560,6 @@ class CurvatureOptimizer(Optimizer, GetAttr):
         due = [p for p,s in of.items() if s.get('do_hessian', True) and (s.get('late') or scheduled(s))]
         return due,next((o for p in due if (o := parts[of[p].get('age', 0)])!=0), self.when.part(0))
 
-    @contextmanager
-    def forward_context(self,
-        learn:Learner, # At the start of a training batch
-    ):
-        "Prepare the forward pass for the estimate, if one is due; leave nothing half done"
-        check_model(learn.model)
-        if vars(learn).get('iter', 1)==0: self.when.begin()
-        try:
-            self.perturb.ahead(self)
-            self.turn = t = turn_for(learn, *self.due(), self.estimator, self.perturb.twice)
-            plain = t.aside or not t.due or self.perturb.twice
-            with nullcontext() if plain else self.estimator.surround(unwrapped(learn.model), t.due, self.counts.rng(), in_half(learn)): yield
-            self.pending = Pending()
-        except CancelBatchException: raise
-        except BaseException as e:
-            self.zero_grad()
-            if not isinstance(e, CheckpointError): raise
-            raise ValueError("a checkpoint does not find the tensors of its first pass again, as where products run along with that "
-                "pass: use hvp='reverse'") from e
-        finally:
-            self.perturb.back()
-            self.turn = None
-
-    def backward(self,
-        learn:Learner, # In the middle of a batch; called by its `_backward`
-    ):
-        "Differentiate the loss of `learn`, and cancel the rest of the batch while `n_acc` is not reached"
-        if self.n_acc>1 and callback_of(learn, 'gradient_accumulation'):
-            raise ValueError(f"n_acc and GradientAccumulation do the same: use one of them, got {self.n_acc=}")
-        if self.turn is None:
-            raise ValueError(f"{type(learn).__name__} has a `_do_one_batch` of its own: put `with self.opt.forward_context(self):` "
-                f"around its body")
-        group,ps = sync_group(learn),trainable_params(self)
-        n_items = find_bs(learn.yb) if self.n_acc>1 or group is not None else 1
-        problem = self.perturb.up(LearnerProblem(learn, ps, self.turn.start), bool(self.turn.due))
-        self.differentiate(problem, n_items=n_items, group=group)
-        self.perturb.back()
-        if not self.n_steps: check_gradients(ps)
-        if self.n_batches>=self.n_acc: return
-        learn('after_backward')
-        raise CancelBatchException
-
-    def differentiate(self,
-        loss, # Scalar with its graph, or a `Problem`
-        scale:float=1., # By how much the loss was multiplied for half precision
-        n_items:int=1, # Items that the loss is a mean of; matters with `n_acc`
-        group=None, # Process group to average over, see `sync_group`
-    ):
-        "Add the gradient of `loss` to `p.grad` and, when one is due, an estimate of the diagonal to what is pending"
-        problem = loss if isinstance(loss, Problem) else Problem(trainable_params(self), loss, scale=scale)
-        turn,weight = self.turn or plain_turn(*self.due()),self.pending.weigh(problem.params, n_items, self.n_acc)
-        self.pending.note(problem.loss, n_items, group)
-        half = problem.scale!=1 and self.estimator.second_order
-        if not turn.due or half and not math.isfinite(self.pending.losses[-1].item()): return problem.backward(weight)
-        ahead = turn.aside or problem.scale!=1
-        if ahead: problem.backward(weight, retain_graph=not turn.aside)
-        with problem_for(problem, turn, self.estimator, self.counts) as on,hooks_disabled(problem.params):
-            if half and on.scale!=1: on = self.curvature_scale.rescaled_for_half(on, [p.grad for p in problem.params if p.grad is not None])
-            est = self.estimator(on, turn.due, self.counts.rng(), partial(signed_average, self))
-        if not ahead: problem.backward(weight, est.grads)
-        self.pending.scaled,self.pending.share = half,turn.share
-        self.counts.n_estimates += 1
-        self.pending.add(turn.due, est, weight)
-
-    def step(self, closure=None):
-        "Move the parameters along their gradients and the averaged diagonal"
-        if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
-        work,due = work_of(self),self.pending.diags
-        check_seen(self, work)
-        fine,ok = finite_ones([*self.pending.losses, *(p.grad for p in work)], list(due.values()))
-        if not all(fine): return skip_step(self, "The loss or its gradient is not finite: step skipped, parameters and averages untouched")
-        ready = ready_for_step(self, work, {p: d for (p,d),o in zip(due.items(), ok) if o})
-        if self.pending.scaled: self.curvature_scale.update(all(ok))
-        if not all(ok): self.counts.warn('n_dropped', f"The estimate of the diagonal is not finite for {ok.count(False)} of {len(ok)} "
-            f"parameters: dropped there")
-        if work and not ready: return skip_step(self, "No parameter moves, for none has an estimate that is finite: step skipped")
-        update(ready, self.opt.cbs)
-        self.counts.n_steps += 1
-        if ready: self.when.tick(self.n_steps, self.pending.share, key=frozenset(map(id, work)), device=ready[0][0].device, group=self.pending.group)
-        self.pending = Pending()
 
     def zero_grad(self):
         "Set the gradients to `None`, which saves memory while an estimate is taken, and drop what is pending"
@@ -650,13 +581,105 @@ class CurvatureOptimizer(Optimizer, GetAttr):
 
     def state_dict(self)->dict:
         "State of the wrapped optimizer and of the parts, with what is pending"
-        return {**self.opt.state_dict(), 'curvature': curvature_state(self)}
+        return {**self.opt.state_dict(), 'hypers': [dict(o) for o in self.opt.hypers], 'curvature': curvature_state(self)}
 
     def load_state_dict(self,
         sd:dict, # From `state_dict`; raises `ValueError` if it is of another model or optimizer
     ):
         "Continue exactly where the optimizer that gave `sd` stood"
         put_state(self, checked_state(self, sd))
+
+# %% ../nbs/15_optimizer.ipynb #3a6e4d3b
+@patch
+@contextmanager
+def forward_context(self:CurvatureOptimizer,
+    learn:Learner, # At the start of a training batch
+):
+    "Prepare the forward pass for the estimate, if one is due; leave nothing half done"
+    check_model(learn.model)
+    if vars(learn).get('iter', 1)==0: self.when.begin()
+    try:
+        self.perturb.ahead(self)
+        self.turn = t = turn_for(learn, *self.due(), self.estimator, self.perturb.twice)
+        plain = t.aside or not t.due or self.perturb.twice
+        around = nullcontext() if plain else self.estimator.surround(unwrapped(learn.model), t.due, self.counts.rng(), in_half(learn))
+        with around: yield
+        self.pending = Pending()
+    except CancelBatchException: raise
+    except BaseException as e:
+        self.zero_grad()
+        if not isinstance(e, CheckpointError): raise
+        raise ValueError("a checkpoint does not find the tensors of its first pass again, as where products run along with that "
+            "pass: use hvp='reverse'") from e
+    finally:
+        self.perturb.back()
+        self.turn = None
+
+# %% ../nbs/15_optimizer.ipynb #1ed2184a
+@patch
+def backward(self:CurvatureOptimizer,
+    learn:Learner, # In the middle of a batch; called by its `_backward`
+):
+    "Differentiate the loss of `learn`, and cancel the rest of the batch while `n_acc` is not reached"
+    if self.n_acc>1 and callback_of(learn, 'gradient_accumulation'):
+        raise ValueError(f"n_acc and GradientAccumulation do the same: use one of them, got {self.n_acc=}")
+    if self.turn is None:
+        raise ValueError(f"{type(learn).__name__} has a `_do_one_batch` of its own: put `with self.opt.forward_context(self):` "
+            f"around its body")
+    group,ps = sync_group(learn),trainable_params(self)
+    n_items = find_bs(learn.yb) if self.n_acc>1 or group is not None else 1
+    problem = self.perturb.up(LearnerProblem(learn, ps, self.turn.start), bool(self.turn.due))
+    self.differentiate(problem, n_items=n_items, group=group)
+    self.perturb.back()
+    if not self.n_steps: check_gradients(ps)
+    if self.n_batches>=self.n_acc: return
+    learn('after_backward')
+    raise CancelBatchException
+
+# %% ../nbs/15_optimizer.ipynb #d726a125
+@patch
+def differentiate(self:CurvatureOptimizer,
+    loss, # Scalar with its graph, or a `Problem`
+    scale:float=1., # By how much the loss was multiplied for half precision
+    n_items:int=1, # Items that the loss is a mean of; matters with `n_acc`
+    group=None, # Process group to average over, see `sync_group`
+):
+    "Add the gradient of `loss` to `p.grad` and, when one is due, an estimate of the diagonal to what is pending"
+    problem = loss if isinstance(loss, Problem) else Problem(trainable_params(self), loss, scale=scale)
+    turn,weight = self.turn or plain_turn(*self.due()),self.pending.weigh(problem.params, n_items, self.n_acc)
+    self.pending.note(problem.loss, n_items, group)
+    half = problem.scale!=1 and self.estimator.second_order
+    if not turn.due or half and not math.isfinite(self.pending.losses[-1].item()): return problem.backward(weight)
+    ahead = turn.aside or problem.scale!=1
+    if ahead: problem.backward(weight, retain_graph=not turn.aside)
+    with problem_for(problem, turn, self.estimator, self.counts) as on,hooks_disabled(problem.params):
+        if half and on.scale!=1: on = self.curvature_scale.rescaled_for_half(on, [p.grad for p in problem.params if p.grad is not None])
+        est = self.estimator(on, turn.due, self.counts.rng(), partial(signed_average, self))
+    if not ahead: problem.backward(weight, est.grads)
+    self.pending.scaled,self.pending.share = half,turn.share
+    self.counts.n_estimates += 1
+    self.pending.add(turn.due, est, weight)
+
+# %% ../nbs/15_optimizer.ipynb #9fe1b2a2
+@patch
+def step(self:CurvatureOptimizer, closure=None):
+    "Move the parameters along their gradients and the averaged diagonal"
+    if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
+    work,due = work_of(self),self.pending.diags
+    check_seen(self, work)
+    fine,ok = finite_ones([*self.pending.losses, *(p.grad for p in work)], list(due.values()))
+    if not all(fine): return skip_step(self, "The loss or its gradient is not finite: step skipped, parameters and averages untouched")
+    ready = ready_for_step(self, work, {p: d for (p,d),o in zip(due.items(), ok) if o})
+    if self.pending.scaled: self.curvature_scale.update(all(ok))
+    if not all(ok): self.counts.warn('n_dropped', f"The estimate of the diagonal is not finite for {ok.count(False)} of {len(ok)} "
+        f"parameters: dropped there")
+    if work and not ready: return skip_step(self, "No parameter moves, for none has an estimate that is finite: step skipped")
+    update(ready, self.opt.cbs)
+    self.counts.n_steps += 1
+    if ready:
+        self.when.tick(self.n_steps, self.pending.share, key=frozenset(map(id, work)), device=ready[0][0].device,
+            group=self.pending.group)
+    self.pending = Pending()
 
 # %% ../nbs/15_optimizer.ipynb #f2953c35
 estimators = dict(hutchinson=Hutchinson, control_variate=ControlVariate, gnb=GNB)
@@ -741,7 +764,7 @@ class AdaHessianWrapper(CurvatureOptimizer):
         hvp:str=None, # How a product is computed: 'reverse' (default), 'forward', 'compiled', 'finite_difference' or 'auto'
         probe=None, # 'rademacher' (default), 'gaussian' or a callable `(p, generator) -> tensor like p`
         n_samples:int=None, # Probes for each estimate; 1 by default
-        signed_blocks:bool=None, # Average the diagonal itself over blocks and kernels, not `|d|`? Default: where the steppers or `debiased` ask for it
+        signed_blocks:bool=None, # Average the signed diagonal and not `|d|`? Default: where steppers or `debiased` ask for it
         average_kernels:bool=True, # Average over the kernels of convolutions?
         debiased:bool=False, # Take the noise out of the second moment? Needs `n_samples` >= 2
         perturb:Perturbation=None, # Where loss and curvature are taken

@@ -72,6 +72,7 @@ def _filled(cell):
     try: return cell.cell_contents is cell.cell_contents
     except ValueError: return False
 
+# %% ../nbs/11_replay.ipynb #ae4ca565
 def hooks_of(
     modules, # Looked through
 )->list:
@@ -125,7 +126,8 @@ def restored(
     rng,memory = state
     modules = [m for m,_ in memory]
     here,now = get_random_states(),_memory(modules, also=('training',))
-    short = [(m.weight, m.weight.detach().clone()) for m in modules if getattr(m, 'max_norm', None) and isinstance(m, (nn.Embedding,nn.EmbeddingBag))]
+    limited = [m for m in modules if getattr(m, 'max_norm', None) and isinstance(m, (nn.Embedding,nn.EmbeddingBag))]
+    short = [(m.weight, m.weight.detach().clone()) for m in limited]
     with hooks_unmoved(modules):
         try:
             _put(_copied(memory, {}))

@@ -1,4 +1,4 @@
-"""Sharpness-aware AdaHessian: curvature and gradient are taken uphill, and the step divides by the root of an averaged absolute diagonal
+"""Sharpness-aware AdaHessian: curvature and gradient are taken uphill
 
 `learn = Learner(dls, model, opt_func=sassha)` trains with Sassha (Shin et al., *SASSHA: Sharpness-aware Adaptive Second-order
 Optimization with Stable Hessian Approximation*, ICML 2025, arXiv 2502.18153), the strongest published descendant of AdaHessian.

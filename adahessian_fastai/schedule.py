@@ -13,6 +13,7 @@ __all__ = ['least_part', 'check_period', 'is_due', 'check_rows', 'rows_due', 'Ev
 # %% ../nbs/13_schedule.ipynb #132d79e8
 import math,statistics,time
 from collections import defaultdict
+from fastcore.basics import patch
 
 import torch
 from .hvp import check_count
@@ -71,7 +72,7 @@ class Every:
     "Estimates at steps 1, k+1, 2k+1, …"
     def __init__(self,
         update_each:int|tuple=1, # The period k, or a pair, see `is_due`; raises `ValueError` for anything else
-        hessian_bs=None, # Rows of the batch, a number or a fraction; `None` for all; for a pair see `rows_due`; raises `ValueError` otherwise
+        hessian_bs=None, # Rows of the batch, or a fraction; `None` for all; a pair: see `rows_due`; raises `ValueError` otherwise
         dense:int=0, # So many steps at the start have an estimate each; raises `ValueError` below 0
     ):
         check_period(update_each)
@@ -137,8 +138,8 @@ class Budget(Every):
         if self.last is not None: self.times[key][1. if part is None else part].append(now-self.last)
         self.last = now
         enough = self.known() and sum(sum(o) for t in self.times.values() for o in t.values())>=self.least_seconds
-        if cross_rank_mean([torch.tensor(float(n_steps>=self.last_measured and (enough or n_steps>=10*self.last_measured and self.known())), device=device)], group)[0]==1:
-            self.choose(n_steps, device, group)
+        ready = n_steps>=self.last_measured and (enough or n_steps>=10*self.last_measured and self.known())
+        if cross_rank_mean([torch.tensor(float(ready), device=device)], group)[0]==1: self.choose(n_steps, device, group)
 
     def parts(self):
         "The parts of the batch that are compared"
@@ -148,40 +149,6 @@ class Budget(Every):
 
     def known(self): return any(all(t[o] for o in (0,*self.parts())) for t in self.times.values())
 
-    def ratio(self,
-        part:float=1., # Of the batch
-    )->float: # t₁/t₀ - 1
-        "Overhead of a step with an estimate over one without"
-        pairs = [(t[part],t[0]) for t in self.times.values() if t[part] and t[0]]
-        unsure = statistics.median(sum((b for _,b in pairs), [])) < 0.005
-        def cost(a, b):
-            if not unsure or min(len(a), len(b))<4: return statistics.median(a)/statistics.median(b)-1
-            return statistics.quantiles(a, n=4)[2]/statistics.quantiles(b, n=4)[0]-1
-        return statistics.mean(cost(a, b) for a,b in pairs)
-
-    def period(self,
-        ratio:float, # From `ratio`, or its mean over the processes
-    )->int: # k
-        "The smallest period that keeps the mean overhead within the budget"
-        return max(1, math.ceil(round(ratio/self.overhead, 6)))
-
-    def part_for(self,
-        least:float, # Overhead of an estimate on `least_part` of the batch
-        whole:float, # On all of it
-    )->tuple: # f, and the overhead of an estimate on it
-        "The largest part of the batch that every step can afford, the least one if there is none"
-        costs = {f: least+(whole-least)*(f-least_part)/(1-least_part) for f in [i/8 for i in range(1, 9)]}
-        return max([(f,c) for f,c in costs.items() if round(c, 6)<=self.overhead], default=(least_part,least))
-
-    def choose(self, n_steps, device=None, group=None):
-        "Set the period, and the part of the batch where that is asked for; say so"
-        ratios = cross_rank_mean([torch.tensor([self.ratio(o) for o in self.parts()], dtype=torch.double, device=device)], group)[0].tolist()
-        part,ratio = self.part_for(*ratios) if self.auto else (1,*ratios)
-        self.update_each,self.done = (n_steps,self.period(ratio)),True
-        if self.auto: self.hessian_bs = (n_steps,part)
-        said,repeat = (f" on {part:g} of the batch",f", hessian_bs={self.hessian_bs}") if self.auto else ('','')
-        print(f"budget={self.overhead}: an estimate{said} costs {ratio:.2f} steps, so the period is {self.update_each[1]}; "
-            f"update_each={self.update_each}{repeat} repeats this run")
 
     def state_dict(self): return dict(update_each=self.update_each, hessian_bs=self.hessian_bs, done=self.done)
     def load_state_dict(self, sd):
@@ -192,3 +159,47 @@ class Budget(Every):
         if not isinstance(sd['done'], bool): raise ValueError(f"done must be True or False, got done={sd['done']!r}")
         self.update_each,self.done = sd['update_each'],sd['done']
         if self.auto: self.hessian_bs = sd['hessian_bs']
+
+# %% ../nbs/13_schedule.ipynb #4152697b
+@patch
+def choose(self:Budget, n_steps, device=None, group=None):
+    "Set the period, and the part of the batch where that is asked for; say so"
+    ratios = torch.tensor([self.ratio(o) for o in self.parts()], dtype=torch.double, device=device)
+    ratios = cross_rank_mean([ratios], group)[0].tolist()
+    part,ratio = self.part_for(*ratios) if self.auto else (1,*ratios)
+    self.update_each,self.done = (n_steps,self.period(ratio)),True
+    if self.auto: self.hessian_bs = (n_steps,part)
+    said,repeat = (f" on {part:g} of the batch",f", hessian_bs={self.hessian_bs}") if self.auto else ('','')
+    print(f"budget={self.overhead}: an estimate{said} costs {ratio:.2f} steps, so the period is {self.update_each[1]}; "
+        f"update_each={self.update_each}{repeat} repeats this run")
+
+# %% ../nbs/13_schedule.ipynb #c5d69e19
+@patch
+def ratio(self:Budget,
+    part:float=1., # Of the batch
+)->float: # t₁/t₀ - 1
+    "Overhead of a step with an estimate over one without"
+    pairs = [(t[part],t[0]) for t in self.times.values() if t[part] and t[0]]
+    unsure = statistics.median(sum((b for _,b in pairs), [])) < 0.005
+    def cost(a, b):
+        if not unsure or min(len(a), len(b))<4: return statistics.median(a)/statistics.median(b)-1
+        return statistics.quantiles(a, n=4)[2]/statistics.quantiles(b, n=4)[0]-1
+    return statistics.mean(cost(a, b) for a,b in pairs)
+
+# %% ../nbs/13_schedule.ipynb #0eb71f54
+@patch
+def period(self:Budget,
+    ratio:float, # From `ratio`, or its mean over the processes
+)->int: # k
+    "The smallest period that keeps the mean overhead within the budget"
+    return max(1, math.ceil(round(ratio/self.overhead, 6)))
+
+# %% ../nbs/13_schedule.ipynb #8014a49f
+@patch
+def part_for(self:Budget,
+    least:float, # Overhead of an estimate on `least_part` of the batch
+    whole:float, # On all of it
+)->tuple: # f, and the overhead of an estimate on it
+    "The largest part of the batch that every step can afford, the least one if there is none"
+    costs = {f: least+(whole-least)*(f-least_part)/(1-least_part) for f in [i/8 for i in range(1, 9)]}
+    return max([(f,c) for f,c in costs.items() if round(c, 6)<=self.overhead], default=(least_part,least))

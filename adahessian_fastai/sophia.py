@@ -41,7 +41,7 @@ def sophia(
     rho:float=0.04, # Weight of the curvature, ρ (γ in the paper); see `win_rate`
     wd:float=0.1, # True weight decay, λ
     update_each:int=10, # Estimate at steps 1, k+1, 2k+1, … and keep the average in between
-    estimator:Literal['gnb','hutchinson','control_variate']='gnb', # 'gnb' is Sophia-G, 'hutchinson' Sophia-H; or an object such as `GNB(n_samples=2)`
+    estimator:Literal['gnb','hutchinson','control_variate']='gnb', # 'gnb' is Sophia-G, 'hutchinson' Sophia-H; or an object such as `GNB(2)`
     eps:float=1e-12, # Least denominator
     *,
     curvature:Literal['hessian','ggn']=None, # For 'hutchinson': the matrix, the Hessian by default
@@ -58,8 +58,8 @@ def sophia(
 )->AdaHessianWrapper: # Raises `ValueError` for an argument outside its range
     "Sophia as `opt_func` of a `Learner`"
     check_names('sophia', others)
-    opt = AdaHessianWrapper(Sophia(params, lr, mom, sqr_mom, rho, wd, eps), block_length, n_acc, estimator, curvature, hvp, probe, n_samples,
-        average_kernels=average_kernels, update_each=update_each, hessian_bs=hessian_bs, dense=dense, when=when)
+    opt = AdaHessianWrapper(Sophia(params, lr, mom, sqr_mom, rho, wd, eps), block_length, n_acc, estimator, curvature, hvp, probe,
+        n_samples, average_kernels=average_kernels, update_each=update_each, hessian_bs=hessian_bs, dense=dense, when=when)
     opt.default_lr = 1e-3
     return opt
 

@@ -1,4 +1,4 @@
-"""The Hessian written out, its extreme eigenvalues, its trace and the density of its spectrum, all from products
+"""The Hessian written out, its extreme eigenvalues, trace and spectral density, all from products
 
 Questions about a matrix that nobody can write down: the entries of its diagonal, its largest and smallest eigenvalues, its trace, how
 its eigenvalues are spread. All of them are answered from a product `v -> Hv` on lists of parameter-shaped tensors. So the same functions

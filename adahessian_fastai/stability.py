@@ -21,8 +21,8 @@ from .estimators import Hutchinson,seeded
 from .learner import callback_of
 from .batch import problem_of
 from .steppers import average_diag_hessian
-from adahessian_fastai.diagnostics import (ProbeStats,first_batches,layer_params,learner_params,optimizer_of,products_of,scaled_product,step_rates,
-    step_rule,step_scaling)
+from .diagnostics import (ProbeStats,first_batches,layer_params,learner_params,optimizer_of,products_of,
+    scaled_product,step_rates,step_rule,step_scaling)
 
 # %% ../nbs/21_stability.ipynb #db8c3bd3
 def _estimator(opt):
@@ -34,7 +34,8 @@ def _estimator(opt):
 def _seen(learn, opt, params, b, est, rng):
     "Gradient, and its square or the diagonal (squared, where `opt` averages squares) on the batch `b`"
     with problem_of(learn, b, params) as problem,hooks_disabled(params):
-        gs = [torch.zeros_like(p, requires_grad=False) if g is None else g.detach() for p,g in zip(params, problem.gradient(retain_graph=True))]
+        grads = problem.gradient(retain_graph=True)
+        gs = [torch.zeros_like(p, requires_grad=False) if g is None else g.detach() for p,g in zip(params, grads)]
         ds = [opt.smooth(d) for d in est(problem, params, rng, lambda ps: [torch.zeros_like(p) for p in ps]).diag] if est else gs
     return [*gs, *(ds if average_diag_hessian in opt.cbs else [d**2 for d in ds])]
 
@@ -50,14 +51,16 @@ def fresh_states(
     seen = [_seen(learn, opt, params, b, est, rng) for b in batches]
     means = [sum(ts)/len(ts) for ts in zip(*seen)]
     name = 'sqr_avg' if est is None else 'avg_diag_hessian' if average_diag_hessian in opt.cbs else 'sqr_avg_diag_hessian'
-    return {p: {'grad_avg': g, name: d, 'step': math.inf, **({'hess_step': math.inf} if est else {})} for p,g,d in zip(params, means, means[len(params):])}
+    steps = dict(step=math.inf, **(dict(hess_step=math.inf) if est else {}))
+    return {p: {'grad_avg': g, name: d, **steps} for p,g,d in zip(params, means, means[len(params):])}
 
 # %% ../nbs/21_stability.ipynb #ac20dd91
-_names = dict(gradient='Gradient descent', momentum='SGD with momentum', adam="Adam's step", adahessian="AdaHessian's step", sophia="Sophia's step")
+_names = dict(gradient='Gradient descent', momentum='SGD with momentum', adam="Adam's step", adahessian="AdaHessian's step",
+    sophia="Sophia's step")
 
 class Stability(NamedTuple):
     "How large a learning rate may be on some batches before a step along the sharpest direction diverges"
-    limit: float      # Largest stable learning rate of the quadratic model; infinite without positive curvature, not a number for an unknown rule
+    limit: float      # Largest stable learning rate of the quadratic model; infinite without positive curvature, NaN for an unknown rule
     lambda_max: float # Largest eigenvalue, seen through the optimizer's scaling
     bound: float      # Its error bound
     rule: str         # The `step_rule`
@@ -85,7 +88,8 @@ def stability(self:Learner,
     gen = torch.Generator(params[0].device).manual_seed(seed)
     with optimizer_of(self) as opt:
         (rule,factor),P = step_rule(opt),step_scaling(opt, params)
-        if P is None and rule in ('adam','adahessian','sophia'): P = step_scaling(opt, params, fresh_states(self, opt, params, batches, seed))
+        if P is None and rule in ('adam','adahessian','sophia'):
+            P = step_scaling(opt, params, fresh_states(self, opt, params, batches, seed))
         rates = step_rates(opt, params, P, relative=True)
     with products_of(self, batches, params, curvature) as of:
         eig = extreme_eigenvalues(scaled_product(of(), rates), params, tol=tol, max_iter=max_iter, generator=gen)

@@ -129,9 +129,12 @@ class Portion:
         self.ps,self.gs,self.ms,self.vs,self.ds,self.es = ([o for o in ts if o is not None] for ts in zip(*rows))
         self.step,self.hess_step,self.do_wd,self.h = step,hess_step,do_wd,SimpleNamespace(**hyper)
 
+# %% ../nbs/14_steppers.ipynb #451dfe19
 def _lists_decay(b): b.do_wd and b.h.wd!=0 and torch._foreach_add_(b.ps, b.ps, alpha=-b.h.lr*b.h.wd)
 def _lists_l2(b): b.do_wd and b.h.wd!=0 and torch._foreach_add_(b.gs, b.ps, alpha=b.h.wd)
 def _lists_grad(b): torch._foreach_lerp_(b.ms, b.gs, 1-b.h.mom)
+
+# %% ../nbs/14_steppers.ipynb #a43fe737
 def _lists_diag(b): b.ds and torch._foreach_lerp_(b.vs, b.ds, 1-b.h.sqr_mom)
 
 def _lists_sqr_diag(b):
@@ -176,7 +179,8 @@ def list_forms(
 )->list: # Functions of a `Portion`, or `None` where one of `cbs` has no such form
     "The forms for lists of `cbs`"
     keys = [(cb.func, frozenset(cb.keywords.items())) if isinstance(cb, partial) and not cb.args else cb for cb in cbs]
-    if not all(k in forms for k in keys) or not {average_sqr_diag_hessian, average_diag_hessian} & set(keys) or _dampened not in keys: return
+    averages = {average_sqr_diag_hessian, average_diag_hessian} & set(keys)
+    if not all(k in forms for k in keys) or not averages or _dampened not in keys: return
     return [partial(_lists_adahessian, signed=True) if k is adahessian_step and average_diag_hessian in keys else forms[k] for k in keys]
 
 # %% ../nbs/14_steppers.ipynb #169a2062

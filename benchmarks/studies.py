@@ -22,7 +22,8 @@ def study_table(
     groups = best.groupby('entry', sort=False)
     forms = {k: dict(accuracy='{:.1%}').get(k, '{:.3f}') for k in ('accuracy','chrf','bleu','loss') if k in best and best[k].notna().any()}
     def show(form): return lambda o: form.format(o.mean())+(f' ± {form.format(o.std())}' if len(o)>1 else '')
-    table = groups.agg(lr=('lr','first'), **{k: (k,show(form)) for k,form in forms.items()}, epochs=('epochs','first'), seeds=('seed','nunique'))
+    columns = {k: (k,show(form)) for k,form in forms.items()}
+    table = groups.agg(lr=('lr','first'), **columns, epochs=('epochs','first'), seeds=('seed','nunique'))
     seconds = groups.seconds.mean()
     return table.assign(time=(seconds/seconds.iloc[0]).round(2))
 

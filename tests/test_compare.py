@@ -5,7 +5,8 @@ from pathlib import Path
 import matplotlib,numpy as np,pandas as pd,pytest
 matplotlib.use('Agg')
 from PIL import Image
-from adahessian_fastai.compare import main,muted,parse_opts,plot_comparison,plot_rates
+from adahessian_fastai.adahessian import adahessian
+from adahessian_fastai.compare import default_rate,main,muted,parse_opts,plot_comparison,plot_rates
 
 
 # The variables that keep PyTorch's profiler quiet come from the Makefile; nobody else has them
@@ -18,11 +19,10 @@ def test_exit_code_and_stream_of_the_command():
     res = call('--data','nowhere')
     assert (res.returncode,res.stdout)==(2,'') and res.stderr.count('\n')==1
 
-WRONG = {'a missing folder': dict(data='nowhere'), 'an unknown optimizer': dict(opts='adam,newton'), 'an unknown arch': dict(arch='resnet17'),
-    'no epochs': dict(epochs=0), 'a negative learning rate': dict(lr='-1'),
+WRONG = {'a missing folder': dict(data='nowhere'), 'an unknown optimizer': dict(opts='adam,newton'), 'no epochs': dict(epochs=0),
+    'an unknown arch': dict(arch='resnet17'), 'a negative learning rate': dict(lr='-1'), 'no number': dict(lr='adam=much'),
     'an argument that it lacks': dict(opts='adam,adahessian:betas=3'), 'a value out of range': dict(opts='adahessian:update_each=0'),
-    'a rate and a range': dict(lr='0.1', rates=3), 'no number': dict(lr='adam=much'), 'a file as out': dict(out=__file__),
-    'an empty folder': dict(data='EMPTY')}
+    'a rate and a range': dict(lr='0.1', rates=3), 'a file as out': dict(out=__file__), 'an empty folder': dict(data='EMPTY')}
 
 @pytest.mark.parametrize('what', WRONG)
 def test_mistakes_get_one_line_and_exit_code_2(what, tmp_path, capsys):
@@ -41,7 +41,8 @@ def test_a_folder_of_images_is_compared(tmp_path):
             folder.mkdir(parents=True)
             for i in range(6): Image.new('RGB', (20,20), (level+i,level,level-i)).save(folder/f'{i}.png')
     out = tmp_path/'res'
-    res = call('--data', str(tmp_path/'images'), '--arch','xresnet18','--size','16','--bs','4','--epochs','1','--opts','sgd,adahessian','--out',str(out), env=LOUD)
+    args = '--arch xresnet18 --size 16 --bs 4 --epochs 1 --opts sgd,adahessian'.split()
+    res = call('--data', str(tmp_path/'images'), *args, '--out', str(out), env=LOUD)
     assert res.returncode==0, res.stderr
     assert {o.name for o in out.iterdir()}=={'compare.csv','runs.csv','compare.png'}
     table = pd.read_csv(out/'compare.csv')
@@ -58,8 +59,10 @@ def test_variants_over_a_range_of_rates(tmp_path, capsys, monkeypatch):
     main(epochs=1, opts=f'adam,{name},sophia:lr=0.01', rates=3)
     out = capsys.readouterr().out
     runs = pd.read_csv('results/runs.csv')
-    assert runs.groupby('optimizer').lr.apply(list).to_dict()=={'adam': [.001,.01,.1], name: [.015,.15,1.5], 'sophia:lr=0.01': [.001,.01,.1]}
-    assert runs.groupby('optimizer').default.first().to_dict()=={'adam': .001, name: .15, 'sophia:lr=0.01': .01}
+    own = default_rate(adahessian)
+    tried = {'adam': [.001,.01,.1], name: [own/10,own,own*10], 'sophia:lr=0.01': [.001,.01,.1]}
+    assert runs.groupby('optimizer').lr.apply(list).to_dict()=={k: pytest.approx(o) for k,o in tried.items()}
+    assert runs.groupby('optimizer').default.first().to_dict()=={'adam': .001, name: own, 'sophia:lr=0.01': .01}
     assert out.count('epoch 0, train_loss')==9 and '\r' not in out and max(map(len, out.split('\n')))<=80
     table = pd.read_csv('results/compare.csv').set_index('optimizer')
     for k,o in runs.groupby('optimizer'):
@@ -76,8 +79,9 @@ def test_what_an_optimizer_is_given_is_what_trains():
     assert list(opts.values())[0].keywords==dict(update_each=10, estimator='gnb', signed=True, block_length=1)
 
 
-def runs_of(*rates): return pd.DataFrame([dict(optimizer=k, seed=0, lr=lr, default=.1, valid_loss=loss, valid_losses=[2.,loss], seconds=[1.,3.],
-    losses=[3.,2.,1.,.5], **{'s/epoch': 1.5}) for k,lr,loss in rates])
+def runs_of(*rates):
+    rows = [dict(optimizer=k, lr=lr, valid_loss=loss, valid_losses=[2.,loss], seconds=[1.,3.], losses=[3.,2.,1.,.5]) for k,lr,loss in rates]
+    return pd.DataFrame(rows).assign(seed=0, default=.1, **{'s/epoch': 1.5})
 
 def test_pictures_have_a_validation_curve_and_a_time_axis():
     one = plot_comparison(runs_of(('a',.1,.3)))

@@ -10,7 +10,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Lookahead
 from adahessian_fastai.adahessian import AdaHessian,adahessian_paper as adahessian
 from adahessian_fastai.curvature import GaussNewton,Hessian
-from adahessian_fastai.estimators import ControlVariate,GNB,Hutchinson
+from adahessian_fastai.estimators import ControlVariate,GNB,Given,Hutchinson
 from adahessian_fastai.hutchinson import control_variate_samples,gaussian_like,hutchinson_samples,mean_and_noise,rademacher_like,sample_mean
 from adahessian_fastai.learner import trainable_params
 from adahessian_fastai.optimizer import AdaHessianWrapper,signed_average
@@ -65,7 +65,8 @@ def matrix(net, x, y, curvature):
 def samples(kind, n, n_samples=1, probe=rademacher_like, curvature='hessian', center=None, f=sample_mean, seed=0):
     net,x,y = problem()
     gen,c = torch.Generator().manual_seed(seed),curvatures[curvature]()
-    est = dict(hutchinson=lambda: Hutchinson(c, n_samples, probe), control_variate=lambda: ControlVariate(c, n_samples, probe), gnb=lambda: GNB(n_samples))[kind]()
+    est = dict(hutchinson=lambda: Hutchinson(c, n_samples, probe), control_variate=lambda: ControlVariate(c, n_samples, probe),
+        gnb=lambda: GNB(n_samples))[kind]()
     def one(): return est(evaluation(net, x, y), list(net.parameters()), lambda d: gen, lambda ps: center)
     return [one().diag if f is sample_mean else tuple(one()[:2]) for _ in range(n)]
 
@@ -508,3 +509,17 @@ def test_the_loss_scale_leaves_every_estimate_as_it_is(kw, monkeypatch):
         found.append(s.get('sqr_avg_diag_hessian', s.get('avg_diag_hessian')))
         assert (learn.opt.n_estimates,learn.opt.n_dropped,learn.opt.n_skipped)==(4,0,0)
     assert (found[0]-found[1]).norm()/found[0].norm()<HALF
+
+
+def test_given_takes_the_step_that_the_exact_diagonal_gives():
+    "Hutchinson is exact on a diagonal Hessian, so both must step alike, through accumulation and loss scale too"
+    def stepped(estimator, scale):
+        x = nn.Parameter(torch.tensor([3.,1.], dtype=torch.double))
+        opt = adahessian([x], lr=0.1, n_acc=2, estimator=estimator, block_length=1)
+        for k in (1.,2.): opt.differentiate(scale*k*(x**3).sum(), scale=scale)
+        x.grad /= scale # as GradScaler does
+        opt.step()
+        return x.detach()
+    ks = iter((1.,2.))
+    given = Given(lambda problem, params: [next(ks)*6*p for p in params])
+    assert (stepped(given, 8.)-stepped('hutchinson', 8.)).abs().max()<1e-12

@@ -199,7 +199,8 @@ def test_wrong_arguments_of_a_fit_leave_the_learner_whole():
     x,y = data(24)
     learn = fit(learner(mlp(), x, y))
     before,cbs = state_of(learn),[type(o) for o in learn.cbs]
-    for call in (lambda: learn.fit_one_cycle(1, -0.1), lambda: learn.fit(1, wd=-1.), lambda: learn.fit_flat_cos(1, nan), lambda: learn.fit_one_cycle(1, moms=(2.,1.,2.))):
+    for call in (lambda: learn.fit_one_cycle(1, -0.1), lambda: learn.fit(1, wd=-1.), lambda: learn.fit_flat_cos(1, nan),
+        lambda: learn.fit_one_cycle(1, moms=(2.,1.,2.))):
         with pytest.raises((ValueError,TypeError)), learn.no_bar(), learn.no_logging(): call()
         assert state_of(learn)[0]==before[0] and sorted(map(str, cbs))==sorted(str(type(o)) for o in learn.cbs)
     fit(learn)

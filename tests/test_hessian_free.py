@@ -214,8 +214,7 @@ def test_convolutions_choose_by_the_cost_of_both_ways():
     opt = learn.opt
     assert set(opt.curvature.costs) == {'dual','linearize'} and all(a>=0 and b>0 for a,b in opt.curvature.costs.values())
     opt.curvature.costs = dict(dual=(0.,1.), linearize=(5.,.5))
-    for n,first in ((9,'dual'), (11,'linearize')):
-        assert opt.curvature.by_cost(learn.model, n, opt.curvature.costs)[0] == first
+    for n,first in ((9,'dual'), (11,'linearize')): assert opt.curvature.by_cost(learn.model, n, opt.curvature.costs)[0] == first
     assert opt.curvature.by_cost(mlp(), 9, opt.curvature.costs) == ['reverse']
     other = learner(Conv)
     other.create_opt()
@@ -968,7 +967,8 @@ def test_gnb_preconditioner_lowers_cg_iterations_and_resembles_the_diagonal():
     its = {}
     for precondition in (False, 'gnb'):
         m = deepcopy(model)
-        opt = hessian_free(m.parameters(), precondition=precondition, damping=1e-3, martens_eps=0, cg_tol=1e-4, cg_max_iter=500, x0_decay=0., fisher_exponent=1.)
+        opt = hessian_free(m.parameters(), precondition=precondition, damping=1e-3, martens_eps=0, cg_tol=1e-4, cg_max_iter=500,
+            x0_decay=0., fisher_exponent=1.)
         for _ in range(3): opt.acc_step(m, F.cross_entropy, [(x,y)])
         its[precondition] = sum(r['n_iter'] for r in opt.record)
     assert its['gnb']*1.2 < its[False]
@@ -1013,8 +1013,8 @@ def test_after_an_exception_the_next_gradient_is_that_of_its_batch():
     for v in (math.nan, math.inf, True, 'one', [], torch.ones(2))] +
     [(n,v) for n in ('n_acc','cg_max_iter','ls_max_iter','curv_batches','keep_iterates','check_every','fisher_probes') for v in (True, 0, 2.5, math.nan, '2')] +
     [(n,v) for n in ('lm_bounds','lm_factors','damping_bounds') for v in (1., (1,2,3), (math.nan,1.), 'ab', (True,2.))] +
-    [('lm_bounds',(.9,.1)), ('damping_bounds',(2.,1.)), ('damping_bounds',(-1.,1.)), ('lm_factors',(.5,.5)), ('lm_factors',(2.,0.)), ('adapt_damping','yes'),
-    ('backtracking',None), ('keep_graph',2), ('line_search','no'), ('precondition','jacobi'), ('curvature',3), ('jvp',None), ('reduction',None), ('held_out',-1)])
+    [('lm_bounds',(.9,.1)), ('damping_bounds',(2.,1.)), ('damping_bounds',(-1.,1.)), ('lm_factors',(.5,.5)), ('lm_factors',(2.,0.)), ('adapt_damping','yes')] +
+    [('backtracking',None), ('keep_graph',2), ('line_search','no'), ('precondition','jacobi'), ('curvature',3), ('jvp',None), ('reduction',None), ('held_out',-1)])
 def test_arguments_that_cannot_work_are_named(name, value):
     state = torch.get_rng_state()
     company = dict(precondition=True) if name.startswith('fisher') else {}
@@ -1026,14 +1026,16 @@ def test_numbers_of_numpy_and_tensors_do():
     def run(f):
         torch.manual_seed(1)
         model = mlp()
-        opt = hessian_free(model.parameters(), lr=f(.5), damping=f(.3), cg_max_iter=int(f(7)) if f is float else f(7), ls_beta=f(.7), lm_bounds=(f(.2),f(.8)), wd=f(.01))
+        opt = hessian_free(model.parameters(), lr=f(.5), damping=f(.3), cg_max_iter=int(f(7)) if f is float else f(7), ls_beta=f(.7),
+            lm_bounds=(f(.2),f(.8)), wd=f(.01))
         steps(opt, objective(lambda: model(x), lambda z: F.cross_entropy(z, y)), 2)
         return flat(list(model.parameters()))
     for f in (np.float64, np.float32, torch.tensor): assert torch.allclose(run(float), run(f), rtol=1e-5, atol=1e-6)
 
 def test_objects_and_flat_keywords_are_the_same_settings():
-    flat_,made = hessian_free([nn.Parameter(torch.zeros(1))], cg_max_iter=7, damping=.3, ls_c=.1, precondition=True, fisher_probes=3, n_acc=2), \
-        hessian_free([nn.Parameter(torch.zeros(1))], cg=CG(max_iter=7), damping=Damping(.3), line_search=LineSearch(c=.1), precondition=Preconditioner(n_probes=3), batches=Batches(n_acc=2))
+    flat_ = hessian_free([nn.Parameter(torch.zeros(1))], cg_max_iter=7, damping=.3, ls_c=.1, precondition=True, fisher_probes=3, n_acc=2)
+    made = hessian_free([nn.Parameter(torch.zeros(1))], cg=CG(max_iter=7), damping=Damping(.3), line_search=LineSearch(c=.1),
+        precondition=Preconditioner(n_probes=3), batches=Batches(n_acc=2))
     for part in ('cg','damping','line_search'): assert vars(getattr(flat_, part))==vars(getattr(made, part))
     assert flat_.preconditioner.n_probes==made.preconditioner.n_probes==3 and flat_.batches.n_acc==made.batches.n_acc==2
     with pytest.raises(ValueError, match='cg must be given without cg_max_iter'): hessian_free([nn.Parameter(torch.zeros(1))], cg=CG(), cg_max_iter=3)
@@ -1163,8 +1165,8 @@ def train_shard(batches, cbs=(), model=None, ddp=None, epochs=2, **kwargs):
         warnings.simplefilter('ignore')
         learn.fit(epochs)
     opt = learn.opt
-    return dict(weights=flat(list(model.parameters())).detach(), n_steps=opt.n_steps, n_skipped=opt.n_skipped, failed=sorted(opt.curvature.failed), record=[r['reason'] for r in opt.record],
-        damping=opt.hypers[0]['damping'], grad_enabled=torch.is_grad_enabled())
+    return dict(weights=flat(list(model.parameters())).detach(), n_steps=opt.n_steps, n_skipped=opt.n_skipped, failed=sorted(opt.curvature.failed),
+        record=[r['reason'] for r in opt.record], damping=opt.hypers[0]['damping'], grad_enabled=torch.is_grad_enabled())
 
 def ignored(batches, rank):
     "All targets of the last rank's batch 1 are ignored"
