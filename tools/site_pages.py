@@ -284,13 +284,8 @@ def site_pages():
     api_page()
     (out/'llms.txt').write_text(llms_txt(), encoding='utf-8')
     start,*others = guides()
-<<<<<<< HEAD
     trees = dict(Begin=[start], Tutorials=stories(), Guides=others, API=[out/'api.md', *kinds()['Optimizers'], *kinds()['Look and compare']],
         Inside=kinds()['Inside'], Project=map(Path, papers))
-=======
-    trees = dict(Begin=[start], Tutorials=stories(), Guides=others,
-        API=[out/'api.md', *kinds()['Optimizers'], *kinds()['Look and compare']], Inside=kinds()['Inside'], Project=map(Path, papers))
->>>>>>> wrap
     notebook_page(root/'nbs/index.ipynb', [md_cell('toctrees', '\n\n'.join(toctree(k, list(v)) for k,v in trees.items()))])
 
 if __name__=='__main__': site_pages()
