@@ -280,7 +280,9 @@ def trip(how, learn, tmp_path):
 @pytest.mark.parametrize('created', [True,False])
 def test_the_rate_that_nobody_gave_survives_copies_and_another_optimizer(how, first, then, created, tmp_path):
     "`learn.lr` is that of the optimizer at hand; a rate of the user stays the user's"
-    default = {adahessian: 0.15, sophia: 1e-4, Adam: 1e-3}
+    own = [nn.Parameter(torch.ones(2))]
+    default = {adahessian: adahessian(own).default_lr, sophia: sophia(own).default_lr, Adam: 1e-3}
+    assert len(set(default.values()))>=2
     def new(**kwargs):
         x,y = data(12)
         ds = Items(zip(x, y))
