@@ -45,7 +45,7 @@ def adahessian(
     hvp:Literal['reverse','forward','compiled','finite_difference','auto']=None, # How a product is computed; 'reverse' by default
     probe=None, # 'rademacher' (default), 'gaussian' or a callable `(p, generator) -> tensor like p`
     n_samples:int=None, # Probes for each estimate; 1 by default
-    update_each:int|tuple=None, # Estimate at steps 1, k+1, 2k+1, …, with k = 10 by default; for a pair see `is_due`
+    update_each:int|tuple=10, # Estimate at steps 1, k+1, 2k+1, … and keep the average in between; for a pair see `is_due`
     dense:int=20, # So many steps at the start have an estimate each
     hessian_bs:int|float|str=None, # Rows of the batch to estimate on, or a fraction; `None` for all, 'auto' with a `budget`
     budget:float=None, # Mean overhead that curvature may have, such as 0.25; chooses `update_each`, and `hessian_bs` if 'auto'
@@ -56,8 +56,8 @@ def adahessian(
     check_names('adahessian', others)
     steppers = AdaHessian(params, ifnone(lr, 0.2), mom, sqr_mom, eps, wd, hessian_power, decouple_wd, signed, clip, cap)
     opt = AdaHessianWrapper(steppers, block_length, n_acc, estimator, curvature, hvp, probe, n_samples, signed_blocks, average_kernels,
-        debiased, Perturbation(rho), update_each=ifnone(update_each, 10 if budget is None else 1), hessian_bs=hessian_bs, budget=budget,
-        dense=dense, when=when)
+        debiased, Perturbation(rho), update_each=1 if budget is not None and update_each==10 else update_each,
+        hessian_bs=hessian_bs, budget=budget, dense=dense, when=when)
     opt.default_lr = lr_for(opt)
     if lr is None: opt.set_hyper('lr', opt.default_lr)
     return opt

@@ -669,8 +669,9 @@ def step(self:CurvatureOptimizer, closure=None):
     check_seen(self, work)
     fine,ok = finite_ones([*self.pending.losses, *(p.grad for p in work)], list(due.values()))
     if not all(fine): return skip_step(self, "The loss or its gradient is not finite: step skipped, parameters and averages untouched")
+    if self.pending.scaled: self.curvature_scale.update(all(ok)) # An overflow of half precision may hide behind finite numbers elsewhere
+    if self.pending.scaled and not all(ok): ok = [False]*len(ok)
     ready = ready_for_step(self, work, {p: d for (p,d),o in zip(due.items(), ok) if o})
-    if self.pending.scaled: self.curvature_scale.update(all(ok))
     if not all(ok): self.counts.warn('n_dropped', f"The estimate of the diagonal is not finite for {ok.count(False)} of {len(ok)} "
         f"parameters: dropped there")
     if work and not ready: return skip_step(self, "No parameter moves, for none has an estimate that is finite: step skipped")

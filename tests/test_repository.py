@@ -86,7 +86,7 @@ def upward_imports(sources):
     home = {m[1]: nm for nm,s in sources.items() if (m := re.search(r'^#\| *default_exp (\w+)', s, re.M))}
     for nm,s in sources.items():
         for mod in re.findall(rf'^\s*(?:from|import) {lib}\.(\w+)', s, re.M):
-            if home.get(mod, '~') >= nm: yield f'{nm} imports upwards from {mod}'
+            if not mod.startswith('_') and home.get(mod, '~') >= nm: yield f'{nm} imports upwards from {mod}'
 
 @pytest.fixture(scope='module')
 def sources(): return {p.name: exported(p) for p in sorted((root/'nbs').glob('[0-9]*.ipynb'))}

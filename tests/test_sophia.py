@@ -153,7 +153,7 @@ def test_fit_one_cycle(kw):
 def test_default_learning_rate():
     learn = learner(opt_func=sophia)
     with learn.no_bar(),learn.no_logging(): learn.fit(1)
-    assert learn.lr==1e-4 and learn.opt.hypers[0]['lr']==1e-4
+    assert learn.lr==1e-3 and learn.opt.hypers[0]['lr']==1e-3
 
 
 def test_a_saved_run_continues_bit_by_bit(tmp_path):
