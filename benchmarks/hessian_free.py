@@ -54,17 +54,17 @@ def by_the_model(model, x, y, n=30, steps=3):
     "Processor time of a product in steps of the optimizer, `n` in each, starts of the way and vector operations included; and the way it chose"
     from adahessian_fastai.hessian_free import hessian_free
     opt,spent = hessian_free(model.parameters(), cg_max_iter=n, martens_eps=0, cg_tol=0., x0_decay=0., backtracking=False),[]
-    solve = opt._solve
+    solve = opt.solve
     def timed(*args):
         tic = time.process_time()
         try: return solve(*args)
         finally: spent.append((time.process_time()-tic)/n)
-    opt._solve = timed
+    opt.solve = timed
     def closure():
         z = model(x)
         return F.cross_entropy(z, y), z
     for _ in range(2+steps): opt.step(closure, module=model)
-    return sorted(spent[2:])[steps//2],opt._by_cost(model)[0]
+    return sorted(spent[2:])[steps//2],opt.curvature.by_cost(model, n, opt.curvature.costs)[0]
 
 def other_products(model, params, x, y):
     "Products of other packages, where they are installed"
@@ -123,8 +123,8 @@ def evaluations(args):
         torch.manual_seed(0)
         model = mlp(64, 128, 128, 10)
         opt,calls = hessian_free(model.parameters(), **kwargs),[]
-        model.register_forward_hook(lambda *a: calls.append(1))
         def closure():
+            calls.append(1)
             z = model(x)
             return F.cross_entropy(z, y), z
         for _ in range(25): loss = opt.step(closure, module=model)
