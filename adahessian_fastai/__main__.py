@@ -1,6 +1,6 @@
-"`python -m adahessian_fastai`: the command line of `adahessian_fastai.compare`"
+"`python -m adahessian_fastai`: the command line of `adahessian_fastai.compare`; without arguments it is the demonstration on real digits"
 import os,warnings
-# Both are read when torch is loaded: its memory profiler otherwise reports each start and stop on the terminal
+# Both are read when torch is loaded: its memory profiler otherwise speaks of blocks that were there before it
 os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')
 os.environ.setdefault('KINETO_LOG_LEVEL', '99')
 warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated', category=FutureWarning)
