@@ -14,7 +14,7 @@ help: ## Say what can be made
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1	/p' Makefile
 
 demo: install ## Train a small network on real digits with Adam and AdaHessian, compare them
-	$(bin)/python -m adahessian_fastai --lr adam=0.03,adahessian=0.3 --seeds 3 $(ARGS)
+	$(bin)/python -m adahessian_fastai $(ARGS)
 
 test: install ## Run everything that CI checks
 	@($(tree)) > .venv/.tree
