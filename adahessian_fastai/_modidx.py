@@ -69,6 +69,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'adahessian_fastai.cg.Solution': ('cg.html#solution', 'adahessian_fastai/cg.py'),
                                       'adahessian_fastai.cg._cg_length': ('cg.html#_cg_length', 'adahessian_fastai/cg.py'),
                                       'adahessian_fastai.cg._cg_look': ('cg.html#_cg_look', 'adahessian_fastai/cg.py'),
+                                      'adahessian_fastai.cg._check_cg': ('cg.html#_check_cg', 'adahessian_fastai/cg.py'),
                                       'adahessian_fastai.cg._pair': ('cg.html#_pair', 'adahessian_fastai/cg.py'),
                                       'adahessian_fastai.cg.armijo': ('cg.html#armijo', 'adahessian_fastai/cg.py'),
                                       'adahessian_fastai.cg.backtrack': ('cg.html#backtrack', 'adahessian_fastai/cg.py'),

@@ -52,7 +52,7 @@ def grid_iterations(
     base:float=1.3 # γ > 1, ratio of neighbours; raises `ValueError` if not
 )->list: # Increasing, from 0; without a limit up to 2⁵³
     "Iterations whose iterate is kept for backtracking"
-    if check_number('base', base)<=1: raise ValueError(f"the grid of kept iterates needs base > 1, got {base=}")
+    check_number('base', base, above=1)
     last = min(max_iter, 2**53)
     js = range(math.ceil(math.log(last+1, base))+1)
     return sorted({i for j in js if (i := math.ceil(base**j)-1) <= last})
@@ -115,6 +115,14 @@ def _cg_look(rows, new, bound, max_iter, eps, neg_curv):
     if len(rows)>max_iter:          return 'max_iter'
 
 # %% ../nbs/04_cg.ipynb #c2e4dfe7
+def _check_cg(n, max_iter, tol, atol, eps, grid, keep):
+    "The iteration cap; raises `ValueError` for a setting of `cg` that cannot be"
+    for name,o in dict(tol=tol, atol=atol, eps=ifnone(eps, 0)).items(): check_number(name, o, least=0)
+    if grid is not None: check_number('grid', grid, above=1)
+    if keep is not None: check_count('keep', keep)
+    if isinstance(max_iter, float) and max_iter==math.inf: return max_iter
+    return check_count('max_iter', ifnone(max_iter, max(n, 1)))
+
 def cg(
     A, # `v -> Av` on flat vectors, linear and symmetric
     b:Tensor, # Right-hand side, flat
@@ -132,8 +140,7 @@ def cg(
 )->CGResult:
     "Minimise `m(x) = ½xᵀAx - bᵀx` by preconditioned conjugate gradients"
     if neg_curv not in ('stop','abs'): raise ValueError(f"neg_curv must be 'stop' or 'abs', got {neg_curv=}")
-    for name,o in dict(tol=tol, atol=atol, eps=eps or 0, keep=keep or 0).items(): check_number(name, o, least=0)
-    max_iter = max_iter if max_iter==math.inf else check_count('max_iter', ifnone(max_iter, max(b.numel(), 1)))
+    max_iter = _check_cg(b.numel(), max_iter, tol, atol, eps, grid, keep)
     every = check_count('check_every', ifnone(check_every, 1 if b.device.type=='cpu' else 5))
     if x0 is not None and x0.shape!=b.shape: raise ValueError(f"x0 must be shaped like b, got {x0.shape=} for {b.shape=}")
     x,r = (torch.zeros_like(b), b.clone()) if x0 is None else (x0.clone(), b-A(x0))
@@ -156,10 +163,11 @@ def cg(
 # %% ../nbs/04_cg.ipynb #01ee949c
 def diag_preconditioner(
     d:Tensor, # A diagonal that is not negative, flat
-    damping:float=0., # λ, above 0 where `d` has zeros
+    damping:float=0., # λ, above 0 where `d` has zeros; raises `ValueError` below 0
     exponent:float=0.75 # ξ; 1 is Jacobi's preconditioner
 ): # `v -> (d+λ)^-ξ v`
     "Approximate inverse of a matrix from its diagonal `d`"
+    damping,exponent = check_number('damping', damping, least=0),check_number('exponent', exponent)
     inv = (d+damping).clamp_min(torch.finfo(d.dtype).tiny).pow(-exponent)
     return lambda v: inv*v
 
@@ -188,9 +196,7 @@ def armijo(
     max_iter:int=20 # Lengths tried; raises `ValueError` below 1
 )->tuple: # The length and `f` there; `(0., f0)` if none will do
     "First length of the geometric sequence that lowers `f` enough"
-    if not 0<beta<1: raise ValueError(f"the line search shrinks by beta in (0,1), got {beta=}")
-    if not c>=0: raise ValueError(f"the line search asks for c >= 0 of the linear decrease, got {c=}")
-    if check_number('alpha', alpha)<=0: raise ValueError(f"the line search starts with alpha > 0, got {alpha=}")
+    alpha,beta,c = check_number('alpha', alpha, above=0),check_number('beta', beta, above=0, below=1),check_number('c', c, least=0)
     for j in range(check_count('max_iter', max_iter)):
         a = alpha*beta**j
         f_a = f(a)

@@ -50,13 +50,18 @@ class SharedContext:
 
     def __enter__(self):
         with self.lock:
-            if self.n==0: self.stack.enter_context(self.make())
-            self.n += 1
+            try:
+                if self.n==0: self.stack.enter_context(self.make())
+                self.n += 1
+            except BaseException:
+                if self.n==0: self.stack.close()
+                raise
 
     def __exit__(self, *exc):
         with self.lock:
-            self.n -= 1
-            if self.n==0: self.stack.close()
+            try:
+                if self.n==1: self.stack.close()
+            finally: self.n -= 1
 
 # %% ../nbs/08_curvature.ipynb #7b749980
 def needs_substitutes(
@@ -569,6 +574,7 @@ class GaussNewton:
     @property
     def again(self): return self.jvp not in ('reverse','along')
 
+    @contextmanager
     def surround(self,
         model:nn.Module, # About to be called
         params:list, # Parameters of the estimate that comes
@@ -576,10 +582,9 @@ class GaussNewton:
         half:bool=False, # In half precision? Dual numbers stay at home then
     ): # A context for the forward pass
         "What the graph of the loss needs, and dual numbers"
-        self.ride,stack = None,ExitStack()
-        stack.enter_context(twice_differentiable(model, forward=self.jvp=='along'))
-        if self.jvp=='along' and not half: self.ride = stack.enter_context(Ride(params, draw(params)))
-        return stack
+        along,self.ride = self.jvp=='along',None
+        ride = Ride(params, draw(params)) if along and not half else nullcontext()
+        with twice_differentiable(model, forward=along),ride as self.ride: yield
 
     def __call__(self,
         problem, # The `Problem`, or the `MeanProblem` of several; raises `ValueError` without outputs

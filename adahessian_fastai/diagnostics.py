@@ -21,7 +21,7 @@ from matplotlib.ticker import LogLocator,MaxNLocator
 from fastai.basics import *
 from fastai.optimizer import debias
 from torch.distributed.tensor import DTensor
-from .hvp import check_count,flat,hooks_disabled,unflat
+from .hvp import check_count,check_number,flat,hooks_disabled,unflat
 from .hutchinson import hutchinson_diag,hutchinson_samples
 from .spectrum import confidence_interval,extreme_eigenvalues,mean_product,spectral_density
 from .learner import is_sharded,trainable_params,unwrapped
@@ -285,14 +285,16 @@ class CurvatureRecorder(Callback):
         every:int=None, # Measure after each `every`-th batch; raises `ValueError` below 1
         budget:float=None, # Share of the training time to spend, 0.05 unless `every` is given; raises `ValueError` outside (0,1]
         n_samples:int=4, # Probes in a measurement; raises `ValueError` below 2
-        max_iter:int=20, # Most Lanczos steps in a measurement
-        tol:float=0.01, # Wanted relative bound of the eigenvalues
+        max_iter:int=20, # Most Lanczos steps in a measurement; raises `ValueError` below 1
+        tol:float=0.01, # Wanted relative bound of the eigenvalues; raises `ValueError` unless it is above 0
         per_layer:bool=False, # Measure each layer too?
         curvature='hessian', # 'hessian', 'ggn' or an object such as `Hessian('finite_difference')`; raises `ValueError` for other words
         seed:int=42, # Of probes and start vectors
     ):
         if every is not None: check_count('every', every)
         check_count('n_samples', n_samples, 2)
+        check_count('max_iter', max_iter)
+        check_number('tol', tol, above=0)
         if every is None and budget is None: budget = 0.05
         if budget is not None and not 0<budget<=1: raise ValueError(f"budget must be in (0,1], got {budget=}")
         store_attr(but='curvature')

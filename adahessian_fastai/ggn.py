@@ -21,7 +21,7 @@ import torch, torch.autograd.forward_ad as fwAD, warnings
 from contextlib import contextmanager
 from torch import Tensor, nn
 from torch.func import functional_call, grad as func_grad, jvp as func_jvp, linearize, vjp as func_vjp
-from .hvp import check_twice,dual_numbers
+from .hvp import check_count,check_twice,dual_numbers
 
 # %% ../nbs/05_ggn.ipynb #c2844aa2
 def output_tensors(
@@ -225,10 +225,13 @@ def fisher_diagonal(
     loss:Tensor, # Scalar loss of these outputs, with its graph
     params:list, # Tensors to differentiate for
     n_probes:int=None, # Backward passes with random signs; None: one for each sample, exact
-    reduction:str='mean', # How the loss reduces over samples, 'mean' or 'sum'
+    reduction:str='mean', # How the loss reduces over samples, 'mean' or 'sum'; raises `ValueError` for others
     generator:torch.Generator=None # For the signs
 )->list: # Like `params`
     "Diagonal of the empirical Fisher matrix"
+    if not isinstance(reduction, str) or reduction not in ('mean','sum'):
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction=}")
+    if n_probes is not None: check_count('n_probes', n_probes)
     zs = output_tensors(outputs)
     if len(zs)>1: zs = [zs[i] for i in loss_variables(loss, zs)[0]]
     if not zs or not zs[0].ndim:

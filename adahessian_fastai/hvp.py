@@ -78,16 +78,18 @@ def check_count(
 
 def check_number(
     name:str, # Of the argument, for the error
-    x, # Its value; raises `ValueError` unless it is a finite number from `least` to `most`
+    x, # Its value; raises `ValueError` unless it is a finite number between these limits
     least:float=-math.inf, # Smallest value allowed
     most:float=math.inf, # Largest value allowed
+    above:float=-math.inf, # The value has to be larger than this
+    below:float=math.inf, # The value has to be smaller than this
 )->float:
     "`x` as a `float`"
     is_bool = getattr(x, 'dtype', type(x)) in (bool, torch.bool)
     try: v = math.nan if is_bool or isinstance(x, str) else float(x)
     except (TypeError,ValueError,RuntimeError): v = math.nan
-    ends = ''.join(f' {sign} {end}' for sign,end in (('>=',least),('<=',most)) if math.isfinite(end))
-    if not (math.isfinite(v) and least<=v<=most): raise ValueError(f"{name} must be a number{ends}, got {name}={x!r}")
+    ends = ' and'.join(f' {sign} {end}' for sign,end in {'>=': least, '>': above, '<=': most, '<': below}.items() if math.isfinite(end))
+    if not (math.isfinite(v) and least<=v<=most and above<v<below): raise ValueError(f"{name} must be a number{ends}, got {name}={x!r}")
     return v
 
 # %% ../nbs/00_hvp.ipynb #b1a28e31
@@ -369,7 +371,8 @@ def hessian_product(
     method:str='reverse', # A key of `hvp_methods`; raises `ValueError` for another one
 ):
     "Product `v -> Hv` with the Hessian of `loss()`, evaluated afresh for each product"
-    if method not in hvp_methods: raise ValueError(f"method must be one of {list(hvp_methods)}, got {method=}")
+    if not isinstance(method, str) or method not in hvp_methods:
+        raise ValueError(f"method must be one of {list(hvp_methods)}, got {method=}")
     return hvp_methods[method](loss, list(params))
 
 # %% ../nbs/00_hvp.ipynb #a7a6085b

@@ -108,7 +108,7 @@ def check_product(
     generator:torch.Generator=None, # Randomness of the two vectors
 ):
     "Raise `ValueError` when `product` is not repeatable or not symmetric"
-    check_number('rtol', rtol, least=0)
+    rtol = check_number('rtol', rtol, least=0)
     u,v = ([get_probe('gaussian')(p, generator) for p in params] for _ in range(2))
     Hu,again,Hv = (product(o) for o in (u,u,v))
     if not (flat(Hu)-flat(again)).norm() <= rtol*flat(Hu).norm():

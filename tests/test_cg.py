@@ -191,14 +191,13 @@ def test_preconditioner_inverts_the_power_of_the_damped_diagonal():
 
 @pytest.mark.parametrize('kwargs', [dict(neg_curv='x'), dict(max_iter=0), dict(check_every=0), dict(grid=.5)])
 def test_wrong_settings_are_named(kwargs):
-    with pytest.raises(ValueError, match=list(kwargs)[0] if 'grid' not in kwargs else 'base'): cg(lambda v: v, torch.ones(2), **kwargs)
+    with pytest.raises(ValueError, match=list(kwargs)[0]): cg(lambda v: v, torch.ones(2), **kwargs)
 
 @pytest.mark.parametrize('kwargs', [dict(max_iter=True), dict(max_iter=1.5), dict(max_iter=math.nan), dict(tol=-1), dict(tol=math.nan),
     dict(tol='x'), dict(atol=-1.), dict(atol=math.inf), dict(eps=-1.), dict(keep=-1), dict(check_every=True), dict(grid=math.nan),
     dict(x0=torch.ones(3))])
 def test_settings_of_another_kind_are_named(kwargs):
-    name = 'base' if 'grid' in kwargs else list(kwargs)[0]
-    with pytest.raises(ValueError, match=name): cg(lambda v: v, torch.ones(2), **kwargs)
+    with pytest.raises(ValueError, match=list(kwargs)[0]): cg(lambda v: v, torch.ones(2), **kwargs)
 
 def test_no_limit_lets_rounding_have_its_iterations():
     "Twelve unknowns in single precision: the default cap of twelve is too low, and without one the tolerance is met"

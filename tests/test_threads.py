@@ -176,7 +176,6 @@ def test_an_interrupt_anywhere_leaves_nothing_behind(): assert interrupts(len(SU
 def test_two_hundred_interrupts_leave_nothing_behind(): assert interrupts(200, 1)=={}
 
 
-@pytest.mark.xfail(reason='`GaussNewton.surround` enters its contexts before it returns them')
 @pytest.mark.filterwarnings('ignore')
 def test_an_interrupt_while_dual_numbers_begin():
     def broken(p, g): raise KeyboardInterrupt
