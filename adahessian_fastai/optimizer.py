@@ -711,7 +711,8 @@ def step(self:CurvatureOptimizer, closure=None):
     work,due = work_of(self),self.pending.diags
     check_seen(self, work)
     losses,fine,ok = look(self.pending.losses, [p.grad for p in work], list(due.values()))
-    if not all([*fine, *map(math.isfinite, losses)]): return skip_step(self, "The loss or its gradient is not finite: step skipped, parameters and averages untouched")
+    if not all([*fine, *map(math.isfinite, losses)]):
+        return skip_step(self, "The loss or its gradient is not finite: step skipped, parameters and averages untouched")
     if self.pending.scaled: self.curvature_scale.update(all(ok)) # An overflow of half precision may hide behind finite numbers elsewhere
     if self.pending.scaled and not all(ok): ok = [False]*len(ok)
     ready = ready_for_step(self, work, {p: d for (p,d),o in zip(due.items(), ok) if o})

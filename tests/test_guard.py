@@ -3,7 +3,7 @@ import math,pytest,torch,warnings
 from functools import partial
 from fastai.basics import Callback,noop
 from adahessian_fastai.all import *
-from helpers_learner import fit,learner,mlp
+from helpers_learner import learner,mlp
 
 WILD = 50. # A learning rate at which every optimizer here leaves
 
