@@ -946,6 +946,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'adahessian_fastai/optimizer.py'),
                                              'adahessian_fastai.optimizer.all_finite': ( 'optimizer.html#all_finite',
                                                                                          'adahessian_fastai/optimizer.py'),
+                                             'adahessian_fastai.optimizer.bound_gradients': ( 'optimizer.html#bound_gradients',
+                                                                                              'adahessian_fastai/optimizer.py'),
                                              'adahessian_fastai.optimizer.check_averages': ( 'optimizer.html#check_averages',
                                                                                              'adahessian_fastai/optimizer.py'),
                                              'adahessian_fastai.optimizer.check_entry': ( 'optimizer.html#check_entry',

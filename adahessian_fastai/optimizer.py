@@ -9,11 +9,11 @@ receive it as the keyword `diag_hessian`.
 
 # %% auto #0
 __all__ = ['estimators', 'curvatures', 'LossGuard', 'peek_seed', 'warn_rarely', 'Counts', 'remedy', 'Pending', 'look',
-           'all_finite', 'signal_to_noise', 'Turn', 'turn_for', 'plain_turn', 'problem_for', 'signed_average',
-           'check_hypers', 'put_hyper', 'Perturbation', 'perturbed', 'work_of', 'check_seen', 'skip_step', 'one_ready',
-           'ready_for_step', 'curvature_state', 'upgraded', 'check_entry', 'check_averages', 'check_part',
-           'check_pending', 'checked_state', 'put_state', 'PartOf', 'CurvatureOptimizer', 'made', 'made_estimator',
-           'made_schedule', 'check_together', 'AdaHessianWrapper']
+           'all_finite', 'bound_gradients', 'signal_to_noise', 'Turn', 'turn_for', 'plain_turn', 'problem_for',
+           'signed_average', 'check_hypers', 'put_hyper', 'Perturbation', 'perturbed', 'work_of', 'check_seen',
+           'skip_step', 'one_ready', 'ready_for_step', 'curvature_state', 'upgraded', 'check_entry', 'check_averages',
+           'check_part', 'check_pending', 'checked_state', 'put_state', 'PartOf', 'CurvatureOptimizer', 'made',
+           'made_estimator', 'made_schedule', 'check_together', 'AdaHessianWrapper']
 
 # %% ../nbs/15_optimizer.ipynb #51fcdd5f
 import inspect,itertools,math,warnings
@@ -104,13 +104,13 @@ class Counts:
 
     def state_dict(self): return {k: vars(self)[k] for k in self.names}
 
-# %% ../nbs/15_optimizer.ipynb #65d5a6e0
+# %% ../nbs/15_optimizer.ipynb #ca803041
 def remedy(
     opt, # `CurvatureOptimizer`
 )->str:
     "What to change where the loss has grown"
     h = max(opt.hypers, key=lambda o: o['lr'])
-    loose = {k: v for k,v in dict(clip=3, cap=0.1).items() if k in h and not h[k]}
+    loose = {k: v for k,v in dict(clip=3, cap=0.1, spike=2).items() if k in h and not h[k]}
     bounds = f", or bound the steps with {', '.join(f'{k}={v}' for k,v in loose.items())}" if loose else ''
     return f"take a smaller learning rate than lr={h['lr']:.3g}{bounds}"
 
@@ -167,19 +167,36 @@ class Pending:
 def look(
     losses:list, # Tensors with a number each
     *lists, # Lists of tensors
-): # The losses as numbers, and as many lists of booleans; one host synchronisation where all is well
-    "What are the `losses`, and which tensors have no entry that is infinite or not a number?"
+): # The losses as numbers, and a list of norms for each list; one host synchronisation where all is well
+    "The `losses`, and the norm of each tensor: not a number where an entry is infinite or not a number"
     norms = torch._foreach_norm(some) if (some := [t for ts in lists for t in ts if t.numel()]) else []
     row = [o.reshape(1) for o in (*losses,*norms)]
     values = torch.cat([o.to(row[0].device, torch.float) for o in row]).tolist() if row else []
-    fine = math.isfinite(sum(values[len(losses):]))
-    return values[:len(losses)],*([fine or t.isfinite().all().item() for t in ts] for ts in lists)
+    found = iter(values[len(losses):])
+    def norm(t):
+        n = next(found) if t.numel() else 0.
+        return n if math.isfinite(n) or t.isfinite().all().item() else math.nan
+    return values[:len(losses)],*([norm(t) for t in ts] for ts in lists)
 
 def all_finite(
     tensors, # Any number of tensors
 )->bool:
     "Are all entries of all `tensors` finite?"
-    return all(look([], tensors)[1])
+    return not any(map(math.isnan, look([], tensors)[1]))
+
+# %% ../nbs/15_optimizer.ipynb #692bf135
+@torch.no_grad()
+def bound_gradients(
+    work:dict, # From `work_of`
+    norms:list, # Of the gradients in `work`, numbers
+):
+    "Shorten gradients that are `spike` times longer than they were"
+    if not work or not (spike := next(iter(work.values()))[1].get('spike')): return
+    state,norm = next(iter(work.values()))[0],math.hypot(*norms)
+    n,total = state.get('norm_step', 0),state.get('norm_avg', 0.)
+    most = spike*total/(1-0.9**n) if total else math.inf
+    if norm>most: torch._foreach_mul_([p.grad for p in work], most/norm)
+    if math.isfinite(short := min(norm, most)): state.update(norm_step=n+1, norm_avg=0.9*total+0.1*short)
 
 # %% ../nbs/15_optimizer.ipynb #2e8a795e
 def signal_to_noise(
@@ -253,8 +270,8 @@ def signed_average(
 # %% ../nbs/15_optimizer.ipynb #09188b23
 _not_negative = (lambda v: 0<=v<math.inf, '>= 0 and finite')
 _below_one,_positive = (lambda v: 0<=v<1, 'in [0,1)'),(lambda v: 0<v<math.inf, '> 0 and finite')
-_ranges = dict(lr=_not_negative, wd=_not_negative, clip=_not_negative, cap=_not_negative, mom=_below_one, sqr_mom=_below_one,
-    eps=_positive, rho=_positive, hessian_power=(lambda v: 0<=v<=1, 'in [0,1]'))
+_ranges = dict(lr=_not_negative, wd=_not_negative, clip=_not_negative, cap=_not_negative, spike=_not_negative,
+    mom=_below_one, sqr_mom=_below_one, eps=_positive, rho=_positive, hessian_power=(lambda v: 0<=v<=1, 'in [0,1]'))
 
 def check_hypers(
     **hypers # Hyperparameters by name; a slice or a list as fastai takes them
@@ -448,11 +465,11 @@ def upgraded(
     if own.get('n_batches'): new['pending'] = dict(pending, share=None, losses=[math.nan] if own.get('bad_loss') else [])
     age = lambda s: dict(age=s.get('step', own.get('n_steps', 0))) if 'hess_step' in s else {}
     state = [{**{k: v for k,v in s.items() if k!='asked'}, **age(s)} for s in sd['state']]
-    hypers = [{**(dict(clip=0., cap=0.) if 'hessian_power' in h else {}), **h} for h in sd['hypers']]
+    hypers = [{**(dict(clip=0., cap=0., spike=0.) if 'hessian_power' in h else {}), **h} for h in sd['hypers']]
     return dict(state=state, hypers=hypers, curvature=new)
 
 # %% ../nbs/15_optimizer.ipynb #2b47b053
-_counted = ('step','hess_step','age','asked')
+_counted = ('step','hess_step','age','asked','norm_step')
 
 def check_entry(
     i:int, # Place of the parameter
@@ -471,6 +488,8 @@ def check_entry(
         if finite and not all_finite([v.detach()]): raise ValueError(f"{where} is not finite")
     elif k in _counted and (isinstance(v, bool) or not isinstance(v, int) or v<0):
         raise ValueError(f"{where} must be a whole number >= 0, got {v!r}")
+    elif k=='norm_avg' and not (isinstance(v, float) and 0<=v<math.inf):
+        raise ValueError(f"{where} must be a number >= 0, got {v!r}")
 
 def check_averages(
     opt, # `CurvatureOptimizer`
@@ -710,9 +729,11 @@ def step(self:CurvatureOptimizer, closure=None):
     if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
     work,due = work_of(self),self.pending.diags
     check_seen(self, work)
-    losses,fine,ok = look(self.pending.losses, [p.grad for p in work], list(due.values()))
-    if not all([*fine, *map(math.isfinite, losses)]):
+    losses,grads,diags = look(self.pending.losses, [p.grad for p in work], list(due.values()))
+    if not all(map(math.isfinite, losses)) or any(map(math.isnan, grads)):
         return skip_step(self, "The loss or its gradient is not finite: step skipped, parameters and averages untouched")
+    ok = [not math.isnan(n) for n in diags]
+    bound_gradients(work, grads)
     if self.pending.scaled: self.curvature_scale.update(all(ok)) # An overflow of half precision may hide behind finite numbers elsewhere
     if self.pending.scaled and not all(ok): ok = [False]*len(ok)
     ready = ready_for_step(self, work, {p: d for (p,d),o in zip(due.items(), ok) if o})
