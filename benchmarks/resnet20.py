@@ -4,6 +4,7 @@
     python benchmarks/resnet20.py --full --device cuda    # as in the paper: 50,000 pictures, 160 epochs
     python benchmarks/resnet20.py --full --device cuda --minutes 9    # stop in time, go on with the same command
     python benchmarks/resnet20.py --report                # the table of what the file holds
+    python benchmarks/resnet20.py --smoke                 # does it run? Seconds, and nothing is kept
 
 The recipe (Yao et al., arXiv 2006.00719, section 4.1, and the authors' code): batches of 256, weight decay 5e-4, pictures shifted by up to an eighth and flipped, the rate divided by ten at half and at three quarters.
 Nothing is searched for: SGD, AdamW and `adahessian_paper` have the paper's rates, the others their defaults with the recipe's weight decay; Sophia keeps its own, 0.1 times a rate of 1e-3. Loss and accuracy
@@ -21,8 +22,6 @@ from adahessian_fastai.sassha import m_sassha,sassha
 from adahessian_fastai.sophia import sophia
 
 CACHE = Path(__file__).resolve().parents[1]/'.cache/resnet20'
-BS = 256
-
 # The network: He et al., arXiv 1512.03385, section 4.2, with shortcuts that have no parameters
 
 class Block(nn.Module):
@@ -37,7 +36,7 @@ class Block(nn.Module):
         return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + short)
 
 def resnet20():
-    "272,474 parameters"
+    "269,722 parameters"
     widths = [(16,16,1)]*3+[(16,32,2)]+[(32,32,1)]*2+[(32,64,2)]+[(64,64,1)]*2
     m = nn.Sequential(nn.Conv2d(3,16,3,1,1,bias=False), nn.BatchNorm2d(16), nn.ReLU(), *(Block(*o) for o in widths),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64,10))
@@ -63,7 +62,7 @@ def pictures(part):
 def made_up(part):
     "Noise in the place of pictures, for a smoke run"
     g = torch.Generator().manual_seed(len(part))
-    return torch.randint(256, (2*BS,3,32,32), dtype=torch.uint8, generator=g),torch.randint(10, (2*BS,), generator=g)
+    return torch.randint(256, (8,3,32,32), dtype=torch.uint8, generator=g),torch.randint(10, (8,), generator=g)
 
 def prepared(x, y, device, halved):
     x = x.to(device).float().div(255)
@@ -103,15 +102,19 @@ class Form:
     part: float # Of the training pictures
     halved: bool # To 16 pixels?
     epochs: int
+    turn: int # Epochs of one optimizer before the next one has its turn, so that all come equally far
+    bs: int = 256
 
-FORMS = dict(short=Form('resnet20.csv', 1/3, True, 10), full=Form('resnet20_full.csv', 1., False, 160), smoke=Form('resnet20.csv', 1., True, 1))
+FORMS = dict(short=Form('resnet20.csv', 1/3, True, 10, 1), full=Form('resnet20_full.csv', 1., False, 160, 20), smoke=Form('resnet20.csv', 1., True, 1, 1, 4))
 
 # Runs
 
 class Keep(Callback):
     "Writes a row and a checkpoint at the end of each epoch, and stops where the time is over"
     order = 100
-    def __init__(self, row, path, saved, deadline, clock): self.row,self.path,self.saved,self.deadline,self.clock,self.secs = row,path,saved,deadline,clock,0.
+    def __init__(self, row, path, saved, deadline, clock, upto):
+        store_attr()
+        self.secs = 0.
     def before_epoch(self): self.learn.dls.train.epoch = self.epoch
     def before_train(self): self.start = self.clock()
     def after_train(self): self.secs += self.clock()-self.start
@@ -122,7 +125,7 @@ class Keep(Callback):
             dict(train_loss=train_loss, loss=loss, accuracy=acc, seconds=self.secs).items()}, **{k: v for k,v in self.row.items() if k not in ('entry','seed')}))
         print(self.row['entry'], self.row['seed'], self.epoch+1, f'loss {loss:.4f}, accuracy {acc:.4f}, {self.secs:.0f} s', flush=True)
         if self.saved: save_whole(self.learn, self.saved, self.epoch+1, self.secs)
-        if self.epoch+1<self.n_epoch and time.perf_counter()>self.deadline: raise CancelFitException
+        if self.epoch+1<self.n_epoch and (self.epoch+1>=self.upto or time.perf_counter()>self.deadline): raise CancelFitException
 
 def save_whole(learn, file, epoch, secs):
     "A checkpoint that is either there as a whole or not at all"
@@ -131,14 +134,14 @@ def save_whole(learn, file, epoch, secs):
 
 def drops(lr): return lambda pct: lr*0.1**((pct>=0.5)+(pct>=0.75))
 
-def train(entry, seed, form, data, device, path, saved, deadline, command):
-    "Train the epochs that are missing"
+def train(entry, seed, form, data, device, path, saved, deadline, command, upto=math.inf):
+    "Train the epochs that are missing of the first `upto`"
     (opt_func,lr),clock = ENTRIES[entry],time.perf_counter if device=='cuda' else time.process_time
     set_seed(seed, reproducible=True)
-    dls = DataLoaders(Batches(*data[0], BS, seed), Batches(*data[1], 1000))
+    dls = DataLoaders(Batches(*data[0], form.bs, seed), Batches(*data[1], 1000))
     dls.device = torch.device(device)
     learn = Learner(dls, resnet20().to(device), CrossEntropyLossFlat(), opt_func=opt_func, lr=lr, metrics=accuracy, wd_bn_bias=True)
-    keep = Keep(dict(entry=entry, seed=seed, lr=lr, epochs=form.epochs, machine=machine(device), command=command), path, saved, deadline, clock)
+    keep = Keep(dict(entry=entry, seed=seed, lr=lr, epochs=form.epochs, machine=machine(device), command=command), path, saved, deadline, clock, upto)
     start = 0
     if saved and saved.exists():
         held = torch.load(saved, map_location=device, weights_only=False)
@@ -195,11 +198,10 @@ def main(args=None):
     train_data = [o[:round(form.part*len(o))] for o in read('train')]
     data = prepared(*train_data, args.device, form.halved),prepared(*read('test'), args.device, form.halved)
     command = 'python benchmarks/resnet20.py'+' --full'*args.full+f' --device {args.device}'*(args.device!='cpu')
-    for seed in range(1 if args.smoke else args.seeds):
-        for entry in args.entries:
-            if time.perf_counter()>deadline: return print('to be continued')
-            saved = None if args.smoke else CACHE/f'{name}_{entry}_{seed}.pt'
-            if done(path, entry, seed)<form.epochs: train(entry, seed, form, data, args.device, path, saved, deadline, command)
+    for seed,epochs,entry in itertools.product(range(1 if args.smoke else args.seeds), range(form.turn, form.epochs+form.turn, form.turn), args.entries):
+        if time.perf_counter()>deadline: return print('to be continued')
+        saved = None if args.smoke else CACHE/f'{name}_{entry}_{seed}.pt'
+        if done(path, entry, seed)<min(epochs, form.epochs): train(entry, seed, form, data, args.device, path, saved, deadline, command, epochs)
     print(report(path))
 
 

@@ -478,6 +478,7 @@ def parse(args):
     ap.add_argument('--clock', default='wall', choices=['wall','cpu'], help='cpu: CPU time of the process, for a machine with other work')
     ap.add_argument('--threads', type=int, default=threads(), help='CPU threads')
     ap.add_argument('--scale', nargs='*', default=list(SCALES), choices=list(SCALES), help='what to scale an MLP by')
+    ap.add_argument('--name', default='', help='a word for the names of the result files')
     ap.add_argument('--skip', nargs='*', default=[], choices=['products','scale','budget'], help='what not to measure')
     ap.add_argument('--smoke', action='store_true', help='a tiny network, one round; nothing is kept')
     args = ap.parse_args(args)
@@ -488,7 +489,7 @@ def parse(args):
 def main(args=None):
     args = parse(args)
     torch.set_num_threads(args.threads)
-    folder,end = results_dir(args.smoke),'' if args.device=='cpu' else '_cuda'
+    folder,end = results_dir(args.smoke),'_cuda'*(args.device=='cuda')+f'_{args.name}'*bool(args.name)
     cs,n = counted(args, *(['tiny']*2 if args.smoke else ['resnet18','resnet18-smooth']))
     floor,extra,rows,scale = {k: v/n['Adam'] for k,v in n.items()},floors(cs, n, [(64,64)]*64),[],[]
     del cs
