@@ -21,7 +21,7 @@ from training import Clock
 
 from adahessian_fastai.adahessian import adahessian
 
-ENTRIES = {'Adam': Adam, 'adahessian': adahessian, 'variant': None}
+ENTRIES = dict(Adam=Adam, adahessian=adahessian)
 OURS = (0.063,0.2,0.63,2.) # Rates for AdaHessian; those for Adam are the problem's
 VARIANTS = {'signed': dict(signed=True), 'signed_blocks': dict(signed_blocks=True), 'debiased, n_samples=2': dict(debiased=True, n_samples=2), 'ggn': dict(curvature='ggn'),
     'gnb': dict(estimator='gnb'), 'n_samples=4': dict(n_samples=4), 'hessian_bs=0.5': dict(hessian_bs=0.5), 'update_each=1': dict(update_each=1)}
@@ -46,8 +46,9 @@ def run(path, name, entry, variant, lr, seed, epochs):
     fit,curve = learn.fine_tune if p.fine_tune else learn.fit_one_cycle,Curve(clock)
     with learn.no_bar(),learn.no_logging(): fit(epochs, lr, cbs=[clock,curve])
     for i,(secs,loss,metric) in enumerate(curve.points):
-        append(path, dict(problem=name, entry=entry, variant=variant, lr=lr, seed=seed, epochs=epochs, epoch=i+1, seconds=round(secs, 3), loss=float(f'{loss:.5g}'), metric=float(f'{metric:.5g}'),
-            machine=machine(), command=f'python benchmarks/equal_time.py {name}'))
+        found = dict(epoch=i+1, seconds=round(secs, 3), loss=float(f'{loss:.5g}'), metric=float(f'{metric:.5g}'))
+        append(path, dict(problem=name, entry=entry, variant=variant, lr=lr, seed=seed, epochs=epochs, **found, machine=machine(),
+            command=f'python benchmarks/equal_time.py {name}'))
     print(name, entry, variant, lr, seed, epochs, f'{curve.points[-1][1]:.4f} in {clock.secs:.1f} s', flush=True)
 
 # Plan

@@ -128,7 +128,8 @@ def evaluations(args):
             return F.cross_entropy(z, y), z
         for _ in range(args.steps): loss = opt.step(closure, module=model)
         rs = opt.record
-        rows.append(dict(settings=str(kwargs), loss=f'{loss:.1e}', forwards_per_step=len(calls)/args.steps, cg_iterations=sum(r['n_iter'] for r in rs), max_damping=max(r['damping'] for r in rs)))
+        rows.append(dict(settings=str(kwargs), loss=f'{loss:.1e}', forwards_per_step=len(calls)/args.steps,
+            cg_iterations=sum(r['n_iter'] for r in rs), max_damping=max(r['damping'] for r in rs)))
     write('evaluations', rows, args)
 
 # --- memory
@@ -266,7 +267,7 @@ def autoencoder_runs(args):
 
 def main(args=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('parts', nargs='*', default=['products','evaluations','memory','autoencoder'], choices=['products','evaluations','memory','autoencoder','memory_of'])
+    parser.add_argument('parts', nargs='*', choices=['products','evaluations','memory','autoencoder','memory_of'])
     parser.add_argument('--seconds', type=float, default=10, help='processor time of each autoencoder run')
     parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument('--repeats', type=int, default=15, help='timings of each product')
@@ -275,6 +276,7 @@ def main(args=None):
     parser.add_argument('--steps', type=int, default=25, help='of which evaluations are counted')
     parser.add_argument('--smoke', action='store_true', help='the smallest problem, a step or an epoch of each')
     args = parser.parse_args(args)
+    args.parts = args.parts or ['products','evaluations','memory','autoencoder']
     args.n_problems,args.out_dir = 1 if args.smoke else len(problems),results_dir(args.smoke)
     if args.smoke: args.parts,args.seconds,args.seeds,args.repeats,args.steps = ['products','evaluations','autoencoder'],1e-3,1,1,1
     torch.set_num_threads(1)

@@ -91,9 +91,9 @@ class Batches:
 # What is trained, at which rate
 
 wd = dict(wd=5e-4)
-ENTRIES = {'SGD': (partial(SGD, mom=0.9, decouple_wd=False, **wd), 0.1), 'AdamW': (partial(Adam, mom=0.9, sqr_mom=0.999, eps=1e-8, **wd), 0.01),
-    'adahessian_paper': (partial(adahessian_paper, **wd), 0.15), 'adahessian': (partial(adahessian, **wd), 0.2),
-    'sassha': (partial(sassha, **wd), 0.15), 'm_sassha': (partial(m_sassha, **wd), 0.15), 'sophia': (sophia, 1e-3)}
+ENTRIES = dict(SGD=(partial(SGD, mom=0.9, decouple_wd=False, **wd), 0.1), AdamW=(partial(Adam, mom=0.9, sqr_mom=0.999, eps=1e-8, **wd), 0.01),
+    adahessian_paper=(partial(adahessian_paper, **wd), 0.15), adahessian=(partial(adahessian, **wd), 0.2), sassha=(partial(sassha, **wd), 0.15),
+    m_sassha=(partial(m_sassha, **wd), 0.15), sophia=(sophia, 1e-3))
 
 @dataclass
 class Form:
@@ -120,9 +120,9 @@ class Keep(Callback):
     def after_train(self): self.secs += self.clock()-self.start
     def after_epoch(self):
         if not self.recorder.values or len(self.recorder.values[-1])<3: return
-        train_loss,loss,acc = self.recorder.values[-1]
+        _,loss,acc = self.recorder.values[-1]
         append(self.path, dict(entry=self.row['entry'], seed=self.row['seed'], epoch=self.epoch+1, **{k: float(f'{v:.5g}') for k,v in
-            dict(train_loss=train_loss, loss=loss, accuracy=acc, seconds=self.secs).items()}, **{k: v for k,v in self.row.items() if k not in ('entry','seed')}))
+            dict(loss=loss, accuracy=acc, seconds=self.secs).items()}, **{k: v for k,v in self.row.items() if k not in ('entry','seed')}))
         print(self.row['entry'], self.row['seed'], self.epoch+1, f'loss {loss:.4f}, accuracy {acc:.4f}, {self.secs:.0f} s', flush=True)
         if self.saved: save_whole(self.learn, self.saved, self.epoch+1, self.secs)
         if self.epoch+1<self.n_epoch and (self.epoch+1>=self.upto or time.perf_counter()>self.deadline): raise CancelFitException

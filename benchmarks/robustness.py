@@ -8,14 +8,13 @@
 Rates are a quarter of a decade apart. Each optimizer begins at a guess and tries rates on both sides until there is a whole decade on each side of its best one, so no guess is an advantage; what counts are the
 nine rates within a decade of that best one, by the mean over the seeds. Loss and accuracy are held-out, and the best rate is chosen on the very data that is reported, for all alike. A run that does not end in a
 finite loss counts as one that is not near the best. `results/robustness.csv` has a row for each run, and a second run continues there."""
-import argparse,math,time
+import argparse,math
 from functools import partial
 from types import SimpleNamespace
 
 import pandas as pd,torch
 from _common import append,machine,results_dir,threads
 from defaults import PROBLEMS
-from fastai.callback.core import Callback
 from fastai.optimizer import Adam
 from training import Clock,digits
 
@@ -33,12 +32,6 @@ def problem(name):
     if name=='smoke': return SimpleNamespace(make=partial(digits, n=64), epochs=1, fine_tune=False)
     return PROBLEMS[name]
 
-class Finite(Callback):
-    "Ends a run whose loss is not finite"
-    order,run_valid,bad = 99,False,False
-    def after_loss(self): self.last = self.learn.loss.detach()
-    def after_epoch(self): self.bad = not math.isfinite(self.last.item())
-
 def rate(exponent): return float(f'{10**exponent:.4g}')
 
 def run(name, entry, exponent, seed):
@@ -50,7 +43,7 @@ def run(name, entry, exponent, seed):
     with learn.no_bar(),learn.no_logging():
         fit(p.epochs, rate(exponent), cbs=clock)
         loss,acc = (evaluate() if evaluate else dict(zip('ab', learn.recorder.values[-1][1:3]))).values()
-    return dict(problem=name, entry=entry, exponent=exponent, lr=rate(exponent), seed=seed, epochs=p.epochs, loss=float(f'{loss:.5g}'),
+    return dict(problem=name, entry=entry, exponent=float(exponent), lr=rate(exponent), seed=seed, epochs=p.epochs, loss=float(f'{loss:.5g}'),
         accuracy=float(f'{acc:.5g}'), seconds=round(clock.secs, 2), machine=machine(), command=f'robustness.py {name}')
 
 # Plan

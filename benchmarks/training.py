@@ -14,7 +14,6 @@ rates from N seeds, in a file `robustness_….csv`; they choose nothing. Seconds
 """
 import argparse,time
 from dataclasses import dataclass,field
-from pathlib import Path
 
 import pandas as pd,torch
 from _common import RESULTS,append as append_row,machine,threads
