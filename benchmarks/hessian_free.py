@@ -267,7 +267,7 @@ def autoencoder_runs(args):
 
 def main(args=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('parts', nargs='*', choices=['products','evaluations','memory','autoencoder','memory_of'])
+    parser.add_argument('parts', nargs='*', help='of products, evaluations, memory, autoencoder; all by default')
     parser.add_argument('--seconds', type=float, default=10, help='processor time of each autoencoder run')
     parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument('--repeats', type=int, default=15, help='timings of each product')
@@ -276,7 +276,9 @@ def main(args=None):
     parser.add_argument('--steps', type=int, default=25, help='of which evaluations are counted')
     parser.add_argument('--smoke', action='store_true', help='the smallest problem, a step or an epoch of each')
     args = parser.parse_args(args)
-    args.parts = args.parts or ['products','evaluations','memory','autoencoder']
+    every = ['products','evaluations','memory','autoencoder']
+    if odd := set(args.parts)-{*every,'memory_of'}: parser.error(f'there is no {sorted(odd)[0]}, only {every}')
+    args.parts = args.parts or every
     args.n_problems,args.out_dir = 1 if args.smoke else len(problems),results_dir(args.smoke)
     if args.smoke: args.parts,args.seconds,args.seeds,args.repeats,args.steps = ['products','evaluations','autoencoder'],1e-3,1,1,1
     torch.set_num_threads(1)

@@ -387,7 +387,7 @@ def step_goals(rows):
 def growth(scale, what):
     "How much faster than linearly an estimate's cost grows from one size to the next, at worst"
     pts = [(r['n'],r['seconds']) for r in scale if r['scale']==what and r['kind']=='estimate']
-    return max((t2/t1)/(n2/n1) for (n1,t1),(n2,t2) in zip(pts, pts[1:]))
+    return max([(t2/t1)/(n2/n1) for (n1,t1),(n2,t2) in zip(pts, pts[1:])], default=math.nan)
 
 def counted(args, name, smooth):
     "Contenders on the model `name` with their operations; differences, which need it, on `smooth`"

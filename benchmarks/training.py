@@ -10,7 +10,7 @@
 
 Each entry of a task trains with the same number of learning rates at seed 0: three, and in the studies of variants a fourth beyond the better end. The rate with the lowest loss on a *choosing* part of the held-out data
 trains from the other seeds, and what is reported is measured on the *rest* of the held-out data. `--sweep N` looks at robustness: two decades of
-rates from N seeds, in a file `robustness_….csv`; they choose nothing. Seconds are CPU time of one thread in training alone, so a machine that does other work changes them little.
+rates from N seeds, in a file `robustness_….csv`; they choose nothing. *AdaHessian* is the published algorithm, `adahessian_paper`; `defaults.py`, `equal_time.py` and `robustness.py` are about `adahessian` as it comes. Seconds are CPU time of one thread in training alone, so a machine that does other work changes them little.
 """
 import argparse,time
 from dataclasses import dataclass,field
@@ -19,7 +19,7 @@ import pandas as pd,torch
 from _common import RESULTS,append as append_row,machine,threads
 from fastai.vision.all import *
 
-from adahessian_fastai.adahessian import adahessian
+from adahessian_fastai.adahessian import adahessian_paper
 from adahessian_fastai.compare import digits_cnn
 from adahessian_fastai.sophia import sophia
 from adahessian_fastai.translation import bleu_chrf,numericalize_pair,sentence_pairs,translate,translation_dls,translation_learner
@@ -98,9 +98,9 @@ def multi30k(seed, n_train=10_000, decode=True):
 
 # What is trained on what
 
-delayed = partial(adahessian, update_each=10)
+delayed = partial(adahessian_paper, update_each=10)
 first_order = {'Adam': Entry(Adam, 3e-3, swept=True), 'ranger': Entry(ranger, 1e-2)}
-newton = {'AdaHessian': Entry(adahessian, 0.15), 'AdaHessian, update_each=10': Entry(delayed, 0.15, swept=True)}
+newton = {'AdaHessian': Entry(adahessian_paper, 0.15), 'AdaHessian, update_each=10': Entry(delayed, 0.15, swept=True)}
 variants = {'Adam': Adam, 'default': delayed,  # chkstyle: ignore-node
     'signed_blocks': partial(delayed, signed_blocks=True),
     'signed': partial(delayed, signed=True),
@@ -124,9 +124,9 @@ longer = {'Adam, in the time of AdaHessian': Entry(Adam, 3e-3, epochs=3, like='A
 translators = {'AdamW': Entry(Adam, 3e-3), **newton,  # chkstyle: ignore-node
     'update_each=10, block_length=1': Entry(partial(delayed, block_length=1), 0.15, like='AdaHessian, update_each=10'),
     'update_each=10, mom=0.9 throughout': Entry(delayed, 0.15, like='AdaHessian, update_each=10', fit=dict(moms=(0.9,0.9,0.9))),
-    'budget=0.25': Entry(partial(adahessian, budget=0.25), 0.15, like='AdaHessian, update_each=10'),
+    'budget=0.25': Entry(partial(adahessian_paper, budget=0.25), 0.15, like='AdaHessian, update_each=10'),
     'AdamW, in the time of AdaHessian': Entry(Adam, 3e-3, epochs=8, like='AdamW')}
-both = dict(Adam=Entry(Adam, 3e-3, swept=True), AdaHessian=Entry(adahessian, 0.15, swept=True))
+both = dict(Adam=Entry(Adam, 3e-3, swept=True), AdaHessian=Entry(adahessian_paper, 0.15, swept=True))
 TASKS = dict(  # chkstyle: ignore-node
     digits=Task(digits, 6, {**guessed, **both}, n_rates=4),
     imagenette=Task(imagenette, 1, {**first_order, **newton, **longer}),
