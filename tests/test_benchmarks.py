@@ -8,7 +8,7 @@ root = Path(__file__).resolve().parents[1]
 bench = root/'benchmarks'
 pytest.importorskip('sklearn')
 pytestmark = pytest.mark.skipif(not bench.exists(), reason='benchmarks are part of the repository, not of the package')
-quick,slow = ['products','estimators_noise','training'],['speed','estimators_cost','hessian_free','robustness','resnet20','equal_time','forum']
+quick,slow = ['products','training'],['speed','estimators_cost','estimators_noise','hessian_free','robustness','resnet20','equal_time','forum']
 
 @pytest.fixture
 def load(monkeypatch):
