@@ -8,7 +8,8 @@ root = Path(__file__).resolve().parents[1]
 bench = root/'benchmarks'
 pytest.importorskip('sklearn')
 pytestmark = pytest.mark.skipif(not bench.exists(), reason='benchmarks are part of the repository, not of the package')
-quick,slow = ['products','training'],['speed','estimators_cost','estimators_noise','hessian_free','robustness','resnet20','equal_time','forum']
+quick = ['products','training']
+slow = ['speed','estimators_cost','estimators_noise','hessian_free','robustness','resnet20','equal_time','forum']
 
 @pytest.fixture
 def load(monkeypatch):
@@ -22,7 +23,7 @@ def load(monkeypatch):
         if (bench/f'{k}.py').exists(): del sys.modules[k]
 
 def test_all_benchmarks_are_here():
-    "None is left out: beside these, `defaults` and `gpu` have tests of their own, `studies` has nothing to run, and `transfer` needs weights"
+    "None is left out: `defaults` and `gpu` have tests of their own, `studies` has nothing to run, and `transfer` needs weights"
     assert {p.stem for p in bench.glob('[a-z]*.py')} <= {*quick,*slow,'defaults','gpu','studies','transfer'}
 
 def smoke(load, name, capsys, monkeypatch, tmp_path):
@@ -67,7 +68,8 @@ def test_gpu_goes_on(load, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda: 'a device')
     count = tmp_path/'count'
-    code = f"import pathlib; p=pathlib.Path({str(count)!r}); n=int(p.read_text())+1 if p.exists() else 1; p.write_text(str(n)); print('done' if n>1 else 'to be continued')"
+    code = (f"import pathlib; p=pathlib.Path({str(count)!r}); n=int(p.read_text())+1 if p.exists() else 1; p.write_text(str(n)); "
+        "print('done' if n>1 else 'to be continued')")
     slept = "import time; time.sleep(60)"
     monkeypatch.setattr(m, 'pieces', dict(twice=[sys.executable, '-W', 'ignore', '-c', code, '--minutes', '1']))
     for _ in range(2): m.main(['--pieces', 'twice'])
@@ -102,7 +104,8 @@ def test_resnet20_rates_and_shifts(load):
     x = torch.arange(64.).view(1,1,8,8).repeat(16,1,1,1)+1
     (got,_), = m.Batches(x, torch.zeros(16), 16, seed=0)
     pad,one = torch.nn.functional.pad(x[0], [1]*4),x[0,0]
-    ways = [torch.stack([o[:,dy:dy+8,dx:dx+8] for dy in range(3) for dx in range(3)]) for o in (pad, torch.nn.functional.pad(one.flip(-1)[None], [1]*4))]
+    both = pad,torch.nn.functional.pad(one.flip(-1)[None], [1]*4)
+    ways = [torch.stack([o[:,dy:dy+8,dx:dx+8] for dy in range(3) for dx in range(3)]) for o in both]
     assert all(any(torch.equal(o, w) for w in torch.cat(ways)) for o in got) and len({tuple(o.flatten().tolist()) for o in got})>4
 
 def test_resnet20_is_as_published(load):
