@@ -321,17 +321,17 @@ class Perturbation:
         "Move by ρ along the direction `d`"
         on = [(p,o) for p,o in zip(params, d) if o is not None]
         if not on or self.kept: return
-        self.kept = [(p, p.detach().clone()) for p,_ in on]
-        norm = total_norm([o for _,o in on])
+        ps,ds = zip(*on)
+        self.kept,norm = [(p, p.detach().clone()) for p in ps],total_norm(list(ds))
         size = torch.where(norm>0, sign*self.rho/norm, 0.)
-        with torch.autograd._unsafe_preserve_version_counter(tuple(p for p,_ in on)):
-            for p,o in on: p.add_(o*size)
+        with torch.autograd._unsafe_preserve_version_counter(ps): torch._foreach_addcmul_(ps, ds, [size]*len(ds))
 
     @torch.no_grad()
     def back(self):
         "Put the parameters back"
-        with torch.autograd._unsafe_preserve_version_counter(tuple(p for p,_ in self.kept)):
-            for p,o in self.kept: p.copy_(o)
+        if not self.kept: return
+        ps,olds = zip(*self.kept)
+        with torch.autograd._unsafe_preserve_version_counter(ps): torch._foreach_copy_(ps, olds)
         self.kept = []
 
     def ahead(self,
