@@ -13,11 +13,11 @@ the forward pass (`surround`)."""
 __all__ = ['math_attention', 'plain_rnn', 'plain_cpu_rnn', 'eager', 'nonsmooth_modules', 'nonsmooth_functions', 'hvp_ways',
            'max_error', 'jvp_ways', 'max_adjoint_error', 'SharedContext', 'needs_substitutes', 'has_rnn',
            'own_statistics', 'twice_differentiable', 'nonsmooth', 'nonsmooth_graph', 'Local', 'check_dense', 'reverse',
-           'forward', 'finite_difference', 'batch_statistics', 'ModelWithLoss', 'compile_product', 'compiled',
-           'relative_error', 'trial_probes', 'asymmetry_of', 'checked_reverse', 'exact_way', 'against_differences',
-           'refuse_difference', 'choose_way', 'Hessian', 'against_reverse', 'refuse_wrong', 'warn_asymmetric', 'Ride',
-           'outputs_again', 'PlainTensors', 'Evaluated', 'closed_hessian', 'NoProductError', 'AgreedError',
-           'FirstThatWorks', 'GaussNewton', 'agreed_costs', 'evaluated', 'way_product']
+           'without_padding', 'forward', 'finite_difference', 'batch_statistics', 'ModelWithLoss', 'compile_product',
+           'compiled', 'relative_error', 'trial_probes', 'asymmetry_of', 'checked_reverse', 'exact_way',
+           'against_differences', 'refuse_difference', 'choose_way', 'Hessian', 'against_reverse', 'refuse_wrong',
+           'warn_asymmetric', 'Ride', 'outputs_again', 'PlainTensors', 'Evaluated', 'closed_hessian', 'NoProductError',
+           'AgreedError', 'FirstThatWorks', 'GaussNewton', 'agreed_costs', 'evaluated', 'way_product']
 
 # %% ../nbs/08_curvature.ipynb #4338fba8
 import math,re,sys,threading,time,warnings,weakref
@@ -175,10 +175,23 @@ def reverse(
     of = dict(zip(problem.params, grads))
     return Local(graph_product([of[p] for p in params], params, n_products), grads)
 
+# %% ../nbs/08_curvature.ipynb #dbcde37e
+def without_padding(
+    model:nn.Module, # Or `None`
+    params:list, # Tensors, some of them weights of `model`
+    v:list, # Direction, like `params`; stays as it is
+)->list: # `v`, with other tensors for weights that have padding
+    "`v` with zeros in the rows that an embedding holds constant as padding"
+    mods = [] if model is None else list(model.modules())
+    rows = {m.weight: m.padding_idx for m in mods if isinstance(m, nn.Embedding) and m.padding_idx is not None}
+    shared = lambda w: sum(p is w for m in mods for p in m.parameters(recurse=False))>1
+    rows = {w: torch.tensor([i], device=w.device) for w,i in rows.items() if not shared(w)}
+    return [o.index_fill(0, rows[p], 0) if p in rows else o for p,o in zip(params, v)]
+
 # %% ../nbs/08_curvature.ipynb #68f2a251
 def _spread(problem, params, v):
-    "`v`, which is like `params`, for all of `problem.params`: `None` for the others"
-    of = dict(zip(params, v))
+    "`v`, which is like `params`, for all of `problem.params`: `None` for the others, and no padding moves"
+    of = dict(zip(params, without_padding(problem.model, params, v)))
     return [of.get(p) for p in problem.params]
 
 def _some(problem, params, hs):
@@ -208,7 +221,8 @@ def finite_difference(
     "One-sided differences from the gradient of the step"
     grads = problem.gradient()
     check_dense(grads)
-    return Local(difference_product(lambda: problem.again().loss, params, _some(problem, params, grads)), grads)
+    product = difference_product(lambda: problem.again().loss, params, _some(problem, params, grads))
+    return Local(lambda v: product(without_padding(problem.model, params, v)), grads)
 
 # %% ../nbs/08_curvature.ipynb #6d1e27fe
 @contextmanager
@@ -329,7 +343,7 @@ def against_differences(
     if problem.half: return 'something is computed in half precision'
     found = (nonsmooth(problem.model, problem.loss_func) if problem.model is not None else []) or nonsmooth_graph(problem.loss)
     if found: return f"{found[0]} has a kink"
-    loss,(v,) = lambda: problem.again().loss,trial_probes(params, 1)
+    loss,v = lambda: problem.again().loss,without_padding(problem.model, params, trial_probes(params, 1)[0])
     if exact is None: error = difference_error(loss, params, v)
     else: error = relative_error(difference_product(loss, params)(v), exact(v))
     return '' if error<=max_error else f"a finite difference was off by {error:.2g} on the first batch"
