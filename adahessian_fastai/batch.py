@@ -379,7 +379,7 @@ def ready(self:Batches,
     self.trial = mean_of([[p.without_graph() for p in r] for r in trial], self.reduction, self.ranks)
     self.pending,self.rounds,self.sums = [],[],{}
 
-# %% ../nbs/12_batch.ipynb #8a835efb
+# %% ../nbs/12_batch.ipynb #0fb9cfd8
 @patch
 def loss(self:Batches)->float:
     "The loss at the present values of the parameters"
@@ -401,6 +401,7 @@ def compare_twice(self:Batches):
     if not math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6):
         warnings.warn(f"The loss of a batch is not the same twice ({a} and {b}): steps are judged by noise.")
 
+# %% ../nbs/12_batch.ipynb #acf896ba
 def versions(model): return [] if model is None else [p._version for p in model.parameters()]
 
 @patch
@@ -416,6 +417,7 @@ def curvature(self:Batches)->MeanProblem:
     curv,self.curv = self.curv,None
     return curv.map(self.current)
 
+# %% ../nbs/12_batch.ipynb #a64f001b
 @patch
 def structured(self:Batches,
     mean:MeanProblem, # From `curvature`
@@ -425,7 +427,7 @@ def structured(self:Batches,
     "`mean` with structural damping, where that has a strength"
     return structured(mean, strength, states_of(mean.problems[0].model), self.reduction) if strength else mean
 
-# %% ../nbs/12_batch.ipynb #91dadf37
+# %% ../nbs/12_batch.ipynb #dbcc7b98
 def divided(product, scale): return product if scale==1. else lambda v: [o/scale for o in product(v)]
 
 @patch
@@ -463,7 +465,7 @@ def add(self:Batches,
     if first: check_gradients(params)
     learn.pred,learn.loss,learn.loss_grad = to_detach((learn.pred, learn.loss, learn.loss_grad), cpu=False, gather=False)
 
-# %% ../nbs/12_batch.ipynb #828fe632
+# %% ../nbs/12_batch.ipynb #f7c52082
 def closure_problem(
     closure, # `() -> (loss, outputs)`, or the loss alone
     module, # What it evaluates, or `None`
@@ -502,11 +504,12 @@ def of_closure(self:Batches,
                 "needs")
         given = grad if grad is None or not isinstance(grad, Tensor) else unflat(grad, params)
         for o,g in zip(params, p.gradient(retain_graph=self.keep_graph) if grad is None else given, strict=True): o.grad = g
-        self.curv,self.trial = ([MeanProblem([o], [1.]) for o in (p if self.keep_graph and not own else p.without_graph(), p.without_graph())])
+        plain = p.without_graph()
+        self.curv,self.trial = (MeanProblem([o], [1.]) for o in (p if self.keep_graph and not own else plain, plain))
         del p
         yield
 
-# %% ../nbs/12_batch.ipynb #02846799
+# %% ../nbs/12_batch.ipynb #9fd8adcc
 class DataBatch:
     "A batch of data that is evaluated once as training does, when it is first needed"
     def __init__(self, model, loss_func, params, modules, known, xb, yb):
@@ -523,6 +526,7 @@ class DataBatch:
         self.problem = p if keep else p.without_graph()
         return p
 
+# %% ../nbs/12_batch.ipynb #9e223ef2
 def accumulate(b, params, trial, grads, curv):
     "Evaluate each batch once, and make problems and gradient of the step of `b` ready; raises `NothingCounts`"
     wt,wg,wc = (weights_of([o.count for o in os], b.reduction) for os in (trial, grads, curv))

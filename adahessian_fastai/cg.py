@@ -237,7 +237,7 @@ def lm_damping(
     factor = up if not rho>=lower or math.isinf(rho) else down if rho>upper else 1.
     return min(max(damping*factor, least), most)
 
-# %% ../nbs/04_cg.ipynb #050fe086
+# %% ../nbs/04_cg.ipynb #e4410bf6
 def through_saddle(
     A, # `v -> Av` on flat vectors, symmetric
     b:Tensor # Right-hand side, flat
@@ -245,7 +245,7 @@ def through_saddle(
     "Solution of `Ax = b` through negative curvature, after two iterations"
     return cg(lambda v: A(A(v)), A(b), max_iter=2, eps=0, grid=None).x
 
-# %% ../nbs/04_cg.ipynb #3c645d76
+# %% ../nbs/04_cg.ipynb #52bb019a
 class CG:
     "How conjugate gradients minimise the quadratic model"
     flat = dict(cg_max_iter='max_iter', cg_tol='tol', martens_eps='martens_eps', x0_decay='x0_decay', neg_curv='neg_curv',
@@ -292,7 +292,7 @@ class CG:
         "The iterate that becomes the step"
         return backtrack(f, [i for i in sol.iterates if i or not cold]) if self.backtracking else (sol.n_iter,f(sol.n_iter))
 
-# %% ../nbs/04_cg.ipynb #2b319a17
+# %% ../nbs/04_cg.ipynb #6f76588e
 def recurrent_layers(
     model:nn.Module # Looked through with all its children
 )->list:
@@ -326,7 +326,7 @@ class Damping:
         "Modules whose outputs structural damping holds"
         return list(self.hidden(model)) if self.structural and model is not None else []
 
-# %% ../nbs/04_cg.ipynb #ea74c33f
+# %% ../nbs/04_cg.ipynb #c786636e
 class LineSearch:
     "Armijo's rule along the step"
     flat = dict(ls_beta='beta', ls_c='c', ls_max_iter='max_iter')

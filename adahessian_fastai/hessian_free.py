@@ -153,6 +153,18 @@ def solve(self:HessianFree, ps, b, product=None, preconditioner=None):
                 f"gradient", stacklevel=2)
             return run(lambda v: [torch.zeros_like(o) for o in v])
 
+# %% ../nbs/18_hessian_free.ipynb #65154380
+def present_state(opt):
+    "A function that puts back damping, warm start and count as they are now"
+    n,lams,x0s = opt.n_steps,[h['damping'] for h in opt.hypers],[(s, s.get('x0')) for _,_,s,_ in opt.all_params()]
+    def back():
+        opt.n_steps = n
+        for h,lam in zip(opt.hypers, lams): h['damping'] = lam
+        for s,x0 in x0s:
+            s.pop('x0', None)
+            if x0 is not None: s['x0'] = x0
+    return back
+
 # %% ../nbs/18_hessian_free.ipynb #f82049bc
 @patch
 def update(self:HessianFree,
@@ -191,17 +203,6 @@ def skipped(opt, why):
     warn_rarely(opt.n_skipped, f"Hessian-free step {opt.n_steps} was skipped: {why}. The parameters are as before; the damping is "
         f"{opt.hypers[-1]['damping']:.3g} now")
     return f'skipped: {why}'
-
-def present_state(opt):
-    "A function that puts back damping, warm start and count as they are now"
-    n,lams,x0s = opt.n_steps,[h['damping'] for h in opt.hypers],[(s, s.get('x0')) for _,_,s,_ in opt.all_params()]
-    def back():
-        opt.n_steps = n
-        for h,lam in zip(opt.hypers, lams): h['damping'] = lam
-        for s,x0 in x0s:
-            s.pop('x0', None)
-            if x0 is not None: s['x0'] = x0
-    return back
 
 # %% ../nbs/18_hessian_free.ipynb #e767f9fd
 @patch
@@ -300,6 +301,7 @@ def backward(self:HessianFree,
     "Fill `p.grad` and remember the batch"
     self.batches.add(learn, trainable_params(self), first=not self.n_steps)
 
+# %% ../nbs/18_hessian_free.ipynb #ba43c2a5
 @patch
 def zero_grad(self:HessianFree):
     "Set the gradients to `None`, and drop batches whose step was not made"

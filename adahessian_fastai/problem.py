@@ -193,7 +193,7 @@ class Trial:
         "Parameters := start"
         for p,o in zip(self.params, self.start or []): p.copy_(o)
 
-# %% ../nbs/07_problem.ipynb #eac49247
+# %% ../nbs/07_problem.ipynb #6165ad9f
 class Kept:
     "Hook that keeps what modules return; an object, for what a function remembers is put back after an evaluation"
     def __init__(self): self.outputs = []
@@ -210,6 +210,7 @@ def hidden_states(
     finally:
         for h in hooks: h.remove()
 
+# %% ../nbs/07_problem.ipynb #e288fdcf
 def with_states(
     p:Problem, # Its hidden states are in `p.states`
     strength:float, # μλ
