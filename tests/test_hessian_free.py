@@ -487,7 +487,7 @@ def test_progress_bar_shows_long_cg_runs():
     opt = hessian_free(mlp().parameters())
     opt.batches.now = SimpleNamespace(learn=SimpleNamespace(progress=SimpleNamespace(pbar=Bar())))
     progress(opt, wait=0.)(7, -.5, 1.)
-    assert opt.batches.now.learn.progress.pbar.comment.startswith('CG 7/250') and opt.now.learn.progress.pbar.shown == 1
+    assert opt.batches.now.learn.progress.pbar.comment.startswith('CG 7/250') and opt.batches.now.learn.progress.pbar.shown == 1
     progress(opt, wait=100.)(8, -.5, 1.)
     assert opt.batches.now.learn.progress.pbar.comment.startswith('CG 7')
 
