@@ -270,7 +270,7 @@ def signed_average(
 # %% ../nbs/15_optimizer.ipynb #09188b23
 _not_negative = (lambda v: 0<=v<math.inf, '>= 0 and finite')
 _below_one,_positive = (lambda v: 0<=v<1, 'in [0,1)'),(lambda v: 0<v<math.inf, '> 0 and finite')
-_ranges = dict(lr=_not_negative, wd=_not_negative, clip=_not_negative, cap=_not_negative, spike=_not_negative,
+_ranges = dict(lr=_not_negative, wd=_not_negative, damping=_not_negative, clip=_not_negative, cap=_not_negative, spike=_not_negative,
     mom=_below_one, sqr_mom=_below_one, eps=_positive, rho=_positive, hessian_power=(lambda v: 0<=v<=1, 'in [0,1]'))
 
 def check_hypers(
