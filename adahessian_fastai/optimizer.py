@@ -9,11 +9,11 @@ receive it as the keyword `diag_hessian`.
 
 # %% auto #0
 __all__ = ['estimators', 'curvatures', 'peek_seed', 'warn_rarely', 'Counts', 'Pending', 'finite_ones', 'all_finite',
-           'signal_to_noise', 'Turn', 'turn_for', 'plain_turn', 'problem_for', 'signed_average', 'check_hypers',
-           'put_hyper', 'Perturbation', 'perturbed', 'work_of', 'check_seen', 'skip_step', 'one_ready',
-           'ready_for_step', 'curvature_state', 'upgraded', 'check_entry', 'check_averages', 'check_part',
-           'check_pending', 'checked_state', 'put_state', 'PartOf', 'CurvatureOptimizer', 'made', 'made_estimator',
-           'made_schedule', 'check_together', 'AdaHessianWrapper']
+           'signal_to_noise', 'is_first_order', 'on_shards', 'Turn', 'turn_for', 'plain_turn', 'problem_for',
+           'signed_average', 'check_hypers', 'put_hyper', 'Perturbation', 'perturbed', 'work_of', 'check_seen',
+           'skip_step', 'smoothed', 'one_ready', 'ready_for_step', 'curvature_state', 'upgraded', 'check_entry',
+           'check_averages', 'check_part', 'check_pending', 'checked_state', 'put_state', 'PartOf',
+           'CurvatureOptimizer', 'made', 'made_estimator', 'made_schedule', 'check_together', 'AdaHessianWrapper']
 
 # %% ../nbs/15_optimizer.ipynb #51fcdd5f
 import inspect,itertools,math,warnings
@@ -21,16 +21,18 @@ from contextlib import contextmanager,nullcontext
 from collections import deque
 from typing import NamedTuple
 
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointError
 
 from fastai.basics import *
 from ._help import describe
-from .hvp import check_count,hooks_disabled,total_norm
+from .hvp import check_count,grads_aside,hooks_disabled,shard_mesh,sharded_like,total_norm,whole
 from .averaging import average_diag,check_block_length
 from .problem import Problem
 from .curvature import GaussNewton,Hessian,hvp_ways
 from .estimators import ControlVariate,GNB,Hutchinson,seeded
-from .learner import callback_of,check_gradients,check_groups,check_model,cross_rank_mean,sync_group,trainable_params,unwrapped
+from .learner import (callback_of,check_gradients,check_groups,check_model,check_shards,cross_rank_mean,reshard,shard_group,
+    sync_group,trainable_params,unwrapped)
 from .replay import backward_hooks,snapshot
 from .batch import CurvatureScale,LearnerProblem,in_half,n_rows,plain_number
 from .schedule import Budget,Every
@@ -127,10 +129,12 @@ def finite_ones(
 ): # As many lists of booleans; one host synchronisation where all is well
     "Which tensors have no entry that is infinite or not a number?"
     flat = [t for ts in lists for t in ts]
-    some = [t for t in flat if t.numel()]
-    if not some: return [[True]*len(ts) for ts in lists]
-    norms = torch._foreach_norm(some)
-    if math.isfinite(torch.stack([n.to(norms[0].device, torch.float) for n in norms]).sum().item()): return [[True]*len(ts) for ts in lists]
+    mine = [t.to_local() if isinstance(t, DTensor) else t for t in flat]
+    some,group = [t for t in mine if t.numel()],shard_group(flat)
+    if not some and group is None: return [[True]*len(ts) for ts in lists]
+    norms = torch._foreach_norm(some) if some else [torch.zeros((), device=mine[0].device)]
+    total, = cross_rank_mean([torch.stack([n.to(norms[0].device, torch.float) for n in norms]).sum().reshape(1)], group)
+    if math.isfinite(total.item()): return [[True]*len(ts) for ts in lists]
     return [[t.isfinite().all().item() for t in ts] for ts in lists]
 
 def all_finite(
@@ -148,12 +152,27 @@ def signal_to_noise(
     "Signal-to-noise ratio of an estimate for each of `param_lists`"
     def ratio(ps):
         if not ps: return torch.tensor(math.nan)
-        both,noise = (torch.stack(torch._foreach_norm([o[p].float() for p in ps])).norm().square() for o in (diags,noises))
+        both,noise = (total_norm([o[p].float() for p in ps]).square() for o in (diags,noises))
         return ((both-noise).clamp(min=0)/noise).sqrt()
     ratios = [ratio([p for p in ps if p in noises]) for ps in param_lists]
     return torch.stack([r.to(ratios[0].device) for r in ratios])
 
 # %% ../nbs/15_optimizer.ipynb #ca794101
+def is_first_order(
+    estimator, # Any estimator
+)->bool:
+    "Is `estimator` content with first derivatives?"
+    return not estimator.second_order or getattr(getattr(estimator, 'curvature', None), 'method', None) in ('finite_difference','auto')
+
+def on_shards(
+    opt, # `CurvatureOptimizer`; raises `ValueError` where its parameters are sharded and that cannot be
+    problem, # A `Problem`; a forward pass of FSDP leaves whole parameters in the model for a while, which nobody trains
+): # A `Problem`
+    "`problem` of the parameters that `opt` trains, where these are sharded"
+    params = trainable_params(opt)
+    check_shards(params, is_first_order(opt.estimator), problem.scale)
+    return problem.replace(params=params) if shard_mesh(params) else problem
+
 class Turn(NamedTuple):
     "What the next batch is to have"
     due:list=() # Parameters whose estimate is due
@@ -346,6 +365,13 @@ def skip_step(
     opt.pending = Pending()
 
 # %% ../nbs/15_optimizer.ipynb #3284f847
+def smoothed(
+    opt, # `CurvatureOptimizer`
+    d:Tensor, # An estimate; a sharded one is gathered, as blocks and kernels lie across the parts
+)->Tensor: # Like `d`
+    "What `opt` makes of an estimate"
+    return sharded_like(opt.smooth(whole(d)), d)
+
 def one_ready(
     opt, # `CurvatureOptimizer`
     p:Tensor, # Parameter with a gradient
@@ -354,7 +380,7 @@ def one_ready(
 ): # The diagonal for the steppers, `None` for a step without; 'waits' where there is nothing to step with
     "Smooth the estimate of a parameter, and note its age"
     if not state.get('do_hessian', True): d = p.grad.abs()
-    elif d is not None: d = opt.smooth(d)
+    elif d is not None: d = smoothed(opt, d)
     if d is None and 'hess_step' not in state:
         state['late'] = True
         return 'waits'
@@ -375,7 +401,7 @@ def ready_for_step(
     noises = {p: e for p,e in opt.noises.items() if p in diags}
     if noises: opt.noise_record.append((opt.n_steps, signal_to_noise(opt.param_lists, diags, noises)))
     ready = [(p, s, h, one_ready(opt, p, s, diags.get(p))) for p,(s,h) in work.items()]
-    def noise(p): return opt.smooth(noises[p]) if opt.debiased and p in noises else None
+    def noise(p): return smoothed(opt, noises[p]) if opt.debiased and p in noises else None
     return [(p, s, h, d, noise(p)) for p,s,h,d in ready if not isinstance(d, str)]
 
 # %% ../nbs/15_optimizer.ipynb #5665e816
@@ -501,7 +527,7 @@ def put_state(
 ):
     "Continue from `sd`"
     ps,own = opt.all_params().itemgot(0),sd['curvature']
-    copied = lambda o,p: o.detach().to(p.device, copy=True) if isinstance(o, Tensor) else o
+    copied = lambda o,p: sharded_like(o.detach().to(p.device, copy=True), p) if isinstance(o, Tensor) else o
     state = defaultdict(dict, {p: {k: copied(v,p) for k,v in s.items()} for p,s in zip(ps, sd['state'])})
     pending,held = Pending(),own.get('pending', {})
     if held:
@@ -596,9 +622,10 @@ def forward_context(self:CurvatureOptimizer,
     learn:Learner, # At the start of a training batch
 ):
     "Prepare the forward pass for the estimate, if one is due; leave nothing half done"
-    check_model(learn.model)
+    check_model(learn.model, is_first_order(self.estimator))
     if vars(learn).get('iter', 1)==0: self.when.begin()
     try:
+        reshard(learn.model)
         self.perturb.ahead(self)
         self.turn = t = turn_for(learn, *self.due(), self.estimator, self.perturb.twice)
         plain = t.aside or not t.due or self.perturb.twice
@@ -626,7 +653,8 @@ def backward(self:CurvatureOptimizer,
     if self.turn is None:
         raise ValueError(f"{type(learn).__name__} has a `_do_one_batch` of its own: put `with self.opt.forward_context(self):` "
             f"around its body")
-    group,ps = sync_group(learn),trainable_params(self)
+    ps = trainable_params(self)
+    group = sync_group(learn) or shard_group(ps)
     n_items = find_bs(learn.yb) if self.n_acc>1 or group is not None else 1
     problem = self.perturb.up(LearnerProblem(learn, ps, self.turn.start), bool(self.turn.due))
     self.differentiate(problem, n_items=n_items, group=group)
@@ -645,14 +673,14 @@ def differentiate(self:CurvatureOptimizer,
     group=None, # Process group to average over, see `sync_group`
 ):
     "Add the gradient of `loss` to `p.grad` and, when one is due, an estimate of the diagonal to what is pending"
-    problem = loss if isinstance(loss, Problem) else Problem(trainable_params(self), loss, scale=scale)
+    problem = on_shards(self, loss if isinstance(loss, Problem) else Problem(trainable_params(self), loss, scale=scale))
     turn,weight = self.turn or plain_turn(*self.due()),self.pending.weigh(problem.params, n_items, self.n_acc)
-    self.pending.note(problem.loss, n_items, group)
+    self.pending.note(problem.loss, n_items, group or shard_group(problem.params))
     half = problem.scale!=1 and self.estimator.second_order
     if not turn.due or half and not math.isfinite(self.pending.losses[-1].item()): return problem.backward(weight)
-    ahead = turn.aside or problem.scale!=1
+    ahead,room = turn.aside or problem.scale!=1,grads_aside(problem.params) if shard_mesh(problem.params) else nullcontext()
     if ahead: problem.backward(weight, retain_graph=not turn.aside)
-    with problem_for(problem, turn, self.estimator, self.counts) as on,hooks_disabled(problem.params):
+    with problem_for(problem, turn, self.estimator, self.counts) as on,hooks_disabled(problem.params),room:
         if half and on.scale!=1: on = self.curvature_scale.rescaled_for_half(on, [p.grad for p in problem.params if p.grad is not None])
         est = self.estimator(on, turn.due, self.counts.rng(), partial(signed_average, self))
     if not ahead: problem.backward(weight, est.grads)

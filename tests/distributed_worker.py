@@ -9,9 +9,13 @@ from fastai.distributed import DistributedTrainer,rank_distrib
 from fastai.learner import Learner
 from functools import partial
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel,fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from adahessian_fastai.all import adahessian_paper as adahessian
+from adahessian_fastai.hvp import whole
+from adahessian_fastai.learner import is_sharded
+from adahessian_fastai.problem import Problem
 from helpers_learner import HYPERS,Seeded,data,given,mlp
 from variants import variants
 
@@ -83,10 +87,16 @@ def train(batches, n_epoch=1, model=None, cbs=(), mode='accelerate', sync_bn=Fal
             if mode!='none': learn.model = DistributedDataParallel(model, **ddp)
             if mode=='compiled': learn.model = torch.compile(learn.model, backend='aot_eager')
             learn.fit(n_epoch)
-    opt = learn.opt
-    averages = [s['sqr_avg_diag_hessian'] for s in opt.opt.state.values() if 'sqr_avg_diag_hessian' in s]
-    counts = {k: getattr(opt, k) for k in ('n_steps','n_estimates','n_skipped','n_dropped')}
-    return dict(weights=[p.detach() for p in model.parameters()], averages=averages, **counts)
+    return found_in(learn.opt)
+
+
+def found_in(opt):
+    "What training ends with, whole tensors; and whether states are parts where parameters are"
+    states = [opt.state[p] for p in opt.all_params().itemgot(0)]
+    parts = all(isinstance(v, DTensor) for s in states for v in s.values() if isinstance(v, torch.Tensor))
+    averages = [whole(s[k]) for s in states for k in ('sqr_avg_diag_hessian','avg_diag_hessian') if k in s]
+    counts = {k: getattr(opt.counts, k) for k in ('seed','n_steps','n_estimates','n_skipped','n_dropped')}
+    return dict(weights=[whole(p.detach()) for p in opt.all_params().itemgot(0)], averages=averages, parts=parts, **counts)
 
 
 def sharded(batches):
@@ -102,6 +112,73 @@ def sharded_blocks(batches):
     fully_shard(model[0], mesh=mesh)
     try: train(batches, model=model, mode='none')
     except Exception as e: return f'{type(e).__name__}: {e}'
+
+
+def on_shards():
+    "A model of `fully_shard`, one of whose children is a group of its own"
+    mesh,model = dist.device_mesh.init_device_mesh('cpu', (dist.get_world_size(),)),mlp()
+    fully_shard(model[0], mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def differentiated(opt, model, batches):
+    "A plain loop"
+    def evaluate(x, y, twice=False):
+        out = model(x)
+        return F.cross_entropy(out, y),out
+    for x,y in batches:
+        loss,out = evaluate(x, y)
+        opt.differentiate(Problem(list(model.parameters()), loss, out, y, F.cross_entropy, partial(evaluate, x, y)), n_items=len(y))
+        if opt.n_batches<opt.n_acc: continue
+        opt.step()
+        opt.zero_grad()
+    return opt
+
+
+def made_on_shards(model, **kwargs): return adahessian(model.parameters(), **{**HYPERS, **kwargs})
+
+SHARDED = dict(  # chkstyle: ignore-node
+    gnb=dict(estimator='gnb'), gnb_samples=dict(estimator='gnb', n_samples=2), gnb_signed=dict(estimator='gnb', signed=True),
+    gnb_bounded=dict(estimator='gnb', clip=1., cap=0.1), gnb_each=dict(estimator='gnb', update_each=2),
+    gnb_n_acc=dict(estimator='gnb', n_acc=2), difference=dict(hvp='finite_difference'), auto=dict(hvp='auto'),
+    difference_samples=dict(hvp='finite_difference', n_samples=2, debiased=True),
+    difference_control=dict(hvp='finite_difference', estimator='control_variate', signed=True))
+
+BY_LEARNER = 'gnb','gnb_bounded','gnb_n_acc','difference'
+
+def plain_loop(batches, **kwargs):
+    model = on_shards()
+    torch.manual_seed(5)
+    return found_in(differentiated(made_on_shards(model, **own_probe(kwargs), **kwargs), model, batches))
+
+
+def resumed(batches, folder):
+    "Two steps, a file, and two more by another optimizer; and by one process' state, whole tensors"
+    model,res = on_shards(),[]
+    torch.manual_seed(5)
+    opt = differentiated(made_on_shards(model, estimator='gnb'), model, batches[:2])
+    torch.save((model.state_dict(),opt.state_dict()), f'{folder}/state{dist.get_rank()}')
+    for form in (lambda o: o, whole):
+        weights,state = torch.load(f'{folder}/state{dist.get_rank()}', weights_only=False)
+        state['state'] = [{k: form(v) if isinstance(v, torch.Tensor) else v for k,v in s.items()} for s in state['state']]
+        other = on_shards()
+        other.load_state_dict(weights)
+        new = made_on_shards(other, estimator='gnb')
+        new.load_state_dict(state)
+        res.append(found_in(differentiated(new, other, batches[2:])))
+    return res
+
+
+def looked_at():
+    "Whether shards are seen, in models of both kinds of FSDP, before and after a forward pass"
+    mesh = dist.device_mesh.init_device_mesh('cpu', (dist.get_world_size(),))
+    model = fully_shard(mlp(), mesh=mesh)
+    seen = [is_sharded(model)]
+    model(data(6)[0])
+    seen += [is_sharded(model), any(isinstance(p, DTensor) for p in model.parameters())]
+    children = mlp()
+    children[0] = FullyShardedDataParallel(children[0], device_id=torch.device('cpu'))
+    return [*seen, is_sharded(children), is_sharded(mlp())]
 
 
 def first_probe(batches):
@@ -140,6 +217,22 @@ def variant_cases(n_ranks, rank):
     return {f'variant {k}': partial(lambda kw: train(mine(), 3, mode='ddp', **{**own_probe(kw), **kw}), v) for k,v in variants.items() if k!='compiled'}
 
 
+def part_cases(n_ranks, rank, folder):
+    "Parameters that are held in parts"
+    mine = lambda: shards(n_ranks)[rank]
+    def by_learner(batches=None, **kwargs): return train(batches or mine(), model=on_shards(), mode='none', **{**own_probe(kwargs), **kwargs})
+    cases = dict(sharded=lambda: sharded(mine()),  # chkstyle: ignore-node
+        sharded_blocks=lambda: sharded_blocks(mine()),
+        looked_at=looked_at,
+        resumed=lambda: resumed(mine(), folder),
+        by_learner=lambda: {k: by_learner(**SHARDED[k]) for k in BY_LEARNER},
+        moved=lambda: by_learner(estimator='gnb', rho=0.3),
+        rows=lambda: by_learner(estimator='gnb', hessian_bs=3),
+        uneven=lambda: by_learner(uneven(mine(), rank), estimator='gnb'),
+        overflow=lambda: by_learner(estimator='gnb', cbs=[Overflow('loss')]))
+    return {**cases, **{k: partial(lambda kw: plain_loop(mine(), **kw), kw) for k,kw in SHARDED.items()}}
+
+
 def main(folder, rank, n_ranks):
     mine = lambda: shards(n_ranks)[rank]
     cases = dict(fifty=lambda: train(shards(n_ranks, 10)[rank], 5),  # chkstyle: ignore-node
@@ -161,11 +254,10 @@ def main(folder, rank, n_ranks):
         noise=lambda: train(shards(n_ranks)[0][:1], 60, lr=0., block_length=1),
         first_probe=lambda: first_probe(mine()),
         unused=lambda: train(mine(), 2, model=Sometimes(), mode='ddp', ddp=dict(find_unused_parameters=True), probe=given()),
-        static=lambda: refused(lambda m: train(mine(), model=m, mode='ddp', ddp=dict(static_graph=True))),
-        sharded_blocks=lambda: sharded_blocks(mine()),
-        sharded=lambda: sharded(mine()))
+        static=lambda: refused(lambda m: train(mine(), model=m, mode='ddp', ddp=dict(static_graph=True))))
     if n_ranks>2: cases['compiled'] = lambda: train(mine(), probe=given(), update_each=2, mode='compiled')
-    if len(sys.argv)>4: cases = variant_cases(n_ranks, rank)
+    if 'variants' in sys.argv: cases = variant_cases(n_ranks, rank)
+    if 'parts' in sys.argv: cases = part_cases(n_ranks, rank, folder)
     found = {}
     for name,case in cases.items():
         found[name] = case()

@@ -1,14 +1,19 @@
 "Two and four gloo processes on one machine: the same weights on every rank, and those of one process on the whole batch"
-import os,socket,subprocess,sys
+import itertools,os,socket,subprocess,sys
 from pathlib import Path
 import pytest,torch
 import torch.nn.functional as F
 from functools import partial
 from torch import nn
+from adahessian_fastai.estimators import Given,seeded
+from adahessian_fastai.losses import label_noise
+from distributed_worker import SHARDED
 from helpers_learner import HYPERS,ROUNDING,data,distance,fit,given,learner,mlp,plain,split
 from twin import Twin
 from variants import variants
 
+# A one-sided difference in float64 has half of the digits
+DIFFERENCE = 1e-5
 # `MixedPrecision` turns predictions into float32
 FLOAT_PRED = 1e-6
 worker = Path(__file__).with_name('distributed_worker.py')
@@ -157,11 +162,6 @@ def test_more_ranks_leave_less_noise(ranks):
     assert abs(above[0]/above[1]/len(ranks)-1)<0.25
 
 
-@pytest.mark.parametrize('case', ['sharded','sharded_blocks'])
-def test_a_sharded_model_is_refused(ranks, case):
-    assert all('ValueError: curvature is not available for parameters sharded as in this' in r[case] for r in ranks)
-
-
 def test_a_static_graph_is_refused_before_the_first_batch(ranks):
     for r in ranks:
         said,n_calls = r['static']
@@ -191,8 +191,6 @@ def of_variants(request, tmp_path_factory): return launch(request.param, tmp_pat
 
 # Each rank draws its own labels or rows, which one process cannot
 drawn = [k for k,v in variants.items() if 'gnb' in v.get('estimator', '') or 'hessian_bs' in v and v['hessian_bs']!=1. or v.get('probe')]
-# A one-sided difference in float64 has half of the digits
-DIFFERENCE = 1e-5
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')
@@ -219,3 +217,89 @@ def test_data_parallel_on_several_devices_is_refused():
     model = nn.DataParallel(mlp())
     model.device_ids = [0,1]
     with pytest.raises(ValueError, match='use `learn.distrib_ctx'): fit(learner(model, x, y))
+
+
+# Parts of the parameters in each process
+
+@pytest.fixture(scope='module', params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def shared_out(request, tmp_path_factory): return launch(request.param, tmp_path_factory.mktemp('parts'), 150*request.param, 'parts')
+
+@pytest.mark.parametrize('case', ['sharded','sharded_blocks'])
+def test_a_sharded_model_is_refused(shared_out, case):
+    assert all('ValueError: curvature is not available for parameters sharded as in this' in r[case] for r in shared_out)
+
+
+PARTS = list(SHARDED)
+BY_DIFFERENCE = [k for k in PARTS if not k.startswith('gnb')]
+
+def labels_of_ranks(n_ranks, seed, n_samples=1):
+    "What one process finds that draws the labels of all ranks as they do: the square of the mean gradient, as often as there are ranks"
+    n = itertools.count()
+    def diagonal(problem, params):
+        at = seed+7919*next(n)
+        rngs = [seeded(at+104729*r)(torch.device('cpu')) for r in range(n_ranks)]
+        def sample():
+            zs,ys = problem.outputs.chunk(n_ranks),problem.targets.chunk(n_ranks)
+            us = [label_noise(F.cross_entropy, z, y)(g)/n_ranks for z,y,g in zip(zs, ys, rngs)]
+            return [n_ranks*problem.weight*g.square() for g in torch.autograd.grad(problem.outputs, params, torch.cat(us), retain_graph=True)]
+        return [torch.stack(o).mean(0) for o in zip(*(sample() for _ in range(n_samples)))]
+    return Given(diagonal)
+
+
+def of_parts(n_ranks):
+    "Probes whose parts each rank draws by itself; rows are dealt out as `chunk` does"
+    draws = [given() for _ in range(n_ranks)]
+    def draw(p, _):
+        parts = p.detach().chunk(n_ranks)
+        return torch.cat([f(o, None) for f,o in zip(draws, [*parts, *[p.detach()[:0]]*(n_ranks-len(parts))])])
+    return draw
+
+
+def on_one(n_ranks, found, **kwargs):
+    "The same training in one process, on whole parameters"
+    gnb = kwargs.get('estimator')=='gnb'
+    ours = {k: v for k,v in kwargs.items() if not (gnb and k=='n_samples')}
+    if gnb: ours['estimator'] = labels_of_ranks(n_ranks, found['seed'], kwargs.get('n_samples', 1))
+    else: ours.update(hvp='reverse')
+    if not gnb: ours['probe'] = of_parts(n_ranks)
+    return fit(learner(mlp(), *joined(n_ranks), bs=6*n_ranks, hypers={**HYPERS, **ours})).opt
+
+
+@pytest.mark.parametrize('name', PARTS)
+def test_parts_in_each_process_equal_one_process(shared_out, name):
+    "Weights and averages, in float64; the states are parts as the parameters are"
+    found,*others = [r[f'{name}'] for r in shared_out]
+    opt = on_one(len(shared_out), found, **SHARDED[name])
+    averages = [v for p in opt.all_params().itemgot(0) for k,v in opt.state[p].items() if 'diag_hessian' in k]
+    bound = DIFFERENCE if name in BY_DIFFERENCE else ROUNDING
+    assert found['parts'] and found['n_estimates']==opt.n_estimates and found['n_steps']==opt.n_steps>1
+    assert far(found['weights'], opt.all_params().itemgot(0))<bound and far(found['averages'], averages)<bound
+    for o in others: assert far(found['weights'], o['weights'])==0 and found['n_estimates']==o['n_estimates']
+
+
+def test_a_learner_with_parts_trains_as_a_plain_loop(shared_out):
+    for r in shared_out:
+        for name,found in r['by_learner'].items():
+            assert found['parts'] and far(found['weights'], r[f'{name}']['weights'])<ROUNDING, name
+
+
+def test_a_state_shared_outgoes_on_where_it_stood(shared_out):
+    "From parts and from whole tensors"
+    for r in shared_out:
+        for found in r['resumed']: assert found['parts'] and far(found['weights'], r['gnb']['weights'])==0
+
+
+def test_with_parts_an_overflow_on_one_rank_skips_the_step_of_all(shared_out):
+    for r in shared_out: assert (r['overflow']['n_steps'],r['overflow']['n_skipped'])==(3,1)
+
+
+@pytest.mark.parametrize('case', ['moved','rows','uneven'])
+def test_parts_in_other_situations_are_the_same_on_all_ranks(shared_out, case):
+    first,*others = [r[case] for r in shared_out]
+    assert first['n_steps']==first['n_estimates']==4 and all(p.isfinite().all() for p in first['weights'])
+    for o in others: assert far(first['weights'], o['weights'])==0
+
+
+def test_parts_are_seen_before_and_after_a_forward_pass(shared_out):
+    "After it the root holds whole parameters for a while: the third entry says that this was the case"
+    for r in shared_out: assert r['looked_at']==[True,True,False,True,False]
