@@ -9,7 +9,7 @@ from fastai.callback.core import Callback
 from torch import nn
 from helpers_learner import data,fit,learner,mlp,state_of
 from test_resume import SPOILT,SPOILT_PENDING,spoil
-from test_threads import SURE,interrupts
+from test_threads import OPTS,interrupts
 from variants import variants
 
 python = [sys.executable, '-W', 'ignore', __file__]
@@ -126,33 +126,53 @@ def memory(folder, names, n_steps):
 
 # Processes
 
-def on_ranks(folder, n):
-    "Variants on `n` processes, and those whose ranks differ"
+def on_ranks(folder, n, what):
+    "Trainings on `n` processes, and those whose ranks differ"
     from test_distributed import launch
     folder.mkdir()
-    a,*others = launch(n, folder, 900, 'variants')
-    return len(a),[k for k in a for o in others if not all(torch.equal(p, q) for p,q in zip(a[k]['weights'], o[k]['weights']))]
+    a,*others = launch(n, folder, 1800, what)
+    names = [k for k,v in a.items() if isinstance(v, dict) and 'weights' in v]
+    return len(names),[k for k in names for o in others if not all(torch.equal(p, q) for p,q in zip(a[k]['weights'], o[k]['weights']))]
 
 
-def main(short):
+# Parts of the table: each prints lines by `say(what, tried, lost)`
+
+def say_kills(say, folder, short):
+    names = ['n_acc3'] if short else KILLED
+    kills,ends,other = killed(folder, names, 2 if short else 12)
+    say(f'SIGKILLs in {len(names)} variants; runs that ended', f'{kills}; {ends}', other)
+
+def say_files(say, folder, short): say('files cut off anywhere', *cut_files(folder, 20 if short else 200))
+
+def say_states(say, folder, short): say('states with a spoilt entry', *spoilt_states(folder))
+
+def say_interrupts(say, folder, short):
+    n = len(OPTS) if short else 200
+    say('interrupts at random lines', n, [f'{k}: {v}' for k,v in interrupts(n, seed=2).items()])
+
+def say_memory(say, folder, short):
+    grown = memory(folder, ['default'] if short else KILLED, 400 if short else 2000)
+    say(f'steps whose memory was watched, {len(grown)} variants', 200 if short else 1000, [f'{k} {v:.1f} MB' for k,v in grown.items() if v>5])
+    print(f'{"":44s} largest growth {max(grown.values()):.1f} MB', flush=True)
+
+def say_ranks(say, folder, short):
+    for ranks in () if short else (2,4): say(f'variants on {ranks} processes', *on_ranks(folder/f'{ranks}', ranks, 'variants'))
+
+def say_parts(say, folder, short):
+    for ranks in () if short else (2,4): say(f'parameters in parts on {ranks} processes', *on_ranks(folder/f'parts{ranks}', ranks, 'parts'))
+
+PARTS = dict(kills=say_kills, files=say_files, states=say_states, interrupts=say_interrupts, memory=say_memory, ranks=say_ranks, parts=say_parts)
+
+
+def main(short, only=None):
     warnings.simplefilter('ignore')
     torch.set_num_threads(1)
     tic,lost = time.time(),[]
     def say(what, tried, bad):
         print(f'{what:44s} {tried!s:>12s}   lost: {", ".join(map(str, bad)) or "none"}   ({time.time()-tic:.0f} s)', flush=True)
         lost.extend(bad)
-    with tempfile.TemporaryDirectory() as d:
-        d = Path(d)
-        names = ['n_acc3'] if short else KILLED
-        kills,ends,other = killed(d, names, 2 if short else 12)
-        say(f'SIGKILLs in {len(names)} variants; runs that ended', f'{kills}; {ends}', other)
-        say('files cut off anywhere', *cut_files(d, 20 if short else 200))
-        say('states with a spoilt entry', *spoilt_states(d))
-        n = len(SURE)*(1 if short else 20)
-        say('interrupts at random lines', n, [f'{k}: {v}' for k,v in interrupts(n, seed=2).items()])
-        grown = memory(d, ['default'] if short else KILLED, 400 if short else 2000)
-        say(f'steps whose memory was watched, {len(grown)} variants', 200 if short else 1000, [f'{k} {v:.1f} MB' for k,v in grown.items() if v>5])
-        for ranks in () if short else (2,4): say(f'variants on {ranks} processes', *on_ranks(d/f'{ranks}', ranks))
+    for name in only or PARTS:
+        with tempfile.TemporaryDirectory() as d: PARTS[name](say, Path(d), short)
     print(f'{len(lost)} losses in {time.time()-tic:.0f} s')
     return bool(lost)
 
@@ -161,6 +181,7 @@ if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--short', action='store_true', help='a little of each, two minutes')
     p.add_argument('--run', nargs=2, metavar=('FOLDER','VARIANT'), help=argparse.SUPPRESS)
+    p.add_argument('--only', nargs='+', choices=PARTS, help='these parts alone')
     a = p.parse_args()
     if a.run: run(*a.run)
-    else: sys.exit(main(a.short))
+    else: sys.exit(main(a.short, a.only))
