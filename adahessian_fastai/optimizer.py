@@ -31,7 +31,7 @@ from .averaging import average_diag,check_block_length
 from .problem import Problem
 from .curvature import GaussNewton,Hessian,hvp_ways
 from .estimators import ControlVariate,GNB,Hutchinson,seeded
-from .learner import (callback_of,check_gradients,check_groups,check_model,check_shards,cross_rank_mean,reshard,shard_group,
+from .learner import (callback_of,check_gradients,check_groups,check_model,check_shards,cross_rank_count,cross_rank_mean,reshard,shard_group,
     sync_group,trainable_params,unwrapped)
 from .replay import backward_hooks,snapshot
 from .batch import CurvatureScale,LearnerProblem,in_half,n_rows,plain_number
@@ -86,7 +86,7 @@ class Pending:
 
     def weigh(self,
         params:list, # Parameters whose gradients are running means too
-        n_items:int, # Items in the batch that comes now
+        n_items:float, # Items in the batch that comes now, or their mean over the processes
         n_acc:int, # Batches of a step
     )->float: # Weight of its loss
         "Shrink what is there, and return the weight of `n_items` more"
@@ -477,7 +477,8 @@ _counts = {k: _whole for k in Counts.names}
 _scale = dict(c=(lambda v: isinstance(v, (int,float)) and 0<v<math.inf, 'a number > 0'), n_good=_whole)
 _numbers = (lambda v: isinstance(v, list) and all(isinstance(o, (int,float)) for o in v), 'a list of numbers')
 _share = (lambda v: v is None or isinstance(v, (int,float)) and v>=0, '`None` or a number >= 0')
-_pending = dict(n_batches=_whole, n_items=_whole, scaled=_flag, share=_share, losses=_numbers,
+_items = (lambda v: isinstance(v, (int,float)) and not isinstance(v, bool) and 0<=v<math.inf, 'a number >= 0')
+_pending = dict(n_batches=_whole, n_items=_items, scaled=_flag, share=_share, losses=_numbers,
     **{k: (lambda v: isinstance(v, list), 'a list') for k in ('grads','diags','noises')})
 
 def check_part(
@@ -674,8 +675,10 @@ def differentiate(self:CurvatureOptimizer,
 ):
     "Add the gradient of `loss` to `p.grad` and, when one is due, an estimate of the diagonal to what is pending"
     problem = on_shards(self, loss if isinstance(loss, Problem) else Problem(trainable_params(self), loss, scale=scale))
-    turn,weight = self.turn or plain_turn(*self.due()),self.pending.weigh(problem.params, n_items, self.n_acc)
-    self.pending.note(problem.loss, n_items, group or shard_group(problem.params))
+    group = group or shard_group(problem.params)
+    count = n_items if self.n_acc==1 else cross_rank_count(n_items, group, problem.loss.device)
+    turn,weight = self.turn or plain_turn(*self.due()),self.pending.weigh(problem.params, count, self.n_acc)
+    self.pending.note(problem.loss, n_items, group)
     half = problem.scale!=1 and self.estimator.second_order
     if not turn.due or half and not math.isfinite(self.pending.losses[-1].item()): return problem.backward(weight)
     ahead,room = turn.aside or problem.scale!=1,grads_aside(problem.params) if shard_mesh(problem.params) else nullcontext()

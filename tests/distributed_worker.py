@@ -2,6 +2,7 @@
 import sys
 import torch,torch.distributed as dist,torch.nn.functional as F
 import fastai.callback.fp16 as fp16
+from accelerate import Accelerator
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
@@ -11,6 +12,7 @@ from functools import partial
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel,fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 from adahessian_fastai.all import adahessian_paper as adahessian
 from adahessian_fastai.hvp import whole
@@ -32,9 +34,9 @@ def shards(n_ranks, n_batches=4, bs=6):
     return [list(zip(a.split(bs), b.split(bs))) for a,b in zip(x.chunk(n_ranks), y.chunk(n_ranks))]
 
 
-def uneven(batches, rank):
-    "The last rank has 2 items in batch 1 and none in batch 2"
-    if rank: batches[1],batches[2] = [tuple(o[:n] for o in batches[i]) for i,n in ((1,2),(2,0))]
+def uneven(batches, rank, least=0):
+    "The last ranks have 2 items in batch 1 and none, or `least`, in batch 2"
+    if rank: batches[1],batches[2] = [tuple(o[:n] for o in batches[i]) for i,n in ((1,2),(2,least))]
     return batches
 
 
@@ -201,6 +203,25 @@ class Sometimes(nn.Module):
         return self.heads[self.n%2](self.body(x).tanh())
 
 
+class CpuSync(nn.SyncBatchNorm):
+    "What `nn.SyncBatchNorm` does on a GPU: the mean and variance are those of all ranks, and are differentiated across them"
+    def forward(self, x):
+        n,d = dist.get_world_size(),[0,*range(2, x.ndim)]
+        mean,sqr = (all_reduce(o.mean(d))/n for o in (x, x.square()))
+        return F.linear((x-mean)/(sqr-mean.square()+self.eps).sqrt(), torch.diag(self.weight), self.bias)
+
+
+def accelerated(batches, **kwargs):
+    "A plain loop around a model that `accelerate` has wrapped"
+    model = Accelerator(cpu=True).prepare(mlp())
+    opt = adahessian(model.parameters(), **{**HYPERS, **kwargs})
+    for x,y in batches:
+        opt.differentiate(F.cross_entropy(model(x), y), n_items=len(y), group=model.process_group)
+        opt.step()
+        opt.zero_grad()
+    return found_in(opt)
+
+
 def refused(f):
     "What is said, and whether anything had been computed"
     model,calls = mlp(),[]
@@ -211,10 +232,22 @@ def refused(f):
 
 def own_probe(kwargs): return {} if 'gnb' in kwargs.get('estimator', '') or kwargs.get('probe') else dict(probe=given())
 
+# Beside those of the table: parameters that are moved, steps with bounds
+ALSO = dict(rho=dict(rho=0.3), rho_each=dict(rho=0.3, update_each=3), rho_gnb=dict(rho=0.3, estimator='gnb'), rho_n_acc=dict(rho=0.3, n_acc=2),
+    bounded=dict(clip=1., cap=0.1), rho_bounded=dict(rho=0.3, clip=3., cap=0.1, update_each=10, dense=20))
+ON_RANKS = {**{k: v for k,v in variants.items() if k!='compiled'}, **ALSO}
+SITUATIONS = 'default forward difference ggn ride gnb rows rho'.split()
+N_EPOCH = 13
+
 def variant_cases(n_ranks, rank):
-    "Every variant, a dozen batches, with the same probes on every rank; compiling is a case of its own"
+    "Every variant, 52 batches, with the same probes on every rank; some of them in other situations; compiling is a case of its own"
     mine = lambda: shards(n_ranks)[rank]
-    return {f'variant {k}': partial(lambda kw: train(mine(), 3, mode='ddp', **{**own_probe(kw), **kw}), v) for k,v in variants.items() if k!='compiled'}
+    def run(kw, *args, batches=mine, mode='ddp', **more): return train(batches(), *args, mode=mode, **{**own_probe(kw), **kw, **more})
+    def cbs(): return [GradientAccumulation(12),NoSync(2)]
+    return {**{f'variant {k}': partial(run, v, N_EPOCH) for k,v in ON_RANKS.items()},  # chkstyle: ignore-node
+        **{f'no_sync {k}': (lambda v: lambda: run(v, cbs=cbs()))(ON_RANKS[k]) for k in SITUATIONS},
+        **{f'uneven {k}': partial(run, ON_RANKS[k], batches=lambda: uneven(mine(), rank, 1)) for k in SITUATIONS},
+        **{f'unused {k}': (lambda v: lambda: run(v, 2, model=Sometimes(), ddp=dict(find_unused_parameters=True)))(ON_RANKS[k]) for k in SITUATIONS}}
 
 
 def part_cases(n_ranks, rank, folder):
@@ -253,13 +286,18 @@ def main(folder, rank, n_ranks):
         debiased=lambda: train(mine(), n_samples=2, debiased=True),
         noise=lambda: train(shards(n_ranks)[0][:1], 60, lr=0., block_length=1),
         first_probe=lambda: first_probe(mine()),
+        uneven_n_acc=lambda: train(uneven(mine(), rank), probe=given(), n_acc=2),
+        real_sync=lambda: train(mine(), probe=given(), update_each=2, model=mlp(norm=CpuSync), mode='ddp'),
+        accelerated=lambda: accelerated(mine(), probe=given()),
+        compiled_product=lambda: refused(lambda m: train(mine(), model=m, mode='ddp', hvp='compiled')),
         unused=lambda: train(mine(), 2, model=Sometimes(), mode='ddp', ddp=dict(find_unused_parameters=True), probe=given()),
         static=lambda: refused(lambda m: train(mine(), model=m, mode='ddp', ddp=dict(static_graph=True))))
     if n_ranks>2: cases['compiled'] = lambda: train(mine(), probe=given(), update_each=2, mode='compiled')
     if 'variants' in sys.argv: cases = variant_cases(n_ranks, rank)
     if 'parts' in sys.argv: cases = part_cases(n_ranks, rank, folder)
-    found = {}
+    found,wanted = {},sys.argv[5:]
     for name,case in cases.items():
+        if wanted and name not in wanted: continue
         found[name] = case()
         torch.save(found, f'{folder}/{rank}.pt')
 

@@ -2,7 +2,7 @@
 
 Runs are killed by SIGKILL at random times and go on from their last file until they end; files and states are spoilt; trainings are interrupted at
 random lines; memory is watched over many steps; every variant trains on several processes. `--short` does a little of each."""
-import argparse,copy,os,random,resource,signal,subprocess,sys,tempfile,time,warnings
+import argparse,copy,multiprocessing,os,random,resource,signal,sys,tempfile,time,warnings
 from pathlib import Path
 import torch
 from fastai.callback.core import Callback
@@ -12,7 +12,7 @@ from test_resume import SPOILT,SPOILT_PENDING,spoil
 from test_threads import OPTS,interrupts
 from variants import variants
 
-python = [sys.executable, '-W', 'ignore', __file__]
+processes = multiprocessing.get_context('forkserver') # Has imported everything, and forks for each run
 KILLED = 'default update_each3 signed debiased control ggn gnb rows n_acc3'.split()
 N_EPOCH = 60
 
@@ -20,18 +20,19 @@ N_EPOCH = 60
 # Runs that are killed
 
 class Files(Callback):
-    "A file after each epoch, which is whole or not there"
-    order = 90
+    "A file after each epoch that was trained (fastai counts skipped ones too), which is whole or not there"
+    order,trained = 90,False
+    def before_train(self): self.trained = True
     def after_epoch(self):
+        if not self.trained: return
         self.learn.save('new')
         held = torch.load(self.path/'models/new.pth', weights_only=False)
         torch.save(dict(held=held, epoch=self.epoch+1), self.path/'both')
         os.replace(self.path/'both', self.path/'last')
 
 
-def run(folder, name):
+def run(folder, name, begins):
     "One process of a run: it goes on from the last file, and writes down what it ends with"
-    folder = Path(folder)
     there = torch.load(folder/'last', weights_only=False) if (folder/'last').exists() else None
     torch.manual_seed(int.from_bytes(os.urandom(4), 'little') if there else 0)
     torch.set_num_threads(1)
@@ -40,7 +41,7 @@ def run(folder, name):
     if there:
         learn.model.load_state_dict(there['held']['model'])
         learn.opt.load_state_dict(there['held']['opt'])
-    print('start', there['epoch'] if there else 0, flush=True)
+    begins.send(True)
     fit(learn, N_EPOCH, start_epoch=there['epoch'] if there else 0)
     torch.save(learn.model.state_dict(), folder/'done')
 
@@ -48,14 +49,17 @@ def run(folder, name):
 def start(folder, name, seconds=None):
     "Run a process, and kill it so many seconds after it began to train: was it killed, and seconds of training"
     folder.mkdir(parents=True, exist_ok=True)
-    p = subprocess.Popen([*python, '--run', folder, name], stdout=subprocess.PIPE, stderr=open(folder/'log', 'a'))
-    p.stdout.readline()
-    begun = time.time()
-    try: p.wait(timeout=seconds or 300)
-    except subprocess.TimeoutExpired: p.send_signal(signal.SIGKILL)
-    code = p.wait()
-    if code not in (0,-signal.SIGKILL): raise RuntimeError(f'{name} ended with {code}: {(folder/"log").read_text()[-2000:]}')
-    return code!=0,time.time()-begun
+    began,begins = processes.Pipe(False)
+    p = processes.Process(target=run, args=(folder, name, begins))
+    p.start()
+    begins.close()
+    began.recv()
+    tic = time.time()
+    p.join(seconds or 600)
+    if p.is_alive(): os.kill(p.pid, signal.SIGKILL)
+    p.join()
+    if p.exitcode not in (0,-signal.SIGKILL): raise RuntimeError(f'{name} ended with {p.exitcode}')
+    return p.exitcode!=0,time.time()-tic
 
 
 def killed(folder, names, n_kills, seed=0):
@@ -180,8 +184,6 @@ def main(short, only=None):
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--short', action='store_true', help='a little of each, two minutes')
-    p.add_argument('--run', nargs=2, metavar=('FOLDER','VARIANT'), help=argparse.SUPPRESS)
     p.add_argument('--only', nargs='+', choices=PARTS, help='these parts alone')
     a = p.parse_args()
-    if a.run: run(*a.run)
-    else: sys.exit(main(a.short, a.only))
+    sys.exit(main(a.short, a.only))
