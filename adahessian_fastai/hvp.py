@@ -115,6 +115,7 @@ def sharded_like(
     if isinstance(t, DTensor) or not isinstance(p, DTensor): return t
     return DTensor.from_local(t, p.device_mesh, [Replicate()], run_check=False).redistribute(placements=p.placements)
 
+# %% ../nbs/00_hvp.ipynb #a100fd5e
 @contextmanager
 def grads_aside(
     params:list, # Tensors

@@ -31,8 +31,8 @@ from .averaging import average_diag,check_block_length
 from .problem import Problem
 from .curvature import GaussNewton,Hessian,hvp_ways
 from .estimators import ControlVariate,GNB,Hutchinson,seeded
-from .learner import (callback_of,check_gradients,check_groups,check_model,check_shards,cross_rank_count,cross_rank_mean,reshard,shard_group,
-    sync_group,trainable_params,unwrapped)
+from .learner import (callback_of,check_gradients,check_groups,check_model,check_shards,cross_rank_count,
+    cross_rank_mean,reshard,shard_group,sync_group,trainable_params,unwrapped)
 from .replay import backward_hooks,snapshot
 from .batch import CurvatureScale,LearnerProblem,in_half,n_rows,plain_number
 from .schedule import Budget,Every
@@ -157,7 +157,7 @@ def signal_to_noise(
     ratios = [ratio([p for p in ps if p in noises]) for ps in param_lists]
     return torch.stack([r.to(ratios[0].device) for r in ratios])
 
-# %% ../nbs/15_optimizer.ipynb #ca794101
+# %% ../nbs/15_optimizer.ipynb #0e98325c
 def is_first_order(
     estimator, # Any estimator
 )->bool:
@@ -173,6 +173,7 @@ def on_shards(
     check_shards(params, is_first_order(opt.estimator), problem.scale)
     return problem.replace(params=params) if shard_mesh(params) else problem
 
+# %% ../nbs/15_optimizer.ipynb #ca794101
 class Turn(NamedTuple):
     "What the next batch is to have"
     due:list=() # Parameters whose estimate is due

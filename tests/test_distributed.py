@@ -337,8 +337,7 @@ def test_parts_in_each_process_equal_one_process(shared_out, name):
 
 def test_a_learner_with_parts_trains_as_a_plain_loop(shared_out):
     for r in shared_out:
-        for name,found in r['by_learner'].items():
-            assert found['parts'] and far(found['weights'], r[f'{name}']['weights'])<ROUNDING, name
+        for name,found in r['by_learner'].items(): assert found['parts'] and far(found['weights'], r[name]['weights'])<ROUNDING, name
 
 
 def test_a_state_shared_outgoes_on_where_it_stood(shared_out):
