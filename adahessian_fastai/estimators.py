@@ -14,6 +14,7 @@ __all__ = ['Estimate', 'seeded', 'Hutchinson', 'check_samples', 'ControlVariate'
 import torch
 from contextlib import nullcontext
 from typing import NamedTuple
+from .hvp import check_count
 from .hutchinson import control_variate_samples,draw_like,get_probe,hutchinson_samples,mean_and_noise,sample_mean
 from .losses import gnb_samples,label_noise
 from .curvature import Hessian,twice_differentiable
@@ -44,8 +45,7 @@ class Hutchinson:
         n_samples:int=1, # Probes for each estimate; raises `ValueError` below 1
         probe='rademacher', # 'rademacher', 'gaussian' or a callable `(p, generator) -> tensor like p`
     ):
-        check_samples(n_samples)
-        self.curvature,self.n_samples,self.probe = curvature or Hessian(),n_samples,get_probe(probe)
+        self.curvature,self.n_samples,self.probe = curvature or Hessian(),check_samples(n_samples),get_probe(probe)
 
     @property
     def again(self): return self.curvature.again
@@ -85,10 +85,9 @@ class Hutchinson:
 # %% ../nbs/09_estimators.ipynb #779b6401
 def check_samples(
     n_samples, # Raises `ValueError` where it is no whole number >= 1
-):
-    "Refuse a number of samples that is none"
-    if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples<1:
-        raise ValueError(f"n_samples must be a whole number >= 1, got {n_samples=}")
+)->int:
+    "A number of samples, as Python writes it"
+    return check_count('n_samples', n_samples)
 
 # %% ../nbs/09_estimators.ipynb #fe52375b
 class ControlVariate(Hutchinson):
@@ -122,8 +121,7 @@ class GNB:
     def __init__(self,
         n_samples:int=1, # Draws of the labels for each estimate; raises `ValueError` below 1
     ):
-        check_samples(n_samples)
-        self.n_samples = n_samples
+        self.n_samples = check_samples(n_samples)
 
     def surround(self, model, params, rng, half=False): return nullcontext()
 
