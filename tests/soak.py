@@ -12,7 +12,8 @@ from test_resume import SPOILT,SPOILT_PENDING,spoil
 from test_threads import OPTS,interrupts
 from variants import variants
 
-processes = multiprocessing.get_context('forkserver') # Has imported everything, and forks for each run
+processes = multiprocessing.get_context('forkserver')
+processes.set_forkserver_preload(['helpers_learner','test_resume','test_threads','variants']) # Imported once, so that a run begins at once
 KILLED = 'default update_each3 signed debiased control ggn gnb rows n_acc3'.split()
 N_EPOCH = 60
 
