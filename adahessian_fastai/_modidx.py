@@ -800,8 +800,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'adahessian_fastai/learner.py'),
                                            'adahessian_fastai.learner.check_shards': ( 'learner.html#check_shards',
                                                                                        'adahessian_fastai/learner.py'),
-                                           'adahessian_fastai.learner.cross_rank_count': ( 'learner.html#cross_rank_count',
-                                                                                           'adahessian_fastai/learner.py'),
                                            'adahessian_fastai.learner.cross_rank_mean': ( 'learner.html#cross_rank_mean',
                                                                                           'adahessian_fastai/learner.py'),
                                            'adahessian_fastai.learner.drop_pending': ( 'learner.html#drop_pending',

@@ -136,7 +136,8 @@ def sharded_gradient(
 )->list: # Sharded like `params`
     "Gradient by a backward pass, which FSDP follows"
     if create_graph:
-        raise ValueError("sharded parameters have no second derivative: use estimator='gnb', or hvp='finite_difference' in a smooth network")
+        raise ValueError("sharded parameters have no second derivative: use estimator='gnb', or hvp='finite_difference' in a smooth "
+            "network")
     with grads_aside(params):
         torch.autograd.backward(loss, along, retain_graph=retain_graph)
         return [p.grad for p in params]

@@ -9,8 +9,7 @@ rate that nobody gave. An optimizer that defines none of them trains exactly as 
 
 # %% auto #0
 __all__ = ['unwrapped', 'callback_of', 'is_sharded', 'check_model', 'check_gradients', 'shard_group', 'check_shards', 'reshard',
-           'sync_group', 'cross_rank_mean', 'cross_rank_count', 'drop_pending', 'lr_untouched', 'trainable_params',
-           'check_groups']
+           'sync_group', 'cross_rank_mean', 'drop_pending', 'lr_untouched', 'trainable_params', 'check_groups']
 
 # %% ../nbs/10_learner.ipynb #d25dec26
 import inspect,math,zipfile
@@ -94,8 +93,7 @@ def shard_group(
     params:list, # Trained parameters
 ): # A process group, `None` where they are whole
     "The processes that hold parts of `params`"
-    mesh = shard_mesh(params)
-    return mesh.get_group() if mesh else None
+    return mesh.get_group() if (mesh := shard_mesh(params)) else None
 
 def check_shards(
     params:list, # Trained parameters
@@ -140,16 +138,6 @@ def cross_rank_mean(
     parts = flat.div_(dist.get_world_size(group)).split([t.numel() for t in tensors])
     for t,o in zip(tensors, parts): t.copy_(o.view_as(t))
     return tensors
-
-def cross_rank_count(
-    n:float, # Items of this process
-    group, # Process group, `None` to do nothing
-    device, # To communicate from
-)->float:
-    "The mean of `n` over the ranks of `group`, by which all weigh a batch alike"
-    if group is None: return n
-    mean = cross_rank_mean([torch.tensor([float(n)], device=device)], group)[0].item()
-    return int(mean) if mean==int(mean) else mean
 
 # %% ../nbs/10_learner.ipynb #pend0002
 def drop_pending(

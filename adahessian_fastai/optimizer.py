@@ -31,8 +31,8 @@ from .averaging import average_diag,check_block_length
 from .problem import Problem
 from .curvature import GaussNewton,Hessian,hvp_ways
 from .estimators import ControlVariate,GNB,Hutchinson,seeded
-from .learner import (callback_of,check_gradients,check_groups,check_model,check_shards,cross_rank_count,
-    cross_rank_mean,reshard,shard_group,sync_group,trainable_params,unwrapped)
+from .learner import (callback_of,check_gradients,check_groups,check_model,check_shards,cross_rank_mean,reshard,
+    shard_group,sync_group,trainable_params,unwrapped)
 from .replay import backward_hooks,snapshot
 from .batch import CurvatureScale,LearnerProblem,in_half,n_rows,plain_number
 from .schedule import Budget,Every
@@ -86,12 +86,14 @@ class Pending:
 
     def weigh(self,
         params:list, # Parameters whose gradients are running means too
-        n_items:float, # Items in the batch that comes now, or their mean over the processes
+        n_items:float, # Items in the batch that comes now
         n_acc:int, # Batches of a step
+        group=None, # Process group, whose ranks weigh a batch alike, by the mean of their items
     )->float: # Weight of its loss
         "Shrink what is there, and return the weight of `n_items` more"
         self.params,self.n_batches,old = params,self.n_batches+1,self.n_items
         if n_acc==1: return 1.
+        if group is not None: n_items = cross_rank_mean([torch.tensor([float(n_items)], device=params[0].device)], group)[0].item()
         self.n_items += n_items
         if old and n_items: torch._foreach_mul_([p.grad for p in params if p.grad is not None] + self.tensors(), old/self.n_items)
         return n_items/self.n_items if self.n_items else 1.
@@ -677,8 +679,7 @@ def differentiate(self:CurvatureOptimizer,
     "Add the gradient of `loss` to `p.grad` and, when one is due, an estimate of the diagonal to what is pending"
     problem = on_shards(self, loss if isinstance(loss, Problem) else Problem(trainable_params(self), loss, scale=scale))
     group = group or shard_group(problem.params)
-    count = n_items if self.n_acc==1 else cross_rank_count(n_items, group, problem.loss.device)
-    turn,weight = self.turn or plain_turn(*self.due()),self.pending.weigh(problem.params, count, self.n_acc)
+    turn,weight = self.turn or plain_turn(*self.due()),self.pending.weigh(problem.params, n_items, self.n_acc, group)
     self.pending.note(problem.loss, n_items, group)
     half = problem.scale!=1 and self.estimator.second_order
     if not turn.due or half and not math.isfinite(self.pending.losses[-1].item()): return problem.backward(weight)
