@@ -48,7 +48,7 @@ def autocast_of(
     learn:Learner, # Maybe with mixed precision
 ):
     "Context that begins the autocast of `learn`, and ends it if something is raised inside"
-    cb = callback_of(learn, 'mixed_precision')
+    cb = callback_of(learn, MixedPrecision)
     if cb: cb.before_batch()
     try: yield
     except BaseException:
@@ -174,7 +174,7 @@ def loss_weight(
     leave_out:tuple=(), # Classes of callbacks that have no part in the loss
 )->float: # 1. without accumulation
     "The weight that `GradientAccumulation` gives to the loss of this batch"
-    cb = callback_of(learn, 'gradient_accumulation')
+    cb = callback_of(learn, GradientAccumulation)
     return 1. if cb is None or isinstance(cb, leave_out) else find_bs(learn.yb)/cb.n_acc
 
 # %% ../nbs/12_batch.ipynb #292d7a7c
@@ -230,7 +230,7 @@ def in_half(
 )->bool:
     "Is something computed in half precision?"
     halves = (torch.float16,torch.bfloat16)
-    return callback_of(learn, 'mixed_precision') is not None or any(p.dtype in halves for p in learn.model.parameters())
+    return callback_of(learn, MixedPrecision) is not None or any(p.dtype in halves for p in learn.model.parameters())
 
 class LearnerProblem(Problem):
     "The present batch of a Learner"

@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointError
 
 from fastai.basics import *
+from fastai.callback.training import GradientAccumulation
 from ._help import describe
 from .hvp import check_count,grads_aside,hooks_disabled,shard_mesh,sharded_like,total_norm,whole
 from .averaging import average_diag,check_block_length
@@ -725,7 +726,7 @@ def backward(self:CurvatureOptimizer,
     learn:Learner, # In the middle of a batch; called by its `_backward`
 ):
     "Differentiate the loss of `learn`, and cancel the rest of the batch while `n_acc` is not reached"
-    if self.n_acc>1 and callback_of(learn, 'gradient_accumulation'):
+    if self.n_acc>1 and callback_of(learn, GradientAccumulation):
         raise ValueError(f"n_acc and GradientAccumulation do the same: use one of them, got {self.n_acc=}")
     if self.turn is None:
         raise ValueError(f"{type(learn).__name__} has a `_do_one_batch` of its own: put `with self.opt.forward_context(self):` "
