@@ -25,6 +25,7 @@ import torch, torch.autograd.forward_ad as fwAD, torch.nn.functional as F
 from contextlib import ExitStack,contextmanager,nullcontext
 from fastcore.basics import noop
 from types import MethodType
+from typing import Literal
 from torch import Tensor,nn
 from torch.func import functional_call,grad,jvp
 from torch.nn.attention import SDPBackend,sdpa_kernel
@@ -361,7 +362,7 @@ def choose_way(
 class Hessian:
     "The Hessian of the loss"
     def __init__(self,
-        method:str='reverse', # A key of `hvp_ways`, or 'auto'; raises `ValueError` for others
+        method:Literal['reverse','forward','compiled','finite_difference','auto']='reverse', # How; raises `ValueError` for others
     ):
         if method not in (*hvp_ways, 'auto'): raise ValueError(f"hvp must be one of {[*hvp_ways, 'auto']}, got hvp={method!r}")
         self.method,self.used,self.trusted = method,None if method=='auto' else method,False
@@ -564,7 +565,7 @@ class GaussNewton:
     "The generalized Gauss-Newton matrix of the loss"
     twice = True
     def __init__(self,
-        jvp:str='reverse', # Way to Jacobian products: 'reverse', 'along', 'dual', 'linearize' or 'auto'; raises `ValueError` for others
+        jvp:Literal['reverse','along','dual','linearize','auto']='reverse', # Way to Jacobian products; raises `ValueError` for others
         closed:bool=False, # Use the closed form of the loss Hessian where there is one?
     ):
         if jvp not in (*jvp_ways, 'along', 'auto'): raise ValueError(f"jvp must be one of {[*jvp_ways, 'along', 'auto']}, got {jvp=}")

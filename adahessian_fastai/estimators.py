@@ -13,7 +13,7 @@ __all__ = ['Estimate', 'seeded', 'Hutchinson', 'check_samples', 'ControlVariate'
 # %% ../nbs/09_estimators.ipynb #18af7d7a
 import torch
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Literal,NamedTuple
 from .hutchinson import control_variate_samples,draw_like,get_probe,hutchinson_samples,mean_and_noise,sample_mean
 from .losses import gnb_samples,label_noise
 from .curvature import Hessian,twice_differentiable
@@ -42,7 +42,7 @@ class Hutchinson:
     def __init__(self,
         curvature=None, # `Hessian(...)` or `GaussNewton(...)`; the Hessian by double backward by default
         n_samples:int=1, # Probes for each estimate; raises `ValueError` below 1
-        probe='rademacher', # 'rademacher', 'gaussian' or a callable `(p, generator) -> tensor like p`
+        probe:Literal['rademacher','gaussian']='rademacher', # Or a callable `(p, generator) -> tensor like p`
     ):
         check_samples(n_samples)
         self.curvature,self.n_samples,self.probe = curvature or Hessian(),n_samples,get_probe(probe)
@@ -96,7 +96,7 @@ class ControlVariate(Hutchinson):
     def __init__(self,
         curvature=None, # `Hessian(...)` or `GaussNewton(...)`; the Hessian by double backward by default
         n_samples:int=1, # Probes for each estimate; raises `ValueError` below 1
-        probe='gaussian', # 'gaussian' or a callable `(p, generator) -> tensor like p`; raises `ValueError` for 'rademacher'
+        probe:Literal['rademacher','gaussian']='gaussian', # Or a callable, as for `Hutchinson`; raises `ValueError` for 'rademacher'
     ):
         if probe=='rademacher':
             raise ValueError("estimator='control_variate' changes nothing with Rademacher probes, as z² = 1: use probe='gaussian', or "
