@@ -65,7 +65,8 @@ HF = dict(lr='least0', wd='least0', damping='least0', curvature='name', jvp='nam
     held_out='held_out', cg_max_iter='maybe_count', cg_tol='least0', martens_eps='maybe_least0', x0_decay='power', neg_curv='name', check_every='maybe_count', grid='maybe_grid',
     keep_iterates='maybe_count', ls_beta='inside', ls_c='least0', ls_max_iter='count', fisher_exponent='number', fisher_probes='maybe_count',
     lm_bounds='pair', lm_factors='pair', damping_bounds='pair')
-bad.update(count6=[*NO_COUNT, None, 5], held_out=[*bad['count0'], 1], maybe_grid=[*NO_NUMBER, 1., 0.5, -1., inf], maybe_least0=[*NO_NUMBER, -1., inf], number=[*NO_NUMBER, None, inf],
+bad.update(count6=[*NO_COUNT, None, 5], held_out=[*bad['count0'], 1], maybe_grid=[*NO_NUMBER, 1., 0.5, -1., inf],
+    maybe_least0=[*NO_NUMBER, -1., inf], number=[*NO_NUMBER, None, inf],
     maybe_limit=[o for o in NO_COUNT if o is not inf], inside=[*NO_NUMBER, None, 0., 1., -1., inf],
     pair=[*[o for o in NO_NUMBER if not hasattr(o, 'ndim')], None, 1., (1.,), (nan,1.), (2.,1.,3.), (-1.,-2.), ('a','b')])
 
