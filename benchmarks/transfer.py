@@ -11,7 +11,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt,pandas as pd,torch
 from fastai.vision.all import *
-from training import machine
+from _common import machine
 
 from adahessian_fastai.adahessian import adahessian
 
