@@ -17,7 +17,8 @@ __all__ = ['math_attention', 'plain_rnn', 'plain_cpu_rnn', 'eager', 'nonsmooth_m
            'compiled', 'relative_error', 'trial_probes', 'asymmetry_of', 'checked_reverse', 'exact_way',
            'against_differences', 'refuse_difference', 'choose_way', 'Hessian', 'against_reverse', 'refuse_wrong',
            'warn_asymmetric', 'Ride', 'outputs_again', 'PlainTensors', 'Evaluated', 'closed_hessian', 'NoProductError',
-           'AgreedError', 'FirstThatWorks', 'GaussNewton', 'agreed_costs', 'evaluated', 'way_product']
+           'AgreedError', 'FirstThatWorks', 'GaussNewton', 'agreed_costs', 'evaluated', 'way_product', 'OverBatches',
+           'mean_curvature']
 
 # %% ../nbs/08_curvature.ipynb #4338fba8
 import math,re,sys,threading,time,warnings,weakref
@@ -33,9 +34,9 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
-from .hvp import (asymmetry,check_checkpoints,check_twice,difference_error,difference_product,dual_gradient,dual_numbers,graph_nodes,
-    graph_product,substituted,total_norm)
-from .hutchinson import rademacher_like
+from .hvp import (asymmetry,check_checkpoints,check_choice,check_twice,difference_error,difference_product,dual_gradient,
+    dual_numbers,graph_nodes,graph_product,shard_mesh,substituted,total_norm)
+from .hutchinson import draw_like,rademacher_like
 from adahessian_fastai.ggn import (NoOutputs,adjoint_error,best_jvp,dual_jvp,ggn_product,linear_jvp,model_forward,output_tensors,
     reverse_jvp)
 from .losses import known_hessian
@@ -299,7 +300,7 @@ def trial_probes(
 )->list: # `n` lists of tensors
     "Probes for looking at a product, which no estimate uses"
     gens = {d: torch.Generator(d).manual_seed(seed) for d in {p.device for p in params}}
-    return [[rademacher_like(p, gens[p.device]) for p in params] for _ in range(n)]
+    return [draw_like(params, lambda p,_: rademacher_like(p, gens[p.device])) for _ in range(n)]
 
 # %% ../nbs/08_curvature.ipynb #ffa21dd3
 def asymmetry_of(
@@ -325,6 +326,9 @@ def exact_way(
     params:list, # Tensors to differentiate for
 )->tuple: # Name and product, or `(None, None)` where none works
     "An exact product with the Hessian that works"
+    if shard_mesh(params):
+        problem.gradient(retain_graph=True) # After a backward pass FSDP gathers the parameters anew, where they have moved
+        return None,None
     try:
         local,off = checked_reverse(problem.again(twice=True), params)
         if off<=max_error: return 'reverse',local.product
@@ -344,6 +348,8 @@ def against_differences(
     found = (nonsmooth(problem.model, problem.loss_func) if problem.model is not None else []) or nonsmooth_graph(problem.loss)
     if found: return f"{found[0]} has a kink"
     loss,v = lambda: problem.again().loss,without_padding(problem.model, params, trial_probes(params, 1)[0])
+    if shard_mesh(params) and not total_norm(difference_product(loss, params)(v)):
+        return 'sharded parameters stay gathered when they move, see `set_reshard_after_backward`'
     if exact is None: error = difference_error(loss, params, v)
     else: error = relative_error(difference_product(loss, params)(v), exact(v))
     return '' if error<=max_error else f"a finite difference was off by {error:.2g} on the first batch"
@@ -377,7 +383,7 @@ class Hessian:
     def __init__(self,
         method:str='reverse', # A key of `hvp_ways`, or 'auto'; raises `ValueError` for others
     ):
-        if method not in (*hvp_ways, 'auto'): raise ValueError(f"hvp must be one of {[*hvp_ways, 'auto']}, got hvp={method!r}")
+        check_choice('hvp', method, (*hvp_ways, 'auto'))
         self.method,self.used,self.trusted = method,None if method=='auto' else method,False
 
     @property
@@ -581,7 +587,7 @@ class GaussNewton:
         jvp:str='reverse', # Way to Jacobian products: 'reverse', 'along', 'dual', 'linearize' or 'auto'; raises `ValueError` for others
         closed:bool=False, # Use the closed form of the loss Hessian where there is one?
     ):
-        if jvp not in (*jvp_ways, 'along', 'auto'): raise ValueError(f"jvp must be one of {[*jvp_ways, 'along', 'auto']}, got {jvp=}")
+        check_choice('jvp', jvp, (*jvp_ways, 'along', 'auto'))
         self.jvp,self.closed,self.ride = jvp,closed,None
         self.costs,self.failed,self.trusted,self.n_products = {},{},{'reverse'},0
 
@@ -702,3 +708,39 @@ def way_product(
     costs = agreed_costs(gn.costs, mean.reduce, params[0]) if gn.jvp=='auto' else {}
     ways = gn.ways(mean.problems[0].model, n_products or gn.n_products, costs)
     return FirstThatWorks(ways, build, check, gn.give_up, mean.reduce)
+
+# %% ../nbs/08_curvature.ipynb #a2301f05
+class OverBatches:
+    "Any curvature of one problem, for the mean of several"
+    def __init__(self,
+        curvature # `(problem, params) -> Local`, such as `Hessian()`
+    ): self.curvature,self.failed = curvature,{}
+
+    def product(self, params, p):
+        "Product of one problem, which is evaluated each time if it does not keep its graph"
+        if not p.loss.requires_grad: return lambda v: self.product(params, p.again(twice=True))(v)
+        return p.rescaled(self.curvature(p, params).product)
+
+    def give_up(self, way, why):
+        self.failed[way] = why
+        warnings.warn(f"Curvature products by {way!r} failed: {why.splitlines()[0]}", stacklevel=2)
+
+    def __call__(self, mean, params, n_products=None):
+        local = MeanProblem(mean.problems, mean.weights)
+        def build(way):
+            of = {p: self.product(params, p) for p in mean.problems}
+            return lambda v: local.mean(lambda p: of[p](v))
+        return Local(FirstThatWorks([] if self.failed else ['hessian'], build, failed=self.give_up, reduce=mean.reduce))
+
+    def state_dict(self): return self.curvature.state_dict()
+    def load_state_dict(self, sd): self.curvature.load_state_dict(sd)
+
+def mean_curvature(
+    curvature='ggn', # 'ggn', 'hessian', or a curvature such as `Hessian('forward')`; raises `SettingError` for others
+    jvp:str='auto' # Way to Jacobian products of 'ggn': 'auto', 'reverse', 'dual' or 'linearize'; raises `SettingError` for others
+): # `(mean, params, n_products) -> Local`
+    "The curvature of a `MeanProblem` that these arguments describe"
+    check_choice('jvp', jvp, ('auto',*jvp_ways))
+    if not callable(curvature): check_choice('curvature', curvature, ('ggn','hessian'))
+    if curvature=='ggn': return GaussNewton(jvp, closed=True)
+    return curvature if isinstance(curvature, GaussNewton) else OverBatches(Hessian() if curvature=='hessian' else curvature)

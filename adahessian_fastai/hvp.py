@@ -7,9 +7,10 @@ A *product* is a callable `v -> Hv`. `v` and `Hv` are lists of tensors shaped li
 
 # %% auto #0
 __all__ = ['substitutes', 'dual_substitutes', 'hvp_methods', 'check_real', 'AsComplex', 'real_parameters', 'flat', 'unflat',
-           'check_count', 'check_number', 'gradient', 'graph_nodes', 'check_twice', 'check_checkpoints',
-           'hooks_disabled', 'graph_product', 'Substituted', 'substituted', 'zero_tangents', 'dual_numbers',
-           'dual_backward', 'dual_gradient', 'total_norm', 'step_size', 'moved', 'difference_product',
+           'SettingError', 'check_count', 'check_number', 'check_choice', 'check_switch', 'check_pair', 'shard_mesh',
+           'whole', 'sharded_like', 'grads_aside', 'sharded_gradient', 'gradient', 'graph_nodes', 'check_twice',
+           'check_checkpoints', 'hooks_disabled', 'graph_product', 'Substituted', 'substituted', 'zero_tangents',
+           'dual_numbers', 'dual_backward', 'dual_gradient', 'total_norm', 'step_size', 'moved', 'difference_product',
            'difference_error', 'hessian_product', 'asymmetry', 'check_symmetric']
 
 # %% ../nbs/00_hvp.ipynb #23113829
@@ -19,6 +20,7 @@ from contextlib import contextmanager
 import torch, torch.nn.functional as F, torch.autograd.forward_ad as fwAD
 from torch import Tensor,nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor,Replicate
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
@@ -64,33 +66,127 @@ def unflat(
     return [o.view(p.shape).to(p.dtype) for o,p in zip(v.split([p.numel() for p in params]), params, strict=True)]
 
 # %% ../nbs/00_hvp.ipynb #e68e8010
+class SettingError(ValueError):
+    "An argument that cannot work"
+    def __init__(self,
+        name:str, # Of the argument
+        what:str, # What it must be
+        value, # What it is
+    ):
+        super().__init__(f"{name} must be {what}, got {name}={value!r}")
+        self.name,self.what,self.value = name,what,value
+
 def check_count(
     name:str, # Of the argument, for the error
-    n, # Its value; raises `ValueError` unless it is a whole number of at least `least`
+    n, # Its value; raises `SettingError`, a `ValueError`, unless it is a whole number of at least `least`
     least:int=1, # Smallest value allowed
+    optional:bool=False, # May it be `None`?
 )->int:
     "`n` as an `int`"
+    if n is None and optional: return
     is_bool = getattr(n, 'dtype', type(n)) in (bool, torch.bool)
     try: k = None if is_bool else operator.index(n)
     except TypeError: k = None
-    if k is None or k<least: raise ValueError(f"{name} must be a whole number >= {least}, got {name}={n!r}")
+    if k is None or k<least: raise SettingError(name, f'a whole number >= {least}', n)
     return k
 
 def check_number(
     name:str, # Of the argument, for the error
-    x, # Its value; raises `ValueError` unless it is a finite number between these limits
+    x, # Its value; raises `SettingError`, a `ValueError`, unless it is a finite number between these limits
     least:float=-math.inf, # Smallest value allowed
     most:float=math.inf, # Largest value allowed
     above:float=-math.inf, # The value has to be larger than this
     below:float=math.inf, # The value has to be smaller than this
+    optional:bool=False, # May it be `None`?
 )->float:
     "`x` as a `float`"
+    if x is None and optional: return
     is_bool = getattr(x, 'dtype', type(x)) in (bool, torch.bool)
     try: v = math.nan if is_bool or isinstance(x, str) else float(x)
-    except (TypeError,ValueError,RuntimeError): v = math.nan
+    except (TypeError,ValueError,RuntimeError,OverflowError): v = math.nan
     ends = ' and'.join(f' {sign} {end}' for sign,end in {'>=': least, '>': above, '<=': most, '<': below}.items() if math.isfinite(end))
-    if not (math.isfinite(v) and least<=v<=most and above<v<below): raise ValueError(f"{name} must be a number{ends}, got {name}={x!r}")
+    if not (math.isfinite(v) and least<=v<=most and above<v<below): raise SettingError(name, f'a number{ends}', x)
     return v
+
+# %% ../nbs/00_hvp.ipynb #ed7b244b
+def check_choice(
+    name:str, # Of the argument, for the error
+    v, # Its value; raises `SettingError` unless it is one of `choices`
+    choices, # Strings
+)->str:
+    "`v` itself"
+    if not isinstance(v, str) or v not in choices: raise SettingError(name, f'one of {list(choices)}', v)
+    return v
+
+def check_switch(
+    name:str, # Of the argument, for the error
+    v, # Its value; raises `SettingError` unless it is true or false, in Python's or NumPy's words
+)->bool:
+    "`v` as a `bool`"
+    single = isinstance(v, int) or getattr(v, 'dtype', None)==bool and v.ndim==0
+    if not single or v not in (0,1): raise SettingError(name, 'True or False', v)
+    return bool(v)
+
+def check_pair(
+    name:str, # Of the argument, for the error
+    v, # Its value; raises `SettingError` unless it is two numbers
+    rising:bool=False, # Must the second be at least the first?
+    **limits # Of both numbers, as for `check_number`
+)->tuple: # Two of type `float`
+    "`v` as a tuple"
+    try: a,b = v
+    except (TypeError,ValueError): raise SettingError(name, 'two numbers', v) from None
+    a,b = check_number(name, a, **limits),check_number(name, b, **limits)
+    if rising and a>b: raise SettingError(name, 'two numbers, the smaller one first', v)
+    return a,b
+
+# %% ../nbs/00_hvp.ipynb #e89d67ea
+def shard_mesh(
+    tensors, # Any number of tensors
+): # A `DeviceMesh`, or `None` where all are whole
+    "The processes over which `tensors` are sharded"
+    return next((t.device_mesh for t in tensors if isinstance(t, DTensor)), None)
+
+def whole(
+    t:Tensor, # Maybe sharded
+)->Tensor:
+    "`t` with the entries of all processes"
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+def sharded_like(
+    t:Tensor, # Whole, and the same in each process; or sharded already
+    p:Tensor, # Maybe sharded
+)->Tensor:
+    "The part of `t` that this process holds of `p`"
+    if isinstance(t, DTensor) or not isinstance(p, DTensor): return t
+    return DTensor.from_local(t, p.device_mesh, [Replicate()], run_check=False).redistribute(placements=p.placements)
+
+# %% ../nbs/00_hvp.ipynb #a100fd5e
+@contextmanager
+def grads_aside(
+    params:list, # Tensors
+):
+    "Context that begins without gradients in `p.grad`, and puts them back"
+    kept = [(p, p.grad) for p in params]
+    for p in params: p.grad = None
+    try: yield
+    finally:
+        for p,g in kept: p.grad = g
+
+def sharded_gradient(
+    loss:Tensor, # With its graph
+    params:list, # Sharded parameters
+    create_graph:bool=False, # Raises `ValueError` if true
+    retain_graph:bool=None, # Keep the graph of `loss`?
+    along:Tensor=None, # What `loss` is multiplied with
+)->list: # Sharded like `params`
+    "Gradient by a backward pass, which FSDP follows"
+    if create_graph:
+        raise ValueError("sharded parameters have no second derivative: use estimator='gnb', or hvp='finite_difference' in a smooth "
+            "network")
+    with grads_aside(params):
+        torch.autograd.backward(loss, along, retain_graph=retain_graph)
+        return [p.grad for p in params]
 
 # %% ../nbs/00_hvp.ipynb #b1a28e31
 def gradient(
@@ -98,9 +194,11 @@ def gradient(
     params:list, # Tensors to differentiate for
     create_graph:bool=False, # Keep the graph of the gradient itself, to differentiate once more?
     retain_graph:bool=None, # Keep the graph of `loss`? Defaults to `create_graph`
-)->list: # A plain tensor or `None` for each of `params`
+    along:Tensor=None, # What `loss` is multiplied with, where it is no scalar: shaped like it
+)->list: # A plain tensor or `None` for each of `params`; a sharded one for a sharded parameter
     "Gradient of `loss` for each of `params`, `None` where `loss` does not depend on one"
-    gs = torch.autograd.grad(loss, params, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True)
+    if shard_mesh(params): return sharded_gradient(loss, params, create_graph, retain_graph, along)
+    gs = torch.autograd.grad(loss, params, along, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True)
     return [g if g is None or type(g) is Tensor else g.as_subclass(Tensor) for g in gs]
 
 # %% ../nbs/00_hvp.ipynb #648be16a
@@ -293,7 +391,7 @@ def total_norm(
     if not tensors: return torch.zeros(())
     half = any(t.dtype in (torch.half, torch.bfloat16) for t in tensors)
     ns = torch._foreach_norm([t.float() for t in tensors] if half else tensors)
-    return torch.stack([n.to(ns[0].device) for n in ns]).norm()
+    return whole(torch.stack([n.to(ns[0].device) for n in ns]).norm())
 
 def step_size(
     params:list, # Tensors θ
@@ -321,6 +419,7 @@ def moved(
     try: yield
     finally:
         with torch.no_grad(),torch.autograd._unsafe_preserve_version_counter(tuple(params)):
+            if shard_mesh(params): params,kept = ([o.to_local() for o in ts] for ts in (params, kept)) # Sharded tensors have no such copy
             if params: torch._foreach_copy_(params, kept)
 
 def difference_product(
