@@ -13,11 +13,12 @@ the forward pass (`surround`)."""
 __all__ = ['math_attention', 'plain_rnn', 'plain_cpu_rnn', 'eager', 'nonsmooth_modules', 'nonsmooth_functions', 'hvp_ways',
            'max_error', 'jvp_ways', 'max_adjoint_error', 'SharedContext', 'needs_substitutes', 'has_rnn',
            'own_statistics', 'twice_differentiable', 'nonsmooth', 'nonsmooth_graph', 'Local', 'check_dense', 'reverse',
-           'forward', 'finite_difference', 'batch_statistics', 'ModelWithLoss', 'compile_product', 'compiled',
-           'relative_error', 'trial_probes', 'asymmetry_of', 'checked_reverse', 'exact_way', 'against_differences',
-           'refuse_difference', 'choose_way', 'Hessian', 'against_reverse', 'refuse_wrong', 'warn_asymmetric', 'Ride',
-           'outputs_again', 'PlainTensors', 'Evaluated', 'closed_hessian', 'NoProductError', 'AgreedError',
-           'FirstThatWorks', 'GaussNewton', 'agreed_costs', 'evaluated', 'way_product', 'OverBatches', 'mean_curvature']
+           'without_padding', 'forward', 'finite_difference', 'batch_statistics', 'ModelWithLoss', 'compile_product',
+           'compiled', 'relative_error', 'trial_probes', 'asymmetry_of', 'checked_reverse', 'exact_way',
+           'against_differences', 'refuse_difference', 'choose_way', 'Hessian', 'against_reverse', 'refuse_wrong',
+           'warn_asymmetric', 'Ride', 'outputs_again', 'PlainTensors', 'Evaluated', 'closed_hessian', 'NoProductError',
+           'AgreedError', 'FirstThatWorks', 'GaussNewton', 'agreed_costs', 'evaluated', 'way_product', 'OverBatches',
+           'mean_curvature']
 
 # %% ../nbs/08_curvature.ipynb #4338fba8
 import math,re,sys,threading,time,warnings,weakref
@@ -34,8 +35,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from .hvp import (asymmetry,check_checkpoints,check_choice,check_twice,difference_error,difference_product,dual_gradient,
-    dual_numbers,graph_nodes,graph_product,substituted,total_norm)
-from .hutchinson import rademacher_like
+    dual_numbers,graph_nodes,graph_product,shard_mesh,substituted,total_norm)
+from .hutchinson import draw_like,rademacher_like
 from adahessian_fastai.ggn import (NoOutputs,adjoint_error,best_jvp,dual_jvp,ggn_product,linear_jvp,model_forward,output_tensors,
     reverse_jvp)
 from .losses import known_hessian
@@ -175,10 +176,23 @@ def reverse(
     of = dict(zip(problem.params, grads))
     return Local(graph_product([of[p] for p in params], params, n_products), grads)
 
+# %% ../nbs/08_curvature.ipynb #dbcde37e
+def without_padding(
+    model:nn.Module, # Or `None`
+    params:list, # Tensors, some of them weights of `model`
+    v:list, # Direction, like `params`; stays as it is
+)->list: # `v`, with other tensors for weights that have padding
+    "`v` with zeros in the rows that an embedding holds constant as padding"
+    mods = [] if model is None else list(model.modules())
+    rows = {m.weight: m.padding_idx for m in mods if isinstance(m, nn.Embedding) and m.padding_idx is not None}
+    shared = lambda w: sum(p is w for m in mods for p in m.parameters(recurse=False))>1
+    rows = {w: torch.tensor([i], device=w.device) for w,i in rows.items() if not shared(w)}
+    return [o.index_fill(0, rows[p], 0) if p in rows else o for p,o in zip(params, v)]
+
 # %% ../nbs/08_curvature.ipynb #68f2a251
 def _spread(problem, params, v):
-    "`v`, which is like `params`, for all of `problem.params`: `None` for the others"
-    of = dict(zip(params, v))
+    "`v`, which is like `params`, for all of `problem.params`: `None` for the others, and no padding moves"
+    of = dict(zip(params, without_padding(problem.model, params, v)))
     return [of.get(p) for p in problem.params]
 
 def _some(problem, params, hs):
@@ -208,7 +222,8 @@ def finite_difference(
     "One-sided differences from the gradient of the step"
     grads = problem.gradient()
     check_dense(grads)
-    return Local(difference_product(lambda: problem.again().loss, params, _some(problem, params, grads)), grads)
+    product = difference_product(lambda: problem.again().loss, params, _some(problem, params, grads))
+    return Local(lambda v: product(without_padding(problem.model, params, v)), grads)
 
 # %% ../nbs/08_curvature.ipynb #6d1e27fe
 @contextmanager
@@ -285,7 +300,7 @@ def trial_probes(
 )->list: # `n` lists of tensors
     "Probes for looking at a product, which no estimate uses"
     gens = {d: torch.Generator(d).manual_seed(seed) for d in {p.device for p in params}}
-    return [[rademacher_like(p, gens[p.device]) for p in params] for _ in range(n)]
+    return [draw_like(params, lambda p,_: rademacher_like(p, gens[p.device])) for _ in range(n)]
 
 # %% ../nbs/08_curvature.ipynb #ffa21dd3
 def asymmetry_of(
@@ -311,6 +326,9 @@ def exact_way(
     params:list, # Tensors to differentiate for
 )->tuple: # Name and product, or `(None, None)` where none works
     "An exact product with the Hessian that works"
+    if shard_mesh(params):
+        problem.gradient(retain_graph=True) # After a backward pass FSDP gathers the parameters anew, where they have moved
+        return None,None
     try:
         local,off = checked_reverse(problem.again(twice=True), params)
         if off<=max_error: return 'reverse',local.product
@@ -329,7 +347,9 @@ def against_differences(
     if problem.half: return 'something is computed in half precision'
     found = (nonsmooth(problem.model, problem.loss_func) if problem.model is not None else []) or nonsmooth_graph(problem.loss)
     if found: return f"{found[0]} has a kink"
-    loss,(v,) = lambda: problem.again().loss,trial_probes(params, 1)
+    loss,v = lambda: problem.again().loss,without_padding(problem.model, params, trial_probes(params, 1)[0])
+    if shard_mesh(params) and not total_norm(difference_product(loss, params)(v)):
+        return 'sharded parameters stay gathered when they move, see `set_reshard_after_backward`'
     if exact is None: error = difference_error(loss, params, v)
     else: error = relative_error(difference_product(loss, params)(v), exact(v))
     return '' if error<=max_error else f"a finite difference was off by {error:.2g} on the first batch"

@@ -16,6 +16,7 @@ import itertools
 
 from fastai.optimizer import average_grad,debias,l2_reg,step_stat,weight_decay
 from fastai.torch_basics import *
+from .hvp import shard_mesh,whole
 
 # %% ../nbs/14_steppers.ipynb #a39c5dfe
 def average_sqr_diag_hessian(
@@ -75,7 +76,7 @@ def bounded(
 )->list: # `us`
     "Steps with bounds on their entries or on their size"
     for u,n in zip(us, torch._foreach_norm(us)):
-        rms = n/max(u.numel(), 1)**0.5
+        rms = whole(n)/max(u.numel(), 1)**0.5
         if clip: u.clamp_(-clip*rms, clip*rms)
         if cap: u.mul_((cap/rms).clamp_(max=1.))
     return us
@@ -143,6 +144,20 @@ def _lists_sqr_diag(b):
     torch._foreach_addcmul_(b.vs, b.ds, b.ds, value=1-b.h.sqr_mom)
     if b.es: torch._foreach_addcmul_(b.vs, b.es, b.es, value=b.h.sqr_mom-1)
 
+# %% ../nbs/14_steppers.ipynb #9b3daba0
+def _clamp(ts, x):
+    torch._foreach_clamp_max_(ts, x)
+    torch._foreach_clamp_min_(ts, -x)
+
+def _in_rms(us):
+    "Divide each of `us` by its root mean square, in place; these as a vector"
+    norms,roots = torch._foreach_norm(us),[max(u.numel(), 1)**0.5 for u in us]
+    if us[0].device.type=='cpu': rms = torch.stack(norms)/torch.tensor(roots, dtype=norms[0].dtype)
+    else: rms = torch.stack(torch._foreach_div(norms, roots)) # No vector has to come from the host, which would wait
+    rms = torch.where(rms>0, rms, 1.)
+    torch._foreach_mul_(us, rms.reciprocal().unbind())
+    return rms
+
 # %% ../nbs/14_steppers.ipynb #e44686fd
 def _add_number(ts, x):
     "Add `x` in place; as a tensor it takes PyTorch a third of the time on the CPU"
@@ -158,16 +173,16 @@ def _lists_adahessian(b, signed=False):
     clip,cap = getattr(h, 'clip', 0), getattr(h, 'cap', 0)
     if not (clip or cap): return torch._foreach_addcdiv_(b.ps, b.ms, denom, value=-h.lr*δ2/δ1)
     us = torch._foreach_div(b.ms, denom)
-    torch._foreach_mul_(us, δ2/δ1)
-    torch._foreach_add_(b.ps, bounded(us, clip, cap), alpha=-h.lr)
+    sizes = _in_rms(us)*(δ2/δ1)
+    if clip: _clamp(us, clip)
+    if cap: sizes = sizes.clamp(max=cap)
+    torch._foreach_addcmul_(b.ps, us, sizes.unbind(), value=-h.lr)
 
+# %% ../nbs/14_steppers.ipynb #ffb412a5
 def _lists_sophia(b):
-    denom = torch._foreach_mul(b.vs, b.h.rho)
-    torch._foreach_clamp_min_(denom, b.h.eps)
-    us = torch._foreach_div(b.ms, denom)
-    torch._foreach_clamp_max_(us, 1.)
-    torch._foreach_clamp_min_(us, -1.)
-    torch._foreach_add_(b.ps, us, alpha=-b.h.lr)
+    us = torch._foreach_div(b.ms, torch._foreach_clamp_min(b.vs, b.h.eps/b.h.rho))
+    _clamp(us, b.h.rho)
+    torch._foreach_add_(b.ps, us, alpha=-b.h.lr/b.h.rho)
 
 # %% ../nbs/14_steppers.ipynb #504bd014
 _dampened = (average_grad, frozenset({'dampening': True}.items()))
@@ -230,7 +245,7 @@ def foreach_step(
         hypers[id(hyper)] = hyper
         groups[key].append((p.data, p.grad, state['grad_avg'], state[name], d, e))
     for (id_hyper,step,hess_step,do_wd,*_,device),rows in groups.items():
-        whole = device.type!='cpu' or hypers[id_hyper].get('clip') or hypers[id_hyper].get('cap')
+        whole = device.type!='cpu' or shard_mesh(r[0] for r in rows) or hypers[id_hyper].get('clip') or hypers[id_hyper].get('cap')
         for part in [rows] if whole else portions(rows, cpu_portion):
             b = Portion(part, step, hess_step, do_wd, hypers[id_hyper])
             for f in fs: f(b)
