@@ -30,7 +30,7 @@ from .hvp import SettingError,check_checkpoints,check_choice,check_count,check_s
 from .losses import loss_count,losses,smoothed_cross_entropy_rule
 from .problem import MeanProblem,Problem,hidden_states,mean_of,modes_kept,structured,weights_of
 from .curvature import twice_differentiable
-from .learner import Ranks,callback_of,check_gradients,check_model,unwrapped
+from .learner import Ranks,callback_of,check_gradients,check_model,sync_group,unwrapped
 from .replay import backward_hooks,preserving,restored,snapshot,without_backward_hooks
 
 # %% ../nbs/12_batch.ipynb #e3297adb
@@ -372,6 +372,7 @@ def ready(self:Batches,
     params:list # Get their gradients
 ):
     "Make `curv` and `trial` of the rounds; raises `NothingCounts`"
+    if self.now and params: self.ranks = Ranks(sync_group(self.now.learn), params[0].device)
     if self.n_acc>1:
         for p in params: p.grad = self.sums.get(p)
     curv,trial = self.rounds[:self.curv_batches],self.rounds[-self.held_out:] if self.held_out else self.rounds
