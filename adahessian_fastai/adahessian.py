@@ -34,7 +34,8 @@ def adahessian(
     *,
     clip:float=3., # Largest entry of a step, in root mean squares of its tensor; 0 or `None` for no bound
     cap:float=0.1, # Largest root mean square of a tensor's step before it is multiplied by `lr`; 0 or `None` for no bound
-    rho:float=0.3, # Take loss and curvature at θ - ρm/‖m‖ and not at θ, ρ; 0 or `None` for θ itself
+    spike:float=2., # Largest length of the gradient, in running means of that length; 0 or `None` for no bound
+    rho:float=0.1, # Take loss and curvature at θ - ρm/‖m‖ and not at θ, ρ; 0 or `None` for θ itself
     signed:bool=False, # Average the signed diagonal over time and not its square?
     block_length=32, # Entries averaged together in a matrix; 1 for none, 'row', or a dict by rank: see `check_block_length`
     average_kernels:bool=True, # Average over the kernels of convolutions?
@@ -54,7 +55,7 @@ def adahessian(
 )->AdaHessianWrapper: # Raises `ValueError` for an argument outside its range
     "AdaHessian as `opt_func` of a `Learner`"
     check_names('adahessian', others)
-    steppers = AdaHessian(params, ifnone(lr, 0.2), mom, sqr_mom, eps, wd, hessian_power, decouple_wd, signed, clip, cap)
+    steppers = AdaHessian(params, ifnone(lr, 0.2), mom, sqr_mom, eps, wd, hessian_power, decouple_wd, signed, clip, cap, spike)
     opt = AdaHessianWrapper(steppers, block_length, n_acc, estimator, curvature, hvp, probe, n_samples, signed_blocks, average_kernels,
         debiased, Perturbation(rho), update_each=1 if budget is not None and update_each==10 else update_each,
         hessian_bs=hessian_bs, budget=budget, dense=dense, when=when)
@@ -76,7 +77,7 @@ def adahessian_paper(
     **kwargs # As for `adahessian`
 )->AdaHessianWrapper:
     "AdaHessian as in the paper: an estimate at each step, no bounds, at the parameters themselves"
-    opt = adahessian(params, lr, **{**dict(update_each=1, dense=0, clip=0., cap=0., rho=0.), **kwargs})
+    opt = adahessian(params, lr, **{**dict(update_each=1, dense=0, clip=0., cap=0., spike=0., rho=0.), **kwargs})
     opt.default_lr = 0.15
     return opt
 
@@ -93,9 +94,11 @@ def AdaHessian(
     signed:bool=False, # Average the signed diagonal and not its square?
     clip:float=0., # Largest entry of a step, in root mean squares of its tensor; 0 or `None` for no bound
     cap:float=0., # Largest root mean square of a tensor's step before it is multiplied by `lr`; 0 or `None` for no bound
+    spike:float=0., # Largest length of the gradient, in running means of that length; 0 or `None` for no bound
 )->Optimizer: # Raises `ValueError` for a value outside its range
     "An `Optimizer` of AdaHessian's steppers, to be wrapped by `AdaHessianWrapper`"
-    hypers = dict(lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, hessian_power=hessian_power, clip=ifnone(clip, 0.), cap=ifnone(cap, 0.))
+    hypers = dict(lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, hessian_power=hessian_power)
+    hypers.update({k: ifnone(v, 0.) for k,v in dict(clip=clip, cap=cap, spike=spike).items()})
     cbs = [weight_decay] if decouple_wd else [l2_reg]
     cbs += [partial(average_grad, dampening=True), step_stat]
     cbs += [average_diag_hessian if signed else average_sqr_diag_hessian, adahessian_step]

@@ -13,11 +13,12 @@ the forward pass (`surround`)."""
 __all__ = ['math_attention', 'plain_rnn', 'plain_cpu_rnn', 'eager', 'nonsmooth_modules', 'nonsmooth_functions', 'hvp_ways',
            'max_error', 'jvp_ways', 'max_adjoint_error', 'SharedContext', 'needs_substitutes', 'has_rnn',
            'own_statistics', 'twice_differentiable', 'nonsmooth', 'nonsmooth_graph', 'Local', 'check_dense', 'reverse',
-           'forward', 'finite_difference', 'batch_statistics', 'ModelWithLoss', 'compile_product', 'compiled',
-           'relative_error', 'trial_probes', 'asymmetry_of', 'checked_reverse', 'exact_way', 'against_differences',
-           'refuse_difference', 'choose_way', 'Hessian', 'against_reverse', 'refuse_wrong', 'warn_asymmetric', 'Ride',
-           'outputs_again', 'PlainTensors', 'Evaluated', 'closed_hessian', 'NoProductError', 'AgreedError',
-           'FirstThatWorks', 'GaussNewton', 'agreed_costs', 'evaluated', 'way_product']
+           'without_padding', 'forward', 'finite_difference', 'batch_statistics', 'ModelWithLoss', 'compile_product',
+           'compiled', 'relative_error', 'trial_probes', 'asymmetry_of', 'checked_reverse', 'exact_way',
+           'against_differences', 'refuse_difference', 'choose_way', 'Hessian', 'against_reverse', 'refuse_wrong',
+           'warn_asymmetric', 'Ride', 'outputs_again', 'PlainTensors', 'Evaluated', 'closed_hessian', 'NoProductError',
+           'AgreedError', 'FirstThatWorks', 'GaussNewton', 'agreed_costs', 'evaluated', 'way_product', 'OverBatches',
+           'mean_curvature']
 
 # %% ../nbs/08_curvature.ipynb #4338fba8
 import math,re,sys,threading,time,warnings,weakref
@@ -33,8 +34,8 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
-from .hvp import (asymmetry,check_checkpoints,check_twice,difference_error,difference_product,dual_gradient,dual_numbers,graph_nodes,
-    graph_product,shard_mesh,substituted,total_norm)
+from .hvp import (asymmetry,check_checkpoints,check_choice,check_twice,difference_error,difference_product,dual_gradient,
+    dual_numbers,graph_nodes,graph_product,shard_mesh,substituted,total_norm)
 from .hutchinson import draw_like,rademacher_like
 from adahessian_fastai.ggn import (NoOutputs,adjoint_error,best_jvp,dual_jvp,ggn_product,linear_jvp,model_forward,output_tensors,
     reverse_jvp)
@@ -175,10 +176,23 @@ def reverse(
     of = dict(zip(problem.params, grads))
     return Local(graph_product([of[p] for p in params], params, n_products), grads)
 
+# %% ../nbs/08_curvature.ipynb #dbcde37e
+def without_padding(
+    model:nn.Module, # Or `None`
+    params:list, # Tensors, some of them weights of `model`
+    v:list, # Direction, like `params`; stays as it is
+)->list: # `v`, with other tensors for weights that have padding
+    "`v` with zeros in the rows that an embedding holds constant as padding"
+    mods = [] if model is None else list(model.modules())
+    rows = {m.weight: m.padding_idx for m in mods if isinstance(m, nn.Embedding) and m.padding_idx is not None}
+    shared = lambda w: sum(p is w for m in mods for p in m.parameters(recurse=False))>1
+    rows = {w: torch.tensor([i], device=w.device) for w,i in rows.items() if not shared(w)}
+    return [o.index_fill(0, rows[p], 0) if p in rows else o for p,o in zip(params, v)]
+
 # %% ../nbs/08_curvature.ipynb #68f2a251
 def _spread(problem, params, v):
-    "`v`, which is like `params`, for all of `problem.params`: `None` for the others"
-    of = dict(zip(params, v))
+    "`v`, which is like `params`, for all of `problem.params`: `None` for the others, and no padding moves"
+    of = dict(zip(params, without_padding(problem.model, params, v)))
     return [of.get(p) for p in problem.params]
 
 def _some(problem, params, hs):
@@ -208,7 +222,8 @@ def finite_difference(
     "One-sided differences from the gradient of the step"
     grads = problem.gradient()
     check_dense(grads)
-    return Local(difference_product(lambda: problem.again().loss, params, _some(problem, params, grads)), grads)
+    product = difference_product(lambda: problem.again().loss, params, _some(problem, params, grads))
+    return Local(lambda v: product(without_padding(problem.model, params, v)), grads)
 
 # %% ../nbs/08_curvature.ipynb #6d1e27fe
 @contextmanager
@@ -332,7 +347,7 @@ def against_differences(
     if problem.half: return 'something is computed in half precision'
     found = (nonsmooth(problem.model, problem.loss_func) if problem.model is not None else []) or nonsmooth_graph(problem.loss)
     if found: return f"{found[0]} has a kink"
-    loss,(v,) = lambda: problem.again().loss,trial_probes(params, 1)
+    loss,v = lambda: problem.again().loss,without_padding(problem.model, params, trial_probes(params, 1)[0])
     if shard_mesh(params) and not total_norm(difference_product(loss, params)(v)):
         return 'sharded parameters stay gathered when they move, see `set_reshard_after_backward`'
     if exact is None: error = difference_error(loss, params, v)
@@ -368,7 +383,7 @@ class Hessian:
     def __init__(self,
         method:str='reverse', # A key of `hvp_ways`, or 'auto'; raises `ValueError` for others
     ):
-        if method not in (*hvp_ways, 'auto'): raise ValueError(f"hvp must be one of {[*hvp_ways, 'auto']}, got hvp={method!r}")
+        check_choice('hvp', method, (*hvp_ways, 'auto'))
         self.method,self.used,self.trusted = method,None if method=='auto' else method,False
 
     @property
@@ -572,7 +587,7 @@ class GaussNewton:
         jvp:str='reverse', # Way to Jacobian products: 'reverse', 'along', 'dual', 'linearize' or 'auto'; raises `ValueError` for others
         closed:bool=False, # Use the closed form of the loss Hessian where there is one?
     ):
-        if jvp not in (*jvp_ways, 'along', 'auto'): raise ValueError(f"jvp must be one of {[*jvp_ways, 'along', 'auto']}, got {jvp=}")
+        check_choice('jvp', jvp, (*jvp_ways, 'along', 'auto'))
         self.jvp,self.closed,self.ride = jvp,closed,None
         self.costs,self.failed,self.trusted,self.n_products = {},{},{'reverse'},0
 
@@ -693,3 +708,39 @@ def way_product(
     costs = agreed_costs(gn.costs, mean.reduce, params[0]) if gn.jvp=='auto' else {}
     ways = gn.ways(mean.problems[0].model, n_products or gn.n_products, costs)
     return FirstThatWorks(ways, build, check, gn.give_up, mean.reduce)
+
+# %% ../nbs/08_curvature.ipynb #a2301f05
+class OverBatches:
+    "Any curvature of one problem, for the mean of several"
+    def __init__(self,
+        curvature # `(problem, params) -> Local`, such as `Hessian()`
+    ): self.curvature,self.failed = curvature,{}
+
+    def product(self, params, p):
+        "Product of one problem, which is evaluated each time if it does not keep its graph"
+        if not p.loss.requires_grad: return lambda v: self.product(params, p.again(twice=True))(v)
+        return p.rescaled(self.curvature(p, params).product)
+
+    def give_up(self, way, why):
+        self.failed[way] = why
+        warnings.warn(f"Curvature products by {way!r} failed: {why.splitlines()[0]}", stacklevel=2)
+
+    def __call__(self, mean, params, n_products=None):
+        local = MeanProblem(mean.problems, mean.weights)
+        def build(way):
+            of = {p: self.product(params, p) for p in mean.problems}
+            return lambda v: local.mean(lambda p: of[p](v))
+        return Local(FirstThatWorks([] if self.failed else ['hessian'], build, failed=self.give_up, reduce=mean.reduce))
+
+    def state_dict(self): return self.curvature.state_dict()
+    def load_state_dict(self, sd): self.curvature.load_state_dict(sd)
+
+def mean_curvature(
+    curvature='ggn', # 'ggn', 'hessian', or a curvature such as `Hessian('forward')`; raises `SettingError` for others
+    jvp:str='auto' # Way to Jacobian products of 'ggn': 'auto', 'reverse', 'dual' or 'linearize'; raises `SettingError` for others
+): # `(mean, params, n_products) -> Local`
+    "The curvature of a `MeanProblem` that these arguments describe"
+    check_choice('jvp', jvp, ('auto',*jvp_ways))
+    if not callable(curvature): check_choice('curvature', curvature, ('ggn','hessian'))
+    if curvature=='ggn': return GaussNewton(jvp, closed=True)
+    return curvature if isinstance(curvature, GaussNewton) else OverBatches(Hessian() if curvature=='hessian' else curvature)

@@ -31,6 +31,7 @@ def sassha(
     n_acc:int=1, # Batches accumulated before each step
     clip:float=0., # Largest entry of a step, in root mean squares of its tensor; 0 for no bound
     cap:float=0., # Largest root mean square of a tensor's step before it is multiplied by `lr`; 0 for no bound
+    spike:float=0., # Largest length of the gradient, in running means of that length; 0 for no bound
     along:str='gradient', # The way: 'gradient', up, or 'momentum', against it
     estimator='hutchinson', # As for `adahessian`, like the four below
     curvature=None,
@@ -42,7 +43,7 @@ def sassha(
 )->CurvatureOptimizer: # Raises `ValueError` for an argument outside its range
     "Sassha as `opt_func` of a `Learner`"
     check_names('sassha', others)
-    steppers = AdaHessian(params, lr, mom, sqr_mom, eps, wd, hessian_power, signed=True, clip=clip, cap=cap)
+    steppers = AdaHessian(params, lr, mom, sqr_mom, eps, wd, hessian_power, signed=True, clip=clip, cap=cap, spike=spike)
     est,when = made_estimator(estimator, curvature, hvp, n_samples=n_samples),made_schedule(update_each, hessian_bs, dense=dense)
     return CurvatureOptimizer(steppers, est, when, torch.abs, check_count('n_acc', n_acc), perturb=Perturbation(rho, along))
 

@@ -144,6 +144,20 @@ def _lists_sqr_diag(b):
     torch._foreach_addcmul_(b.vs, b.ds, b.ds, value=1-b.h.sqr_mom)
     if b.es: torch._foreach_addcmul_(b.vs, b.es, b.es, value=b.h.sqr_mom-1)
 
+# %% ../nbs/14_steppers.ipynb #9b3daba0
+def _clamp(ts, x):
+    torch._foreach_clamp_max_(ts, x)
+    torch._foreach_clamp_min_(ts, -x)
+
+def _in_rms(us):
+    "Divide each of `us` by its root mean square, in place; these as a vector"
+    norms,roots = torch._foreach_norm(us),[max(u.numel(), 1)**0.5 for u in us]
+    if us[0].device.type=='cpu': rms = torch.stack(norms)/torch.tensor(roots, dtype=norms[0].dtype)
+    else: rms = torch.stack(torch._foreach_div(norms, roots)) # No vector has to come from the host, which would wait
+    rms = torch.where(rms>0, rms, 1.)
+    torch._foreach_mul_(us, rms.reciprocal().unbind())
+    return rms
+
 # %% ../nbs/14_steppers.ipynb #e44686fd
 def _add_number(ts, x):
     "Add `x` in place; as a tensor it takes PyTorch a third of the time on the CPU"
@@ -159,16 +173,16 @@ def _lists_adahessian(b, signed=False):
     clip,cap = getattr(h, 'clip', 0), getattr(h, 'cap', 0)
     if not (clip or cap): return torch._foreach_addcdiv_(b.ps, b.ms, denom, value=-h.lr*δ2/δ1)
     us = torch._foreach_div(b.ms, denom)
-    torch._foreach_mul_(us, δ2/δ1)
-    torch._foreach_add_(b.ps, bounded(us, clip, cap), alpha=-h.lr)
+    sizes = _in_rms(us)*(δ2/δ1)
+    if clip: _clamp(us, clip)
+    if cap: sizes = sizes.clamp(max=cap)
+    torch._foreach_addcmul_(b.ps, us, sizes.unbind(), value=-h.lr)
 
+# %% ../nbs/14_steppers.ipynb #ffb412a5
 def _lists_sophia(b):
-    denom = torch._foreach_mul(b.vs, b.h.rho)
-    torch._foreach_clamp_min_(denom, b.h.eps)
-    us = torch._foreach_div(b.ms, denom)
-    torch._foreach_clamp_max_(us, 1.)
-    torch._foreach_clamp_min_(us, -1.)
-    torch._foreach_add_(b.ps, us, alpha=-b.h.lr)
+    us = torch._foreach_div(b.ms, torch._foreach_clamp_min(b.vs, b.h.eps/b.h.rho))
+    _clamp(us, b.h.rho)
+    torch._foreach_add_(b.ps, us, alpha=-b.h.lr/b.h.rho)
 
 # %% ../nbs/14_steppers.ipynb #504bd014
 _dampened = (average_grad, frozenset({'dampening': True}.items()))

@@ -1,6 +1,7 @@
 """How noisy is one estimate of the diagonal on a trained network, and who lowers the noise? A small convolutional network and a small Transformer on handwritten digits.
 
     python benchmarks/estimators_noise.py
+    python benchmarks/estimators_noise.py --smoke    # does it run? Seconds
 
 The truth is the mean of many estimates. All numbers are relative to its norm: root mean square error of one estimate over all entries.
 """
@@ -13,9 +14,12 @@ from sklearn.datasets import load_digits
 from torch.nn.attention import SDPBackend,sdpa_kernel
 
 from adahessian_fastai.averaging import average_diag
-from adahessian_fastai.estimators import Evaluation,curvatures
+from adahessian_fastai.curvature import GaussNewton,Hessian
 from adahessian_fastai.losses import gnb_samples,label_noise
 from adahessian_fastai.hutchinson import control_variate_samples,hutchinson_samples,sample_mean
+from adahessian_fastai.problem import Problem
+
+curvatures = dict(hessian=Hessian(), ggn=GaussNewton())
 
 
 class Transformer(nn.Module):
@@ -48,10 +52,11 @@ def flat(ts): return torch.cat([t.detach().flatten() for t in ts])
 def noises(net, x, y, n, n_truth):
     "Name, relative noise and shares of negative entries for each kind of estimate"
     ps,gen,out = list(net.parameters()),torch.Generator().manual_seed(0),net(x)
-    product = {k: f(Evaluation(F.cross_entropy(out, y), out), ps, None) for k,f in curvatures.items()}
+    problem = Problem(ps, F.cross_entropy(out, y), out, y, F.cross_entropy, model=net)
+    product = {k: f(problem, ps).product for k,f in curvatures.items()}
     rademacher = lambda n, k='hessian', s=1: (sample_mean(hutchinson_samples(product[k], ps, s, 'rademacher', gen)) for _ in range(n))
     d = {k: sample_mean(rademacher(n_truth, k)) for k in curvatures}
-    c = sample_mean(rademacher(100))
+    c = sample_mean(rademacher(min(n_truth, 100)))
     kernels = lambda ts: [average_diag(t, 32, True) for t in ts]
     rows = {'Rademacher': (rademacher(n), d['hessian']), '4 Rademacher': (rademacher(n, s=4), d['hessian']),
         'Gaussian': (hutchinson_samples(product['hessian'], ps, n, 'gaussian', gen), d['hessian']),
@@ -65,16 +70,18 @@ def noises(net, x, y, n, n_truth):
         yield name,((D-truth).square().sum(1).mean().sqrt()/truth.norm()).item(),(D<0).double().mean().item()
 
 
-def main():
+def main(args=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--n', type=int, default=300, help='estimates of each kind')
     p.add_argument('--truth', type=int, default=3000, help='estimates whose mean is the truth')
-    args = p.parse_args()
+    p.add_argument('--smoke', action='store_true', help='two estimates of networks that have just begun to train')
+    args = p.parse_args(args)
+    if args.smoke: args.n,args.truth = 2,2
     x,y = load_digits(return_X_y=True)
     x,y = torch.tensor(x, dtype=torch.float).view(-1,1,8,8)/8-1,torch.tensor(y)
     for name,make in (('convolutional network', conv_net), ('Transformer', Transformer)):
         with sdpa_kernel(SDPBackend.MATH):
-            net = trained(make, x, y)
+            net = trained(make, x, y, 2 if args.smoke else 150)
             print(f"\n{name}, {sum(p.numel() for p in net.parameters())} parameters, batch of 64\n\n| estimate | noise | below 0 |\n|---|---|---|")
             for row,noise,below in noises(net, x[:64], y[:64], args.n, args.truth): print(f"| {row} | {noise:.2f} | {below:.2f} |", flush=True)
 

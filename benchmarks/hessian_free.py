@@ -1,6 +1,7 @@
 """Hessian-free: cost of products, evaluations, memory, and a deep autoencoder against Adam and L-BFGS
 
     python benchmarks/hessian_free.py products evaluations memory autoencoder --seconds 10
+    python benchmarks/hessian_free.py --smoke    # does it run? Seconds, and nothing is kept
 
 Writes `results/hessian_free_*.csv` and `.png` beside this file. One thread. `backpack-for-pytorch` and `curvlinops-for-pytorch` are compared where they are installed.
 The committed results were measured on a shared machine of two cores while other jobs ran (load 5 to 9): so times are processor times of
@@ -10,15 +11,13 @@ the table of products are from an earlier run and relative to the gradient of th
 import argparse, csv, math, os, subprocess, sys, time, warnings
 from functools import partial
 from pathlib import Path
+from _common import results_dir
 import torch, torch.nn.functional as F
 from torch import nn
 
-out_dir = Path(__file__).parent/'results'
-
-def write(name, rows):
+def write(name, rows, args):
     "Write `rows`, dicts with the same keys, as CSV, and show them"
-    out_dir.mkdir(exist_ok=True)
-    with open(out_dir/f'hessian_free_{name}.csv', 'w', newline='') as f:
+    with open(args.out_dir/f'hessian_free_{name}.csv', 'w', newline='') as f:
         w = csv.DictWriter(f, list(rows[0]), lineterminator='\n')
         w.writeheader()
         w.writerows(rows)
@@ -85,7 +84,7 @@ def other_products(model, params, x, y):
 def products(args):
     "Median cost of a product in gradients, timings interleaved"
     rows = []
-    for name,(make,shape) in problems.items():
+    for name,(make,shape) in dict(list(problems.items())[:args.n_problems]).items():
         torch.manual_seed(0)
         model,x = make(),torch.randn(*shape)
         params,y = list(model.parameters()),torch.randint(0, 10, shape[:1])
@@ -105,7 +104,7 @@ def products(args):
         cost,way = by_the_model(model, x, y)
         times[f'ggn in 30 iterations of a step, by {way}'] = [cost]*args.repeats
         rows += [dict(problem=name, parameters=n, product=k, gradients=round(mid(k)/mid('gradient'), 2), ms=round(1e3*mid(k), 2)) for k in times]
-    write('products', rows)
+    write('products', rows, args)
 
 # --- evaluations of the loss
 
@@ -115,7 +114,7 @@ def digits():
     return torch.tensor(X/16).float(),torch.tensor(y)
 
 def evaluations(args):
-    "Evaluations and CG iterations of 25 full-batch steps on digits"
+    "Evaluations and CG iterations of full-batch steps on digits"
     from adahessian_fastai.hessian_free import hessian_free
     x,y = digits()
     rows = []
@@ -127,10 +126,11 @@ def evaluations(args):
             calls.append(1)
             z = model(x)
             return F.cross_entropy(z, y), z
-        for _ in range(25): loss = opt.step(closure, module=model)
+        for _ in range(args.steps): loss = opt.step(closure, module=model)
         rs = opt.record
-        rows.append(dict(settings=str(kwargs), loss=f'{loss:.1e}', forwards_per_step=len(calls)/25, cg_iterations=sum(r['n_iter'] for r in rs), max_damping=max(r['damping'] for r in rs)))
-    write('evaluations', rows)
+        rows.append(dict(settings=str(kwargs), loss=f'{loss:.1e}', forwards_per_step=len(calls)/args.steps,
+            cg_iterations=sum(r['n_iter'] for r in rs), max_damping=max(r['damping'] for r in rs)))
+    write('evaluations', rows, args)
 
 # --- memory
 
@@ -174,7 +174,7 @@ def memory(args):
         cmd = [sys.executable, '-W', 'ignore', __file__, 'memory_of', '--kind', kind, '--kwargs', repr(kwargs)]
         out = subprocess.run(cmd, capture_output=True, text=True, env={**os.environ, 'MALLOC_MMAP_THRESHOLD_':'1000000'})
         rows.append(dict(optimizer=kind, settings=str(kwargs), parameter_sizes=round(float(out.stdout.split()[-1]), 1)))
-    write('memory', rows)
+    write('memory', rows, args)
 
 # --- autoencoder
 
@@ -258,24 +258,33 @@ def autoencoder_runs(args):
             print(n, s, curves[n,s][-1], flush=True)
     half = {k: next(e for t,e in c if t>=args.seconds/2) for k,c in curves.items()}
     write('autoencoder', [dict(optimizer=n, seed=s, cpu_seconds=args.seconds, epochs=len(c), error=round(c[-1][1], 4), half_time_error=round(half[n,s], 4))
-        for (n,s),c in sorted(curves.items())])
+        for (n,s),c in sorted(curves.items())], args)
     fig,ax = plt.subplots(figsize=(7,4))
     for (n,s),c in curves.items(): ax.plot(*zip(*c), color=f'C{list(trainers).index(n)}', label=n if s==0 else None, lw=1)
     ax.set(yscale='log', xlabel='processor seconds, one thread', ylabel='squared error per image', title='Autoencoder 64-200-100-50-30-…-64 on digits')
     ax.legend()
-    fig.savefig(out_dir/'hessian_free_autoencoder.png', dpi=80, bbox_inches='tight')
+    fig.savefig(args.out_dir/'hessian_free_autoencoder.png', dpi=80, bbox_inches='tight')
 
-if __name__=='__main__':
+def main(args=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('parts', nargs='+', choices=['products','evaluations','memory','autoencoder','memory_of'])
+    parser.add_argument('parts', nargs='*', help='of products, evaluations, memory, autoencoder; all by default')
     parser.add_argument('--seconds', type=float, default=10, help='processor time of each autoencoder run')
     parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument('--repeats', type=int, default=15, help='timings of each product')
     parser.add_argument('--kind', default='hf')
     parser.add_argument('--kwargs', default='{}')
-    args = parser.parse_args()
+    parser.add_argument('--steps', type=int, default=25, help='of which evaluations are counted')
+    parser.add_argument('--smoke', action='store_true', help='the smallest problem, a step or an epoch of each')
+    args = parser.parse_args(args)
+    every = ['products','evaluations','memory','autoencoder']
+    if odd := set(args.parts)-{*every,'memory_of'}: parser.error(f'there is no {sorted(odd)[0]}, only {every}')
+    args.parts = args.parts or every
+    args.n_problems,args.out_dir = 1 if args.smoke else len(problems),results_dir(args.smoke)
+    if args.smoke: args.parts,args.seconds,args.seeds,args.repeats,args.steps = ['products','evaluations','autoencoder'],1e-3,1,1,1
     torch.set_num_threads(1)
     warnings.simplefilter('ignore')
     for part in args.parts:
         if part=='memory_of': print(memory_of(args.kind, eval(args.kwargs)))
         else: dict(products=products, evaluations=evaluations, memory=memory, autoencoder=autoencoder_runs)[part](args)
+
+if __name__=='__main__': main()

@@ -4,15 +4,14 @@
     python benchmarks/speed.py --models mlp --rounds 2    # a first look
     python benchmarks/speed.py --device cuda              # the same on a GPU, timed by CUDA events
     python benchmarks/speed.py --scale depth              # cost against depth, width, batch or tensors
+    python benchmarks/speed.py --smoke                    # does it run? Seconds, and nothing is kept
 
 Rounds are interleaved: in each round every contender makes its steps once, in a new order, so that whatever else the machine does hits all of them.
 What is reported is the median over rounds, and the median of the ratios to fastai's Adam of the same round.
 The rivals (timm, torch_optimizer, pytorch_optimizer, curvlinops-for-pytorch) are left out where they are not installed."""
 import argparse,copy,csv,gc,importlib,importlib.metadata,math,os,platform,random,statistics,sys,time,warnings
 from collections import Counter
-from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 warnings.filterwarnings('ignore')
@@ -22,14 +21,15 @@ from fastai.optimizer import Adam,OptimWrapper,ranger
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from adahessian_fastai.adahessian import adahessian
-from adahessian_fastai.budget import Budget
-from adahessian_fastai.closure import replaying
-from adahessian_fastai.estimators import Evaluation
-from adahessian_fastai.hvp import hessian_product
-from adahessian_fastai.learner import twice_differentiable
+from _common import cpu_name,results_dir,threads
 
-RESULTS = Path(__file__).parent/'results'
+from adahessian_fastai.adahessian import adahessian,adahessian_paper
+from adahessian_fastai.curvature import twice_differentiable
+from adahessian_fastai.estimators import Given
+from adahessian_fastai.hvp import hessian_product
+from adahessian_fastai.schedule import Budget,Every
+from adahessian_fastai.sophia import sophia
+
 LR = 1e-6 # Nobody learns anything here: gradients stay ordinary numbers, neither tiny nor infinite
 
 # Models: each a function `device -> (model, inputs, targets)`; the loss is the cross-entropy
@@ -65,28 +65,34 @@ def mlp(depth=3, width=512): return nn.Sequential(*[o for i in range(depth) for 
 
 def tokens(n=16, length=32): return torch.randint(1000, (n,length)),torch.randint(1000, (n,length))
 
+TINY = {'tiny': (lambda: mlp(2, 16), lambda: (torch.randn(8,16),), (8,10))} # For a smoke run
 MODELS = {'resnet18': (resnet, images, (32,10)), 'resnet18-smooth': (partial(resnet, True), images, (32,10)), 'xresnet18': (xresnet, images, (32,10)),
     'transformer': (Translator, tokens, (512,1000)), 'mlp': (mlp, lambda: (torch.randn(128,512),), (128,10))}
 
 def problem(name, device):
     torch.manual_seed(0)
-    make,inputs,(n,classes) = MODELS[name]
+    make,inputs,(n,classes) = {**MODELS, **TINY}[name]
     return make().to(device),tuple(o.to(device) for o in inputs()),torch.randint(classes, (n,), device=device)
 
 # Contenders: a step is `kind -> None`, where kind is 'estimate' or 'other'
 
+def trainer(model, opt_func, device, n_inp):
+    "A `Learner` in the middle of training, for `one_batch`"
+    dls = SimpleNamespace(device=torch.device(device), n_inp=n_inp)
+    learn = Learner(dls, copy.deepcopy(model), F.cross_entropy, opt_func=opt_func, lr=LR)
+    learn.training = True
+    learn.remove_cbs(list(learn.cbs))
+    learn.create_opt()
+    return learn
+
 class Contender:
-    "A model of its own with an optimizer"
+    "A model of its own with an optimizer, trained by a `Learner`"
     kinds = ('other',)
     def __init__(self, model, xb, yb, opt_func):
-        self.model,self.xb,self.yb = copy.deepcopy(model),xb,yb
-        self.ps = list(self.model.parameters())
-        self.opt = opt_func(self.ps)
-    def loss(self): return F.cross_entropy(self.model(*self.xb), self.yb)
-    def step(self, kind):
-        self.opt.zero_grad()
-        self.loss().backward()
-        self.opt.step()
+        self.batch = (*xb,yb)
+        self.learn = trainer(model, opt_func, yb.device, len(xb))
+        self.ps,self.opt = list(self.learn.model.parameters()),self.learn.opt
+    def step(self, kind): self.learn.one_batch(1, self.batch)
     def held(self):
         "Bytes of parameters, gradients and state"
         state = getattr(self.opt, 'opt', self.opt).state
@@ -94,33 +100,36 @@ class Contender:
         every = [*self.ps, *own, *(p.grad for p in self.ps), *(v for s in state.values() for v in s.values())]
         return sum(o.numel()*o.element_size() for o in {id(t): t for t in every if isinstance(t, torch.Tensor)}.values())
 
+class Told(Every):
+    "A schedule that does as it is told"
+    def part(self, age): return None if self.now or age==0 else 0
+    def __init__(self):
+        super().__init__()
+        self.now = True
+
+class Ours(Contender):
+    "An optimizer of this package, with and without an estimate"
+    kinds = ('estimate','other')
+    def __init__(self, model, xb, yb, opt_func):
+        self.when = Told()
+        super().__init__(model, xb, yb, partial(opt_func, when=self.when))
+    def step(self, kind):
+        self.when.now = kind=='estimate'
+        super().step(kind)
+
 class Rival(Contender):
-    "Another AdaHessian, estimating at each step"
+    "Another AdaHessian in a plain loop, estimating at each step"
     kinds = ('estimate',)
+    def __init__(self, model, xb, yb, opt_func):
+        self.model,self.xb,self.yb = copy.deepcopy(model),xb,yb
+        self.ps = list(self.model.parameters())
+        self.opt = opt_func(self.ps)
     def step(self, kind):
         self.opt.zero_grad()
-        with twice_differentiable(self.model): loss = self.loss()
+        with twice_differentiable(self.model): loss = F.cross_entropy(self.model(*self.xb), self.yb)
         loss.backward(create_graph=True)
         self.opt.step()
         self.opt.zero_grad() # breaks the cycles of parameter and gradient
-
-class Ours(Contender):
-    "AdaHessian of this package, as a Learner calls it"
-    kinds = ('estimate','other')
-    def step(self, kind):
-        opt = self.opt
-        opt.n_steps,opt.update_each = (0,1) if kind=='estimate' else (1,10**9)
-        opt.zero_grad()
-        opt.looked_at = True # the look at the first batch is not a part of a step
-        with opt.forward_context(SimpleNamespace(model=self.model)):
-            out = self.model(*self.xb)
-            at = Evaluation(F.cross_entropy(out, self.yb), out, self.yb, F.cross_entropy, model=self.model, inputs=self.xb)
-            if opt.ride: at.jvp = opt.ride.read(out)
-            def again(twice=False):
-                with replaying(opt.before),twice_differentiable(self.model) if twice else nullcontext(): return self.loss()
-            at.again = again
-            opt.differentiate(at.loss, at=at)
-            opt.step()
 
 def rivals():
     "AdaHessian of other packages, as far as they are installed"
@@ -133,7 +142,7 @@ def rivals():
 def contenders(name, compiled=False, only=()):
     "Contenders by name; Adam is always among them"
     every = first_order()|rivals()|own(name, compiled)
-    if name=='resnet18-smooth': only = ['ours','ours finite_difference',*only]
+    if name=='resnet18-smooth': only = ['ours paper','ours finite_difference',*only]
     return {k: v for k,v in every.items() if not only or k in ['Adam',*only]}
 
 def first_order():
@@ -141,10 +150,12 @@ def first_order():
         'torch AdamW': partial(Contender, opt_func=partial(OptimWrapper, opt=torch.optim.AdamW, lr=LR))}
 
 def own(name, compiled):
-    kinds = {'ours': {}, 'ours forward': dict(hvp='forward'), 'ours ggn': dict(curvature='ggn', hvp='forward'), 'ours ggn, reverse': dict(curvature='ggn'), 'ours gnb': dict(estimator='gnb')}
+    kinds = {'ours paper': {}, 'ours forward': dict(hvp='forward'), 'ours ggn': dict(curvature='ggn', hvp='forward'),
+        'ours ggn, reverse': dict(curvature='ggn'), 'ours gnb': dict(estimator='gnb')}
     if name not in ('resnet18','xresnet18'): kinds['ours finite_difference'] = dict(hvp='finite_difference')
     if compiled and name=='resnet18': kinds['ours compiled'] = dict(hvp='compiled')
-    return {k: partial(Ours, opt_func=partial(adahessian, lr=LR, **kw)) for k,kw in kinds.items()}
+    found = {k: partial(Ours, opt_func=partial(adahessian_paper, lr=LR, **kw)) for k,kw in kinds.items()}
+    return {'ours': partial(Ours, opt_func=partial(adahessian, lr=LR)), **found}
 
 # Measuring
 
@@ -192,7 +203,8 @@ def measure(name, args):
     for k,kind in keys*(3 if args.device=='cuda' else 1): cs[k].step(kind)
     rounds = [{key: timer(cs[key[0]].step, key[1]) for key in shuffled(keys)} for _ in range(args.rounds)]
     for r in rounds:
-        if 'ours' in cs: r['ours update_each=10','mean'] = (r['ours','estimate']+9*r['ours','other'])/10
+        for k in ('ours','ours paper'):
+            if k in cs: r[f'{k} update_each=10','mean'] = (r[k,'estimate']+9*r[k,'other'])/10
     rows = []
     for key in [*keys, *(k for k in rounds[0] if k not in keys)]:
         ratios = [r[key]/r['Adam','other'] for r in rounds]
@@ -202,60 +214,76 @@ def measure(name, args):
         print("{model:16} {contender:24} {kind:9} {seconds:8.4f} s {ratio:6.2f} x Adam ({low:.2f} to {high:.2f}) {peak_mb:8.1f} MB".format(**rows[-1]), flush=True)
     return rows
 
-def trainer(model, opt_func, args, n_inp):
-    "A `Learner` in the middle of training, for `one_batch`"
-    dls = SimpleNamespace(device=torch.device(args.device), n_inp=n_inp)
-    learn = Learner(dls, copy.deepcopy(model), F.cross_entropy, opt_func=opt_func, lr=LR)
-    learn.training = True
-    learn.remove_cbs(list(learn.cbs))
-    learn.create_opt()
-    return learn
-
 def measure_budget(name, args, budget=0.25, hessian_bs=None):
-    "Row of a run with `budget`, whole periods after the measurement, each step beside one of Adam"
+    "One row of a run with `budget`, whole periods after the measurement, each step beside one of Adam"
     model,xb,yb = problem(name, args.device)
     clock,timer = time.process_time if args.clock=='cpu' else time.perf_counter,Timer(args)
     b = Budget(budget, 12 if hessian_bs is None else 18, clock)
-    ours,adam = (trainer(model, f, args, len(xb)) for f in (partial(adahessian, budget=b, hessian_bs=hessian_bs), Adam))
+    ours,adam = (trainer(model, f, args.device, len(xb)) for f in (partial(adahessian, budget=b, hessian_bs=hessian_bs), Adam))
     pairs = []
     while not b.done or len(pairs) < ours.opt.update_each[0]+2*ours.opt.update_each[1]:
-        pairs.append(tuple(timer(o.one_batch, 0, (*xb,yb)) for o in (ours,adam)))
-        if not b.done: b.last = clock() # the step of Adam in between is not ours
+        pairs.append(tuple(timer(o.one_batch, 1, (*xb,yb)) for o in (ours,adam)))
+        b.begin() # the step of Adam in between is not ours
     n,k = ours.opt.update_each
     t,t0 = (statistics.mean(p[i] for p in pairs[n:n+2*k]) for i in (0,1))
     part = '' if hessian_bs is None else f", {ours.opt.hessian_bs[1]:g} of the batch"
     print(f"{name:16} budget={budget}: period {k}{part}, overhead over Adam {t/t0-1:.3f}", flush=True)
-    return dict(model=name, contender=f"ours budget={budget}"+(f", hessian_bs={hessian_bs!r}" if hessian_bs else ''), kind=f"period {k}{part}", seconds=t, ratio=t/t0)
+    return [dict(model=name, contender=f"ours budget={budget}"+(f", hessian_bs={hessian_bs!r}" if hessian_bs else ''), kind=f"period {k}{part}", seconds=t, ratio=t/t0)]
 
-def measure_step(args, n=20):
-    "Rows of `opt.step()` alone, on ResNet-18's tensors and on as many small ones"
-    rows,timer = [],Timer(args)
-    for name,shapes in {'step resnet18': [p.shape for p in resnet().parameters()], 'step 64 small tensors': [(64,64)]*64}.items():
-        def params(): return [nn.Parameter(torch.randn(s, device=args.device)) for s in shapes]
-        made = {'Adam': Adam(params(), lr=LR), 'ours': adahessian(params(), lr=LR, update_each=10**9), 'ours loop': adahessian(params(), lr=LR, update_each=10**9)}
-        made['torch AdamW'] = torch.optim.AdamW(params(), lr=LR, foreach=True)
-        made['ours loop'].opt.cbs.append(lambda p,**kw: None)
-        made |= step_of_rival(params)
-        for o in made.values(): ready(o)
-        rounds = [{k: timer(made[k].step) for k in shuffled(made)} for _ in range(n)]
-        for k in made:
-            ratios = [r[k]/r['Adam'] for r in rounds]
-            rows.append(dict(model=name, contender=k, kind='step', seconds=statistics.median(r[k] for r in rounds), ratio=statistics.median(ratios),
-                low=min(ratios), high=max(ratios), ours=statistics.median(r['ours']/r[k] for r in rounds)))
-            print("{model:22} {contender:20} {seconds:8.5f} s {ratio:6.2f} x Adam".format(**rows[-1]), flush=True)
+def measure_step(args, n=40):
+    "Rows of `opt.step()` alone, on ResNet-18's tensors and on many small ones: `step` without a new diagonal, `diagonal` with one"
+    rows,timer,shapes = [],Timer(args),{'step 64 small tensors': [(64,64)]*64, 'step 256 tiny tensors': [(16,16)]*256}
+    if 'resnet18' in args.models: shapes = {'step resnet18': [p.shape for p in resnet().parameters()], **shapes}
+    for name,ss in shapes.items():
+        def params(): return [nn.Parameter(torch.randn(s, device=args.device)) for s in ss]
+        made = {k: stepper(f, params()) for k,f in step_contenders().items()}
+        keys = [(k,kind) for k,(_,kinds) in made.items() for kind in kinds]
+        for k,kind in keys: made[k][0](kind)()
+        rounds = [{(k,kind): timer(made[k][0](kind)) for k,kind in shuffled(keys)} for _ in range(4 if args.smoke else n)]
+        for k,kind in keys:
+            ratios = [r[k,kind]/r['Adam','step'] for r in rounds]
+            rows.append(dict(model=name, contender=k, kind=kind, seconds=statistics.median(r[k,kind] for r in rounds), ratio=statistics.median(ratios),
+                low=min(ratios), high=max(ratios), **{f'of_{o}': statistics.median(r[k,kind]/r[o,kind] for r in rounds) for o in rivals_of(k) if (o,kind) in keys}))
+            print("{model:22} {contender:28} {kind:8} {seconds:8.5f} s {ratio:6.2f} x Adam".format(**rows[-1]), flush=True)
     return rows
 
-def ready(opt):
-    "Gradients, and a first estimate where one is needed"
-    ps = [p for pl in opt.param_lists for p in pl] if hasattr(opt, 'param_lists') else [p for g in opt.param_groups for p in g['params']]
-    for p in ps: p.grad = torch.randn_like(p)
-    if hasattr(opt, 'diags'): opt.diags = {p: torch.rand_like(p) for p in ps}
-    opt.step(hessian=[torch.rand_like(p) for p in ps]) if type(opt).__module__.startswith('pytorch_optimizer') else opt.step()
+def drawn(problem, ps): return [torch.rand_like(p) for p in ps]
 
-def step_of_rival(params):
-    try: from pytorch_optimizer import AdaHessian
-    except ImportError: return {}
-    return {'pytorch_optimizer': AdaHessian(params(), lr=LR, weight_decay=1e-4, update_period=10**9, foreach=True)}
+def step_contenders():
+    "Optimizers whose step alone is measured"
+    def given(f): return lambda ps: f(ps, lr=LR, estimator=Given(drawn), when=Told())
+    ours = {'ours': given(adahessian), 'ours paper': given(adahessian_paper), 'ours loop': given(looped), 'ours sophia': given(sophia)}
+    found = {'Adam': partial(Adam, lr=LR), 'torch AdamW': partial(torch.optim.AdamW, lr=LR, foreach=True), **ours}
+    try: from pytorch_optimizer import AdaHessian,SophiaH
+    except ImportError: return found
+    rest = dict(lr=LR, update_period=10**9, foreach=True)
+    return {**found, 'pytorch_optimizer': partial(AdaHessian, weight_decay=1e-4, **rest), 'pytorch_optimizer sophia': partial(SophiaH, weight_decay=0.1, **rest)}
+
+def rivals_of(k): return {'ours sophia': ['pytorch_optimizer sophia']}.get(k, ['pytorch_optimizer'] if k.startswith('ours') else [])
+
+def looped(ps, **kwargs):
+    "AdaHessian with a stepper that has no form for lists, so that all go one by one"
+    opt = adahessian(ps, **kwargs)
+    opt.cbs.append(lambda p,**kw: None)
+    return opt
+
+def stepper(make, ps):
+    "`kind -> step`, a step alone that can be timed, and the kinds there are"
+    opt = make(ps)
+    def gradients():
+        for p in ps: p.grad = torch.randn_like(p)
+    if hasattr(opt, 'differentiate'): return partial(own_step, opt, ps, gradients),('step','diagonal')
+    gradients()
+    if not type(opt).__module__.startswith('pytorch_optimizer'): return lambda kind: opt.step,('step',)
+    opt.step(hessian=drawn(None, ps))
+    return lambda kind: opt.step if kind=='step' else partial(opt.step, hessian=drawn(None, ps)),('step','diagonal')
+
+def own_step(opt, ps, gradients, kind):
+    "A step of an optimizer of this package; with a diagonal it needs a loss before, which is not timed"
+    opt.when.now = kind=='diagonal'
+    opt.differentiate(sum(p.sum() for p in ps))
+    gradients()
+    return opt.step
 
 def measure_products(name, args):
     "Rows of one Hessian product from scratch, relative to a gradient, in evaluation mode: curvlinops takes no batch norm that trains"
@@ -288,11 +316,11 @@ SCALES = dict(depth=(2,4,8,16,32), width=(128,256,512,1024), batch=(32,64,128,25
 def measure_scale(what, args):
     "Rows of cost against `what`, for an MLP"
     rows = []
-    for n in SCALES[what]:
+    for n in SCALES[what][:1] if args.smoke else SCALES[what]:
         torch.manual_seed(0)
         depth,width,batch = dict(depth=(n,256,128), width=(4,n,128), batch=(4,256,n), tensors=(n//2-1,32,32))[what]
         model,xb,yb = mlp(depth, width).to(args.device),(torch.randn(batch,width,device=args.device),),torch.randint(10, (batch,),device=args.device)
-        cs = {'Adam': Contender(model, xb, yb, partial(Adam, lr=LR)), 'ours': Ours(model, xb, yb, partial(adahessian, lr=LR))}
+        cs = {'Adam': Contender(model, xb, yb, partial(Adam, lr=LR)), 'ours': Ours(model, xb, yb, partial(adahessian_paper, lr=LR))}
         keys,timer = [(k,kind) for k,c in cs.items() for kind in c.kinds],Timer(args)
         for k,kind in keys*2: cs[k].step(kind)
         rounds = [{key: timer(cs[key[0]].step, key[1]) for key in shuffled(keys)} for _ in range(4*args.rounds)]
@@ -311,8 +339,7 @@ def where(args):
     for n in names:
         try: versions.append(f"{n} {importlib.metadata.version(n)}")
         except importlib.metadata.PackageNotFoundError: pass
-    cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor()) if os.path.exists('/proc/cpuinfo') else platform.processor()
-    device = torch.cuda.get_device_name() if args.device=='cuda' else f"{cpu}, {torch.get_num_threads()} thread(s) of {os.cpu_count()} cores"
+    device = torch.cuda.get_device_name() if args.device=='cuda' else f"{cpu_name()}, {torch.get_num_threads()} thread(s) of {os.cpu_count()} cores"
     return f"{device}; Python {platform.python_version()}, {', '.join(versions)}; {args.rounds} interleaved rounds, {args.clock} clock, load {os.getloadavg()[0]:.1f} at the end"
 
 def write_csv(path, rows):
@@ -322,45 +349,61 @@ def write_csv(path, rows):
         w.writeheader()
         for r in rows: w.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k,v in r.items()})
 
-def goals(rows, scale):
-    "Goal, bound, result: each a ratio of one run"
+def goals(rows, scale, floor):
+    "Goal, bound, result: each a ratio of one run; `floor` are operations relative to Adam's"
     ratio = {(r['model'],r['contender'],r['kind']): r['ratio'] for r in rows}
     peak = {(r['model'],r['contender'],r['kind']): r.get('peak_mb', math.nan) for r in rows}
     period = {(r['contender'][5:],r['model']): r['ratio'] for r in rows if 'budget' in r['contender']}
     r18 = lambda c,kind='estimate': ratio.get(('resnet18',c,kind), math.nan)
+    over = lambda c,share: round(share*floor.get(c, math.nan), 2)
     others = [v for (m,c,_),v in ratio.items() if m=='resnet18' and c in ('timm','pytorch_optimizer')]
     mem = [v for (m,c,_),v in peak.items() if m=='resnet18' and c in ('timm','pytorch_optimizer')]
-    step = {(r['model'],r['contender']): r['ours'] for r in rows if r['kind']=='step'}
     p = lambda c,kind: peak.get(('resnet18',c,kind), math.nan)
-    table = [('exact estimate every step, ResNet-18, × Adam', 3.0, r18('ours')),
-        ("the same, × the faster of timm's and pytorch_optimizer's", 0.8, r18('ours')/min(others) if others else math.nan),
-        ('forward over reverse, compiled, × Adam', 2.5, r18('ours compiled')),
-        ('Gauss-Newton Hutchinson, × Adam', 2.4, r18('ours ggn')), ('Gauss-Newton-Bartlett, × Adam', 1.7, r18('ours gnb')),
-        ('finite differences, smooth ResNet-18, × Adam', 2.1, ratio.get(('resnet18-smooth','ours finite_difference','estimate'), math.nan)),
-        ('update_each=10, × Adam', 1.25, r18('ours update_each=10', 'mean')), ('step without estimate, × Adam', 1.0, r18('ours', 'other'))]
-    table += [(f"opt.step() alone, {m[5:]}, × {c}", 1.0, step.get((m,c), math.nan)) for m in ('step resnet18','step 64 small tensors') for c in ('Adam','pytorch_optimizer')]
-    table += [('peak memory of an estimate, ResNet-18, × the smaller of the rivals', 1.0, p('ours','estimate')/min(mem) if mem else math.nan),
-        ('peak memory of other steps, × Adam', 1.02, p('ours','other')/p('Adam','other'))]
-    table += [(f"{b}, {m}: overhead", 0.27 if 'auto' in b else (0.20,0.27), v-1) for (b,m),v in period.items()]
+    table = [('exact estimate every step (`adahessian_paper`), ResNet-18, × Adam', over('ours paper', 1.05), r18('ours paper')),
+        ("the same, × the faster of timm's and pytorch_optimizer's", 1.0, r18('ours paper')/min(others) if others else math.nan),
+        ('forward over reverse, compiled, × Adam', over('ours forward', 1.1), r18('ours compiled')),
+        ('Gauss-Newton Hutchinson, × Adam', over('ours ggn', 1.05), r18('ours ggn')), ('Gauss-Newton-Bartlett, × Adam', over('ours gnb', 1.05), r18('ours gnb')),
+        ('finite differences, smooth ResNet-18, × Adam', over('ours finite_difference', 1.05), ratio.get(('resnet18-smooth','ours finite_difference','estimate'), math.nan)),
+        ('`adahessian` as it comes, after its first 20 steps, × Adam', 1.22, r18('ours update_each=10', 'mean')),
+        ('`adahessian_paper` with update_each=10, × Adam', 1.22, r18('ours paper update_each=10', 'mean')),
+        ('`adahessian_paper`, step without estimate, × Adam', 1.0, r18('ours paper', 'other'))]
+    table += step_goals(rows)
+    table += [('peak memory of an estimate, ResNet-18, × the smaller of the rivals', 1.0, p('ours paper','estimate')/min(mem) if mem else math.nan),
+        ('peak memory of other steps, × Adam', 1.02, p('ours paper','other')/p('Adam','other'))]
+    table += [(f"{b}, {m}: overhead", 0.27, v-1) for (b,m),v in period.items()]
     return table+[(f"growth with {w}: largest (cost ratio)/(size ratio)", 1.1, growth(scale, w)) for w in ('batch','depth') if any(r['scale']==w for r in scale)]
+
+def step_goals(rows):
+    "`opt.step()` alone against pytorch_optimizer's, which has no bounds on its step and does not look whether it is finite"
+    found = {(r['model'],r['contender'],r['kind']): r for r in rows if r['model'].startswith('step ')}
+    names = {'ours paper': '`adahessian_paper`', 'ours': '`adahessian`', 'ours sophia': '`sophia`'}
+    table = []
+    for c,name in names.items():
+        for (m,k,kind),r in found.items():
+            of = r.get(f'of_{rivals_of(c)[0]}', math.nan)
+            if k==c: table.append((f"opt.step() of {name}{' with a new diagonal' if kind=='diagonal' else ''}, {m[5:]}, × pytorch_optimizer's", 1.0, of))
+    return table
 
 def growth(scale, what):
     "How much faster than linearly an estimate's cost grows from one size to the next, at worst"
     pts = [(r['n'],r['seconds']) for r in scale if r['scale']==what and r['kind']=='estimate']
-    return max((t2/t1)/(n2/n1) for (n1,t1),(n2,t2) in zip(pts, pts[1:]))
+    return max([(t2/t1)/(n2/n1) for (n1,t1),(n2,t2) in zip(pts, pts[1:])], default=math.nan)
 
-def floors(args):
-    "Markdown: multiplications of each kind of step relative to a step of Adam, and where an exact estimate spends its time"
-    model,xb,yb = problem('resnet18', args.device)
-    cs = {k: make(model, xb, yb) for k,make in contenders('resnet18', compiled=True).items() if k=='Adam' or k.startswith('ours')}
-    model,xb,yb = problem('resnet18-smooth', args.device)
-    cs |= {k: make(model, xb, yb) for k,make in contenders('resnet18-smooth').items() if 'finite' in k}
-    n = {k: flops(c) for k,c in cs.items()}
+def counted(args, name, smooth):
+    "Contenders on the model `name` with their operations; differences, which need it, on `smooth`"
+    model,xb,yb = problem(name, args.device)
+    cs = {k: make(model, xb, yb) for k,make in contenders(name, compiled=args.compile).items() if k=='Adam' or k.startswith('ours')}
+    model,xb,yb = problem(smooth, args.device)
+    cs |= {k: make(model, xb, yb) for k,make in contenders(smooth).items() if 'finite' in k}
+    return cs,{k: flops(c) for k,c in cs.items()}
+
+def floors(cs, n, steps):
+    "Markdown: multiplications of each kind of step relative to a step of Adam, and where the time goes"
     rows = [f"| {k} | {v/1e9:.1f} | {v/n['Adam']:.2f} |" for k,v in n.items()]
     return ['', '## The floor', '', 'Floating-point operations in matrix products and convolutions (ResNet-18, 64 px, batch 32), counted by `FlopCounterMode`. Where',
         'the ratio is near a goal, no implementation can be far below it. An exact product takes three times the operations of a gradient, and',
         'forward over reverse, compiled or not, takes them beside the forward pass that the training loop has made already.', '',
-        '| step | 10⁹ operations | × Adam |', '|---|---|---|', *rows, *profile(cs, ['Adam','ours']+['ours compiled']*args.compile)]
+        '| step | 10⁹ operations | × Adam |', '|---|---|---|', *rows, *profile(cs, [k for k in ('Adam','ours paper','ours','ours ggn','ours gnb','ours compiled') if k in cs]), *profile_steps(steps)]
 
 def flops(c):
     "Operations of an estimate; what is compiled is counted as it is written"
@@ -372,36 +415,48 @@ def flops(c):
 def profile(cs, names):
     "Markdown: CPU time by operation in a step of each of `names`, the first of which takes 1 in all"
     lines = ['', '## Where the time goes', '', 'CPU time by operation, a step of Adam in all = 1.', '']
-    times = {k: spent(cs[k]) for k in names}
+    times = {k: spent(partial(cs[k].step, cs[k].kinds[0])) for k in names}
+    return [*lines, *by_operation(times)]
+
+def profile_steps(shapes):
+    "Markdown: CPU time by operation of `opt.step()` alone"
+    lines = ['', '## Where the time of a step alone goes', '', "64 tensors of 64×64, a step of pytorch_optimizer in all = 1; time outside of PyTorch's operations is not in it.", '']
+    made = {k: stepper(f, [nn.Parameter(torch.randn(s)) for s in shapes])[0] for k,f in step_contenders().items()}
+    names = [k for k in ('pytorch_optimizer','ours paper','ours','pytorch_optimizer sophia','ours sophia') if k in made]
+    return [*lines, *by_operation({k: spent(made[k]('step')) for k in names})]
+
+def by_operation(times):
+    "Markdown: a row for each of the dozen operations that take longest, a column for each of `times`, whose first one takes 1 in all"
+    names,lines = list(times),[]
     total = sum(times[names[0]].values())
     top = sorted({o for k in names for o in times[k]}, key=lambda o: max(times[k].get(o, 0) for k in names))[:-13:-1]
     def row(o, of): return f"| {o} | "+' | '.join(f"{of(times[k])/total:.2f}" for k in names)+' |'
     rows = [row(f"`{o}`", lambda t: t.get(o, 0)) for o in top]
     return [*lines, f"| operation | {' | '.join(names)} |", '|---'*(len(names)+1)+'|', *rows, row('all', lambda t: sum(t.values()))]
 
-def spent(c):
+def spent(step):
     "Microseconds in a step by operation; fused loops of the compiler are one"
-    for _ in range(2): c.step(c.kinds[0])
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as prof: c.step(c.kinds[0])
+    for _ in range(2): step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as prof: step()
     found = Counter()
     for e in prof.key_averages(): found['compiled loops' if is_fused(e.key) else e.key] += e.self_cpu_time_total
     return found
 
 def is_fused(name): return name.startswith(('graph_','cpp_fused','Torch-Compiled Region','## Call CompiledFxGraph','TorchDynamo'))
 
-def write_goals(path, rows, scale, line, extra):
+def write_goals(path, table, line, extra):
     "The table of goals against results"
     def verdict(bound, v):
         if math.isnan(v): return 'not measured'
-        return 'met' if (bound[0]<=round(v, 2)<=bound[1] if isinstance(bound, tuple) else round(v, 2)<=bound) else '**missed**'
+        return 'met' if round(v, 2)<=bound else '**missed**'
     head = ['# Goals and results', '', f"Written by `python benchmarks/speed.py {' '.join(sys.argv[1:])}`. {line}.", '', '| goal | bound | result | |', '|---|---|---|---|']
-    body = [f"| {g} | {'{} to {}'.format(*b) if isinstance(b, tuple) else f'≤ {b}'} | {v:.2f} | {verdict(b, v)} |" for g,b,v in goals(rows, scale)]
+    body = [f"| {g} | ≤ {b} | {v:.2f} | {verdict(b, v)} |" for g,b,v in table]
     path.write_text('\n'.join(head+body+extra)+'\n')
 
 def plot(path, rows, line):
     "Ratios to Adam as bars, a panel for each model"
     import matplotlib.pyplot as plt
-    models = [m for m in MODELS if any(r['model']==m and r['kind']!='product' for r in rows)]
+    models = [m for m in {**MODELS, **TINY} if any(r['model']==m and r['kind']!='product' for r in rows)]
     fig,axs = plt.subplots(1, len(models), figsize=(4.2*len(models),4.5), squeeze=False)
     for ax,m in zip(axs[0], models):
         rs = [r for r in rows if r['model']==m and r['kind']!='product'][::-1]
@@ -413,28 +468,47 @@ def plot(path, rows, line):
     fig.tight_layout(rect=(0,0.03,1,1))
     fig.savefig(path, dpi=80)
 
-def main():
+def parse(args):
     ap = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    ap.add_argument('--models', nargs='*', default=list(MODELS), choices=list(MODELS), help='models to measure')
+    ap.add_argument('--models', nargs='*', default=list(MODELS), choices=[*MODELS,*TINY], help='models to measure')
     ap.add_argument('--only', nargs='*', default=[], help='contenders to measure, beside Adam')
     ap.add_argument('--compile', action='store_true', help="hvp='compiled' too, on ResNet-18: compiling takes minutes")
     ap.add_argument('--rounds', type=int, default=5, help='interleaved rounds')
     ap.add_argument('--device', default='cpu', choices=['cpu','cuda'])
     ap.add_argument('--clock', default='wall', choices=['wall','cpu'], help='cpu: CPU time of the process, for a machine with other work')
-    ap.add_argument('--threads', type=int, default=int(os.environ.get('OMP_NUM_THREADS', 1)), help='CPU threads')
+    ap.add_argument('--threads', type=int, default=threads(), help='CPU threads')
     ap.add_argument('--scale', nargs='*', default=list(SCALES), choices=list(SCALES), help='what to scale an MLP by')
-    args = ap.parse_args()
-    torch.set_num_threads(args.threads)
+    ap.add_argument('--name', default='', help='a word for the names of the result files')
+    ap.add_argument('--skip', nargs='*', default=[], choices=['products','scale','budget'], help='what not to measure')
+    ap.add_argument('--smoke', action='store_true', help='a tiny network, one round; nothing is kept')
+    args = ap.parse_args(args)
+    if args.smoke: args.models,args.rounds,args.scale = ['tiny'],1,args.scale[:1]
     if args.device=='cuda' and not torch.cuda.is_available(): ap.error('there is no CUDA device here')
-    rows = measure_step(args)
-    for m in args.models: rows += measure(m, args)+(measure_products(m, args) if m!='resnet18-smooth' else [])
-    rows += [measure_budget(m, args, hessian_bs=part) for m,part in (('resnet18',None), ('transformer',None), ('resnet18','auto')) if m in args.models]
-    scale = [r for w in args.scale for r in measure_scale(w, args)]
-    RESULTS.mkdir(exist_ok=True)
-    end,line = '' if args.device=='cpu' else '_cuda',where(args)
-    write_csv(RESULTS/f"speed{end}.csv", [{**r, 'where': line} for r in rows])
-    if scale: write_csv(RESULTS/f"scaling{end}.csv", [{**r, 'where': line} for r in scale])
-    write_goals(RESULTS/f"goals{end}.md", rows, scale, line, floors(args))
-    plot(RESULTS/f"speed{end}.png", rows, line)
+    return args
+
+def main(args=None):
+    args = parse(args)
+    torch.set_num_threads(args.threads)
+    folder,end = results_dir(args.smoke),'_cuda'*(args.device=='cuda')+f'_{args.name}'*bool(args.name)
+    cs,n = counted(args, *(['tiny']*2 if args.smoke else ['resnet18','resnet18-smooth']))
+    floor,extra,rows,scale = {k: v/n['Adam'] for k,v in n.items()},floors(cs, n, [(64,64)]*64),[],[]
+    del cs
+    for part in parts(args): # Files are written anew after each part, so that a run that is stopped leaves what it has
+        (scale if part.func is measure_scale else rows).extend(part())
+        line = where(args)
+        write_csv(folder/f"speed{end}.csv", [{**r, 'where': line} for r in rows])
+        if scale: write_csv(folder/f"scaling{end}.csv", [{**r, 'where': line} for r in scale])
+        write_goals(folder/f"goals{end}.md", goals(rows, scale, floor), line, extra)
+    plot(folder/f"speed{end}.png", rows, line)
+    return folder
+
+def parts(args):
+    "What is measured, the dearest last"
+    yield partial(measure_step, args)
+    for m in args.models: yield partial(measure, m, args)
+    if 'products' not in args.skip: yield from (partial(measure_products, m, args) for m in args.models if m!='resnet18-smooth')
+    if 'scale' not in args.skip: yield from (partial(measure_scale, w, args) for w in args.scale)
+    for m,part in (('resnet18',None), ('transformer',None), ('resnet18','auto')):
+        if m in args.models and 'budget' not in args.skip: yield partial(measure_budget, m, args, hessian_bs=part)
 
 if __name__=='__main__': main()

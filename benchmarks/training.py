@@ -6,25 +6,24 @@
     python benchmarks/training.py multi30k                # translation with a small Transformer, an hour on one core
     python benchmarks/training.py multi30k_quarter        # the variants on a quarter of that
     python benchmarks/training.py imagenette --report     # the table of what the CSV file holds
+    python benchmarks/training.py --smoke                 # does it run? Seconds, and nothing is kept
 
 Each entry of a task trains with the same number of learning rates at seed 0: three, and in the studies of variants a fourth beyond the better end. The rate with the lowest loss on a *choosing* part of the held-out data
 trains from the other seeds, and what is reported is measured on the *rest* of the held-out data. `--sweep N` looks at robustness: two decades of
-rates from N seeds, in a file `robustness_….csv`; they choose nothing. Seconds are CPU time of one thread in training alone, so a machine that does other work changes them little.
+rates from N seeds, in a file `robustness_….csv`; they choose nothing. *AdaHessian* is the published algorithm, `adahessian_paper`; `defaults.py`, `equal_time.py` and `robustness.py` are about `adahessian` as it comes. Seconds are CPU time of one thread in training alone, so a machine that does other work changes them little.
 """
-import argparse,csv,importlib.metadata,os,platform,time
+import argparse,time
 from dataclasses import dataclass,field
-from pathlib import Path
 
 import pandas as pd,torch
+from _common import RESULTS,append as append_row,machine,threads
 from fastai.vision.all import *
 
-from adahessian_fastai.adahessian import adahessian
+from adahessian_fastai.adahessian import adahessian_paper
 from adahessian_fastai.compare import digits_cnn
 from adahessian_fastai.sophia import sophia
 from adahessian_fastai.translation import bleu_chrf,numericalize_pair,sentence_pairs,translate,translation_dls,translation_learner
 from studies import best_runs,study_table
-
-RESULTS = Path(__file__).parent/'results'
 
 # Optimizers: `opt_func` and the rates to try first, best guess in the middle; `sweep` are the ends of two decades
 
@@ -60,7 +59,7 @@ def on_rest(learn, dl):
     def evaluate(): return dict(zip(('loss','accuracy'), learn.validate(dl=dl)))
     return evaluate
 
-def digits(seed):
+def digits(seed, n=1000):
     "1000 digits to train on, 397 to choose by, 400 to report; the split is always the same"
     from sklearn.datasets import load_digits
     x,y = load_digits(return_X_y=True)
@@ -68,7 +67,7 @@ def digits(seed):
     idxs = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     parts = [list(zip(x[o],y[o])) for o in idxs.split([1000,397,400])]
     set_seed(seed, reproducible=True)
-    dls = DataLoaders.from_dsets(*parts[:2], bs=64, num_workers=0)
+    dls = DataLoaders.from_dsets(parts[0][:n], parts[1], bs=64, num_workers=0)
     learn = fitted(dls, digits_cnn(), CrossEntropyLossFlat(), seed)
     return learn,on_rest(learn, DataLoader(parts[2], bs=200, num_workers=0))
 
@@ -99,9 +98,9 @@ def multi30k(seed, n_train=10_000, decode=True):
 
 # What is trained on what
 
-delayed = partial(adahessian, update_each=10)
+delayed = partial(adahessian_paper, update_each=10)
 first_order = {'Adam': Entry(Adam, 3e-3, swept=True), 'ranger': Entry(ranger, 1e-2)}
-newton = {'AdaHessian': Entry(adahessian, 0.15), 'AdaHessian, update_each=10': Entry(delayed, 0.15, swept=True)}
+newton = {'AdaHessian': Entry(adahessian_paper, 0.15), 'AdaHessian, update_each=10': Entry(delayed, 0.15, swept=True)}
 variants = {'Adam': Adam, 'default': delayed,  # chkstyle: ignore-node
     'signed_blocks': partial(delayed, signed_blocks=True),
     'signed': partial(delayed, signed=True),
@@ -125,9 +124,9 @@ longer = {'Adam, in the time of AdaHessian': Entry(Adam, 3e-3, epochs=3, like='A
 translators = {'AdamW': Entry(Adam, 3e-3), **newton,  # chkstyle: ignore-node
     'update_each=10, block_length=1': Entry(partial(delayed, block_length=1), 0.15, like='AdaHessian, update_each=10'),
     'update_each=10, mom=0.9 throughout': Entry(delayed, 0.15, like='AdaHessian, update_each=10', fit=dict(moms=(0.9,0.9,0.9))),
-    'budget=0.25': Entry(partial(adahessian, budget=0.25), 0.15, like='AdaHessian, update_each=10'),
+    'budget=0.25': Entry(partial(adahessian_paper, budget=0.25), 0.15, like='AdaHessian, update_each=10'),
     'AdamW, in the time of AdaHessian': Entry(Adam, 3e-3, epochs=8, like='AdamW')}
-both = dict(Adam=Entry(Adam, 3e-3, swept=True), AdaHessian=Entry(adahessian, 0.15, swept=True))
+both = dict(Adam=Entry(Adam, 3e-3, swept=True), AdaHessian=Entry(adahessian_paper, 0.15, swept=True))
 TASKS = dict(  # chkstyle: ignore-node
     digits=Task(digits, 6, {**guessed, **both}, n_rates=4),
     imagenette=Task(imagenette, 1, {**first_order, **newton, **longer}),
@@ -143,14 +142,6 @@ class Clock(Callback):
     def before_fit(self): self.secs = 0.
     def before_train(self): self.start = time.process_time()
     def after_train(self): self.secs += time.process_time()-self.start
-
-def machine():
-    versions = ', '.join(f'{o} {importlib.metadata.version(o)}' for o in ('torch','fastai'))
-    return f'{cpu_name()}, {torch.get_num_threads()} thread(s), Python {platform.python_version()}, {versions}'
-
-def cpu_name():
-    info = Path('/proc/cpuinfo')
-    return re.search(r'model name\s*: (.*)', info.read_text())[1] if info.exists() else platform.processor()
 
 def run(name, entry, lr, seed):
     "Train once; a row of the CSV file"
@@ -199,24 +190,28 @@ def missing(wanted, *tables):
     return first(o for o in wanted if o not in done)
 
 def append(row, kind):
-    path = RESULTS/f"{kind}_{row['task']}.csv"
-    new = not path.exists()
-    with path.open('a', newline='') as f:
-        out = csv.DictWriter(f, list(row), lineterminator='\n')
-        if new: out.writeheader()
-        out.writerow(row)
+    append_row(RESULTS/f"{kind}_{row['task']}.csv", row)
     print({k: v for k,v in row.items() if k!='machine'}, flush=True)
 
-def main():
+def smoke():
+    "An epoch of two batches with some entries, and the table"
+    TASKS['smoke'] = Task(partial(digits, n=128), 1, {k: guessed[k] for k in ('Adam','default','gnb','sophia, gnb')})
+    rows = pd.DataFrame([run('smoke', k, e.centre, 0) for k,e in TASKS['smoke'].entries.items()])
+    del TASKS['smoke']
+    return print(study_table(rows).to_string())
+
+def main(args=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('task', nargs='?', choices=list(TASKS), default='digits')
     p.add_argument('--entries', nargs='*')
     p.add_argument('--seeds', type=int, default=3)
     p.add_argument('--sweep', type=int, default=0, help='seeds to run at five rates over two decades')
     p.add_argument('--report', action='store_true', help='only print the table')
-    args = p.parse_args()
+    p.add_argument('--smoke', action='store_true', help='an epoch of two batches; nothing is kept')
+    args = p.parse_args(args)
+    torch.set_num_threads(threads())
+    if args.smoke: return smoke()
     name,entries = args.task,args.entries or list(TASKS[args.task].entries)
-    torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
     while not args.report and (todo := missing(plan(read(name), name, entries, args.seeds), read(name))): append(run(name, *todo), 'training')
     while not args.report and (todo := missing(sweep_plan(name, entries, args.sweep), read(name), read(name, 'robustness'))):
         append(run(name, *todo), 'robustness')

@@ -58,7 +58,7 @@ def symmetric(v): return torch.tensor([[2.,1.],[1.,3.]], dtype=torch.double)@v
 
 P = [torch.ones(2, dtype=torch.double)]
 OWN = dict(lr='bound', mom='below1', sqr_mom='below1', eps='positive', wd='least0')
-STEP = dict(OWN, hessian_power='power', clip='bound', cap='bound')
+STEP = dict(OWN, hessian_power='power', clip='bound', cap='bound', spike='bound')
 CURVED = dict(estimator='name', curvature='maybe_name', hvp='maybe_name', probe='probe', n_samples='maybe_count', update_each='period', dense='count0',
     hessian_bs='rows', block_length='count', n_acc='count')
 HF = dict(lr='least0', wd='least0', damping='least0', curvature='name', jvp='name', reduction='name', n_acc='count', curv_batches='maybe_count',

@@ -7,7 +7,7 @@ from torch import nn
 
 from adahessian_fastai.adahessian import AdaHessian,adahessian_paper as adahessian
 from adahessian_fastai.hvp import difference_product,dual_gradient,gradient,hessian_product,moved,step_size,total_norm
-from adahessian_fastai.curvature import nonsmooth,nonsmooth_graph,twice_differentiable
+from adahessian_fastai.curvature import hvp_ways,nonsmooth,nonsmooth_graph,twice_differentiable,without_padding
 from adahessian_fastai.optimizer import AdaHessianWrapper
 from adahessian_fastai.problem import Problem
 
@@ -322,3 +322,31 @@ def test_compiled_follows_the_loss_function(monkeypatch):
         with learn.no_bar(),learn.no_logging(): learn.fit(1)
         return values(learn)
     assert relative(run('compiled'), run('reverse')) < SAME_RUN
+
+class Padded(nn.Module):
+    "Mean of embeddings, 0 is padding; the same weight gives the predictions where it is `shared`"
+    def __init__(self, shared=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.emb,self.shared = nn.Embedding(6, 4, padding_idx=0).double(),shared
+        nn.init.normal_(self.emb.weight)
+        self.lin = nn.Linear(4, 6).double()
+        if shared: self.lin.weight = self.emb.weight
+    def forward(self, x): return self.lin(self.emb(x).mean(1).tanh())
+
+@pytest.mark.parametrize('way', ['forward','finite_difference'])
+def test_padding_is_a_constant_in_each_way(way):
+    "Its row has no gradient, so a product must not move it"
+    model,x,y = Padded(),torch.arange(30).reshape(6,5)%6,torch.arange(6)
+    ps = list(model.parameters())
+    def evaluate(twice=False):
+        out = model(x)
+        return F.cross_entropy(out, y),out
+    def product(name): return hvp_ways[name](Problem(ps, *evaluate(), evaluate=evaluate, model=model), ps).product
+    v = [torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(1)) for p in ps]
+    got,want = product(way)(v),product('reverse')(v)
+    error = sum((a-b).square().sum() for a,b in zip(got, want))/sum(b.square().sum() for b in want)
+    assert error.sqrt() < (ONE_SIDED if way=='finite_difference' else EXACT)
+    assert (got[0][0]==0).all() and v[0][0].abs().min()>0
+    shared = Padded(shared=True)
+    assert all(a is b for a,b in zip(without_padding(shared, list(shared.parameters()), v[:2]), v))

@@ -89,6 +89,17 @@ def autoencoder():
         for (k,),o in grouped(rows('hessian_free_autoencoder'), 'optimizer').items()]
     return table(['optimizer', 'error at half time', 'error', 'epochs', 'seeds'], body)
 
+def resnet20(name='resnet20'):
+    "The last epoch of `name`.csv that all optimizers have reached"
+    rs = rows(name)
+    if not rs: return ''
+    last = min(max(int(r['epoch']) for r in o) for o in grouped(rs, 'entry').values())
+    on = {(r['entry'],r['seed']): r for r in rs if int(r['epoch'])==last}
+    body = [[k, shown(num(o[0]['lr'])), mean_sd([100*v for v in nums(o, 'accuracy')]), mean_sd(nums(o, 'loss')), shown(mean(nums(o, 'seconds'))), len(o)]
+        for (k,),o in grouped(on.values(), 'entry').items()]
+    said = f"Epoch {last} of {rs[0]['epochs']}.\n\n"
+    return said+table(['optimizer', 'lr', 'accuracy, %', 'loss', 'seconds', 'seeds'], body)+where(rs)
+
 def products(): return pivot(rows('hessian_free_products'), lambda r: r['product'], 'problem', 'gradients', 'product')
 
 def plain(name):
@@ -102,7 +113,7 @@ def text(name):
     path = folder/name
     return re.sub('^#', '##', re.sub(r'\A# .*\n+', '', path.read_text(encoding='utf-8')), flags=re.M) if path.exists() else ''
 
-tables = {f.__name__: f for f in (training, speed, scaling, autoencoder, products, plain, text)}
+tables = {f.__name__: f for f in (training, speed, scaling, autoencoder, resnet20, products, plain, text)}
 
 # Filling in
 

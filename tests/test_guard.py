@@ -1,0 +1,113 @@
+"A run whose loss leaves where it was says so once, and its advice helps"
+import math,pytest,torch,torch.nn.functional as F,warnings
+from functools import partial
+from fastai.basics import Callback,noop
+from adahessian_fastai.all import *
+from helpers_learner import learner,mlp
+
+WILD = 50. # A learning rate at which every optimizer here leaves
+
+
+def a_run(opt_func, *lr, epochs=20, dtype=torch.float, change=noop):
+    "A small network on classes that can be learned, its losses, and what was said about them"
+    x = torch.randn(64, 5, generator=torch.Generator().manual_seed(1)).to(dtype)
+    learn = learner(mlp().to(dtype), x, x[:,:3].argmax(1), bs=16, opt_func=opt_func, hypers={})
+    with warnings.catch_warnings(record=True) as said,learn.no_bar(),learn.no_logging():
+        warnings.simplefilter('always')
+        change(learn).fit(epochs, *lr)
+    return learn,learn.recorder.losses,[str(o.message) for o in said if 'loss has grown' in str(o.message)]
+
+
+@pytest.mark.parametrize('opt_func', [adahessian_paper,sophia,sassha,m_sassha])
+def test_a_run_that_diverges_says_so_once(opt_func):
+    learn,losses,said = a_run(opt_func, WILD)
+    assert max(filter(math.isfinite, losses))>10*losses[0] and math.isfinite(losses[10])
+    assert len(said)==1 and f'than lr={WILD:.3g}' in said[0]
+
+
+@pytest.mark.parametrize('opt_func', [adahessian,adahessian_paper,sophia,sassha,m_sassha])
+def test_a_run_that_trains_says_nothing(opt_func): assert a_run(opt_func)[2]==[]
+
+
+def test_the_numbers_are_the_averages_of_the_recorder():
+    seen = []
+    class Averages(Callback):
+        order = 100
+        def after_batch(self): seen.append(self.smooth_loss.item())
+    _,losses,said = a_run(adahessian_paper, WILD, change=lambda l: l.add_cb(Averages()))
+    i = next(i for i,o in enumerate(seen) if o>10*min(seen[:i+1]))
+    assert f'its average is {seen[i]:.3g}, ' in said[0] and f'best of {min(seen[:i+1]):.3g}, after {i+1} steps' in said[0]
+
+
+@pytest.mark.parametrize('change', [dict(lr=0.15),dict(lr=2., clip=3, cap=0.1)])
+def test_the_advice_helps(change):
+    said = a_run(partial(adahessian_paper, lr=2.))[2]
+    assert 'smaller learning rate' in said[0] and 'clip=3, cap=0.1' in said[0]
+    _,losses,said = a_run(partial(adahessian_paper, **change), epochs=5)
+    assert said==[] and losses[-1]<losses[0]
+
+
+# Gradients that are far too long
+
+def a_net(spike, wilder=None):
+    "Weights after 24 steps, of which one (`wilder`) has a loss a thousand times the others'; the lengths of the gradients that moved them"
+    x = torch.randn(96, 5, generator=torch.Generator().manual_seed(1)).double()
+    model,lengths = mlp(),[]
+    opt = adahessian([*model.parameters()], lr=0.1, rho=0., clip=None, cap=None, spike=spike)
+    for i,xb in enumerate(x.split(4)):
+        opt.differentiate(F.cross_entropy(model(xb), xb[:,:3].argmax(1))*(1000 if i==wilder else 1))
+        opt.step()
+        lengths.append(torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item())
+        opt.zero_grad()
+    return [p.detach() for p in model.parameters()],lengths
+
+def by_hand(lengths, spike):
+    "The lengths that `spike` leaves, with the running mean written out"
+    mean,res = 0.,[]
+    for i,n in enumerate(lengths):
+        res.append(min(n, spike*mean/(1-0.9**i)) if i else n)
+        mean = 0.9*mean+0.1*res[-1]
+    return res
+
+ROUNDING = 1e-6 # Norms are read in single precision
+
+@pytest.mark.parametrize('spike', [1.2,2.])
+def test_the_length_of_a_gradient_is_bounded(spike):
+    "The gradients of the free run up to the spike are those of the bounded one, as long as nothing was cut"
+    free,cut = a_net(0.)[1],a_net(spike, 20)[1]
+    i = next(i for i,(a,b) in enumerate(zip(by_hand(free, spike), free)) if a!=b or i==20)
+    assert cut[:i]==pytest.approx(free[:i], rel=ROUNDING)
+    if i==20: assert cut[20]==pytest.approx(spike*sum(0.1*0.9**(19-j)*n for j,n in enumerate(cut[:20]))/(1-0.9**20), rel=ROUNDING)
+    else: assert cut[i]==pytest.approx(by_hand(free, spike)[i], rel=ROUNDING)
+
+
+def test_one_bad_batch_moves_a_bounded_run_little():
+    want = a_net(2.)[0]
+    def away(spike): return max((a-b).abs().max().item() for a,b in zip(a_net(spike, 22)[0], want))
+    assert away(0.)>5*away(2.)
+
+
+def test_halves_that_train_in_turn_have_a_mean_each():
+    a,b = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    opt = adahessian([a,b], lr=0.01, rho=0.)
+    for i in range(8):
+        p,scale = (a,1.) if i%2 else (b,1000.)
+        a.requires_grad_(p is a); b.requires_grad_(p is b)
+        opt.differentiate(scale*(p**2).sum())
+        length = p.grad.norm().item()
+        opt.step()
+        assert p.grad.norm().item()==pytest.approx(length)
+        opt.zero_grad()
+
+
+def test_the_mean_goes_with_a_checkpoint():
+    x = torch.nn.Parameter(torch.ones(3))
+    opt = adahessian([x])
+    opt.differentiate((x**2).sum())
+    opt.step()
+    sd = opt.state_dict()
+    assert sd['state'][0]['norm_avg']==pytest.approx(0.1*12**0.5) and sd['state'][0]['norm_step']==1
+    adahessian([x]).load_state_dict(sd)
+    for k,v in (('norm_avg',math.nan),('norm_avg',-1.),('norm_step',1.5)):
+        bad = {**sd, 'state': [{**sd['state'][0], k: v}]}
+        with pytest.raises(ValueError, match=k): adahessian([x]).load_state_dict(bad)
