@@ -11,8 +11,8 @@ from .ggn import loss_hessian,model_forward,reverse_jvp  # chkstyle: ignore
 from .losses import Rule,gnb_samples,known_hessian,label_noise,losses  # chkstyle: ignore
 from .problem import MeanProblem,Problem  # chkstyle: ignore
 from .curvature import GaussNewton,Hessian,twice_differentiable  # chkstyle: ignore
-from .estimators import ControlVariate,Estimate,GNB,Given,Hutchinson  # chkstyle: ignore
-from .batch import LearnerProblem  # chkstyle: ignore
+from .estimators import ControlVariate,Estimate,GNB,Given,Hutchinson,Preconditioner  # chkstyle: ignore
+from .batch import Batches,LearnerProblem  # chkstyle: ignore
 from .schedule import Budget,Every  # chkstyle: ignore
 from .steppers import adahessian_step,average_diag_hessian,average_sqr_diag_hessian,denominator,sophia_step  # chkstyle: ignore
 from .optimizer import AdaHessianWrapper,CurvatureOptimizer,Perturbation,perturbed  # chkstyle: ignore

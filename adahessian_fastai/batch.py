@@ -11,11 +11,13 @@ finite differences, compiled products, Hessian-free and diagnostics all ask it, 
 # %% auto #0
 __all__ = ['send', 'autocast_of', 'targets_for', 'evaluate_batch', 'takes_part', 'noted', 'batch_of', 'loss_scale',
            'CurvatureScale', 'loss_weight', 'plain_number', 'n_rows', 'take_rows', 'check_rows_possible', 'targets_of',
-           'in_half', 'LearnerProblem', 'problem_of']
+           'in_half', 'LearnerProblem', 'problem_of', 'Batches', 'versions', 'divided', 'closure_problem', 'DataBatch',
+           'accumulate']
 
 # %% ../nbs/12_batch.ipynb #d4f4fa69
-import math
+import math,warnings
 from contextlib import contextmanager,nullcontext
+from types import SimpleNamespace
 
 import torch.autograd.forward_ad as fwAD
 from fastai.basics import *
@@ -24,12 +26,12 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
 from fastai.losses import LabelSmoothingCrossEntropy
 from torch.nn.modules.batchnorm import _BatchNorm
-from .hvp import zero_tangents
-from .losses import losses,smoothed_cross_entropy_rule
-from .problem import Problem
+from .hvp import SettingError,check_checkpoints,check_choice,check_count,check_switch,unflat,zero_tangents
+from .losses import loss_count,losses,smoothed_cross_entropy_rule
+from .problem import MeanProblem,Problem,hidden_states,mean_of,modes_kept,structured,weights_of
 from .curvature import twice_differentiable
-from .learner import callback_of,unwrapped
-from .replay import preserving,restored,snapshot,without_backward_hooks
+from .learner import Ranks,callback_of,check_gradients,check_model,unwrapped
+from .replay import backward_hooks,preserving,restored,snapshot,without_backward_hooks
 
 # %% ../nbs/12_batch.ipynb #e3297adb
 def send(
@@ -315,6 +317,260 @@ def problem_of(
             raise ValueError(f"the loss of this batch depends on no parameter: a callback may prepare it in `before_batch` (one of {cbs}), "
                 "which happens in training only; a `CurvatureRecorder` measures there")
         yield LearnerProblem(learn, params, start, leave_out).replace(scale=1., half=False)
+
+# %% ../nbs/12_batch.ipynb #76f77420
+class Batches:
+    "What a step is computed from"
+    flat = {k: k for k in ('n_acc','curv_batches','held_out','reduction','keep_graph','check_deterministic')}
+    def __init__(self,
+        n_acc:int=1, # Batches to a step
+        curv_batches:int=None, # Take the curvature on the first so many of them; None: on all
+        held_out:int=0, # Judge steps on the last so many of them alone, and keep these out of the gradient; raises `ValueError` for all
+        reduction:str='mean', # How the loss reduces over samples: 'mean' or 'sum'
+        keep_graph:bool=True, # Keep the graph of the forward pass for the products? False saves memory and costs time
+        check_deterministic:bool=False # Compare a second evaluation of each batch with the first?
+    ):
+        self.n_acc,self.curv_batches = check_count('n_acc', n_acc),check_count('curv_batches', curv_batches, optional=True)
+        self.held_out,self.reduction = check_count('held_out', held_out, least=0),check_choice('reduction', reduction, ('mean','sum'))
+        if self.held_out>=self.n_acc: raise SettingError('held_out', f'below {n_acc=}', held_out)
+        self.keep_graph = check_switch('keep_graph', keep_graph)
+        self.check_deterministic = check_switch('check_deterministic', check_deterministic)
+        self.with_graph,self.now = False,None
+        self.drop()
+
+    def drop(self,
+        params=() # Their gradients are forgotten too
+    ):
+        "Forget all batches since the last step"
+        self.pending,self.rounds,self.sums,self.curv,self.trial,self.ranks = [],[],{},None,None,Ranks()
+        for p in params: p.grad = None
+
+    @property
+    def held(self): return len(self.rounds)>=self.n_acc-self.held_out
+
+    def __len__(self): return sum(map(len, self.rounds), len(self.pending))
+    def __getstate__(self): return {**vars(Batches()), **{k: vars(self)[k] for k in (*self.flat,'with_graph')}}
+
+# %% ../nbs/12_batch.ipynb #305fcff0
+@patch
+def close(self:Batches,
+    params:list # With the gradients of the round
+):
+    "Move the pending batches to the rounds, and their gradient to its mean or sum over rounds"
+    self.rounds.append(self.pending)
+    self.pending,n = [],len(self.rounds)
+    if self.n_acc==1 or n>self.n_acc-self.held_out: return
+    counts = [sum(p.count for p in r) for r in self.rounds]
+    if not counts[-1]>0: return
+    old,new = (1.,1.) if self.reduction=='sum' else (1-counts[-1]/sum(counts), counts[-1]/sum(counts))
+    for p in params:
+        if p.grad is not None: self.sums[p] = self.sums.get(p, torch.zeros_like(p.grad))*old + p.grad*new
+        elif p in self.sums: self.sums[p] = self.sums[p]*old
+
+@patch
+def ready(self:Batches,
+    params:list # Get their gradients
+):
+    "Make `curv` and `trial` of the rounds; raises `NothingCounts`"
+    if self.n_acc>1:
+        for p in params: p.grad = self.sums.get(p)
+    curv,trial = self.rounds[:self.curv_batches],self.rounds[-self.held_out:] if self.held_out else self.rounds
+    self.curv = mean_of(curv, self.reduction, self.ranks)
+    self.trial = mean_of([[p.without_graph() for p in r] for r in trial], self.reduction, self.ranks)
+    self.pending,self.rounds,self.sums = [],[],{}
+
+# %% ../nbs/12_batch.ipynb #0fb9cfd8
+@patch
+def loss(self:Batches)->float:
+    "The loss at the present values of the parameters"
+    def one(p, with_graph):
+        with torch.set_grad_enabled(with_graph): return [p.again().loss.detach().as_subclass(Tensor).double().reshape(1)]
+    def tried(p):
+        try: return one(p, self.with_graph)
+        except RuntimeError as e:
+            if self.with_graph or isinstance(e, torch.OutOfMemoryError) or 'grad' not in str(e): raise
+        loss = one(p, True)
+        self.with_graph = True
+        return loss
+    return self.trial.mean(tried)[0].item()
+
+@patch
+def compare_twice(self:Batches):
+    "Warn if a second evaluation of the batches differs from the first"
+    a,b = self.trial.loss.item(),self.loss()
+    if not math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6):
+        warnings.warn(f"The loss of a batch is not the same twice ({a} and {b}): steps are judged by noise.")
+
+# %% ../nbs/12_batch.ipynb #acf896ba
+def versions(model): return [] if model is None else [p._version for p in model.parameters()]
+
+@patch
+def current(self:Batches, p):
+    "`p` with a graph for products, or without one where none is kept"
+    if not self.keep_graph or p.outputs is None and not p.loss.requires_grad: return p.without_graph()
+    stale = p.model is not None and (backward_hooks(p.model) or p.versions!=versions(p.model))
+    return p.again(twice=True) if stale else p
+
+@patch
+def curvature(self:Batches)->MeanProblem:
+    "The problems of the curvature, which are forgotten here"
+    curv,self.curv = self.curv,None
+    return curv.map(self.current)
+
+# %% ../nbs/12_batch.ipynb #a64f001b
+@patch
+def structured(self:Batches,
+    mean:MeanProblem, # From `curvature`
+    strength:float, # Of structural damping, μλ
+    states_of # `model -> modules` whose outputs are the hidden states
+)->MeanProblem:
+    "`mean` with structural damping, where that has a strength"
+    return structured(mean, strength, states_of(mean.problems[0].model), self.reduction) if strength else mean
+
+# %% ../nbs/12_batch.ipynb #dbcc7b98
+def divided(product, scale): return product if scale==1. else lambda v: [o/scale for o in product(v)]
+
+@patch
+@contextmanager
+def recording(self:Batches,
+    learn, # At the start of a training batch
+    states_of # `model -> modules` whose outputs are hidden states
+):
+    "Context of a training batch: remembers where it starts, has attention and RNNs build graphs that can be differentiated twice"
+    check_model(learn.model)
+    model = unwrapped(learn.model)
+    try:
+        with modes_kept(),twice_differentiable(model),hidden_states(states_of(model)) as states:
+            self.now = SimpleNamespace(learn=learn, start=snapshot(model), states=states)
+            yield
+    finally: self.now = None
+
+@patch
+def add(self:Batches,
+    learn, # In the middle of a batch
+    params:list, # Get their gradients
+    first:bool # Is it the first step, whose gradients are looked at?
+):
+    "Fill `p.grad` and remember the batch"
+    if self.now is None:
+        raise ValueError(f"{type(learn).__name__} has a `_do_one_batch` of its own: put `with self.opt.forward_context(self):` around "
+            f"its body")
+    if first: check_checkpoints(learn.loss_grad)
+    p = LearnerProblem(learn, params, self.now.start)
+    p = p.replace(loss=p.loss.clone().as_subclass(Tensor), count=loss_count(learn.loss_func, learn.yb), states=list(self.now.states),
+        versions=versions(p.model), rescaled=partial(divided, scale=p.scale))
+    if not self.held: p.backward(retain_graph=self.keep_graph)
+    for o in params if self.held else (): o.grad = torch.zeros_like(o)
+    self.pending.append(p if self.keep_graph else p.without_graph())
+    if first: check_gradients(params)
+    learn.pred,learn.loss,learn.loss_grad = to_detach((learn.pred, learn.loss, learn.loss_grad), cpu=False, gather=False)
+
+# %% ../nbs/12_batch.ipynb #f7c52082
+def closure_problem(
+    closure, # `() -> (loss, outputs)`, or the loss alone
+    module, # What it evaluates, or `None`
+    params, # Tensors to differentiate for
+    modules=(), # Whose outputs are hidden states
+    **kwargs # Of `Problem`
+)->Problem:
+    "Evaluate `closure`, once as training does"
+    start,m = snapshot(module),ifnone(module, nn.Module())
+    def pair():
+        o = closure()
+        return (o[0],o[1] if len(o)==2 else tuple(o[1:])) if isinstance(o, (tuple,list)) else (o,None)
+    def evaluate(twice=False):
+        with restored(start),without_backward_hooks(m),twice_differentiable(m, forward=twice): return pair()
+    with hidden_states(modules) as states: loss,outputs = pair()
+    return Problem(params, loss, outputs, evaluate=evaluate, model=module, **kwargs).replace(states=list(states), versions=versions(module))
+
+@patch
+@contextmanager
+def of_closure(self:Batches,
+    closure, # `() -> (loss, outputs)`, or the loss alone; raises `ValueError` if it calls `backward`
+    module, # What it evaluates, or `None`
+    params:list, # Get their gradients
+    states_of, # `model -> modules` whose outputs are hidden states
+    grad=None, # The gradient, if it is known
+    product:bool=False # Is the curvature known too, so that no graph is needed?
+):
+    "Context of a step on `closure`"
+    own = product and grad is not None
+    self.drop(params)
+    with modes_kept(),twice_differentiable(ifnone(module, nn.Module())):
+        with torch.set_grad_enabled(not own): p = closure_problem(closure, module, params, states_of(module))
+        if any(o.grad is not None for o in params):
+            self.drop(params)
+            raise ValueError("the closure must not call `backward`: return the loss, and the optimizer differentiates it as often as it "
+                "needs")
+        given = grad if grad is None or not isinstance(grad, Tensor) else unflat(grad, params)
+        for o,g in zip(params, p.gradient(retain_graph=self.keep_graph) if grad is None else given, strict=True): o.grad = g
+        plain = p.without_graph()
+        self.curv,self.trial = (MeanProblem([o], [1.]) for o in (p if self.keep_graph and not own else plain, plain))
+        del p
+        yield
+
+# %% ../nbs/12_batch.ipynb #9fd8adcc
+class DataBatch:
+    "A batch of data that is evaluated once as training does, when it is first needed"
+    def __init__(self, model, loss_func, params, modules, known, xb, yb):
+        def closure():
+            out = model(*tuplify(xb))
+            return loss_func(out, *tuplify(yb)), out
+        self.count,self.problem = loss_count(loss_func, tuplify(yb)),None
+        known = dict(targets=yb, loss_func=loss_func) if known else {}
+        self.make = lambda: closure_problem(closure, model, params, modules, count=self.count, **known)
+
+    def first(self, keep):
+        "The `Problem`, with its graph; which stays if it is to be kept"
+        p = self.make()
+        self.problem = p if keep else p.without_graph()
+        return p
+
+# %% ../nbs/12_batch.ipynb #9e223ef2
+def accumulate(b, params, trial, grads, curv):
+    "Evaluate each batch once, and make problems and gradient of the step of `b` ready; raises `NothingCounts`"
+    wt,wg,wc = (weights_of([o.count for o in os], b.reduction) for os in (trial, grads, curv))
+    for w,o in zip(wg, grads):
+        gs = o.first(b.keep_graph and o in curv).gradient(retain_graph=b.keep_graph) if w else ()
+        for p,g in zip(params, gs):
+            if g is not None: p.grad = g*w if p.grad is None else p.grad.add_(g*w)
+    for o in dict.fromkeys([*trial, *curv]):
+        if o.problem is None: o.first(b.keep_graph and o in curv)
+    b.curv,b.trial = (MeanProblem([o.problem for w,o in zip(ws, os) if w], [w for w in ws if w]) for ws,os in ((wc,curv), (wt,trial)))
+    b.trial = b.trial.map(lambda p: p.without_graph())
+
+@patch
+@contextmanager
+def of_data(self:Batches,
+    model:nn.Module, # That is evaluated
+    loss_func, # `(outputs, targets) -> loss`
+    params:list, # Get their gradients
+    data, # Batches `(inputs, targets)`; steps are judged on them
+    grad_data=None, # Batches of the gradient; by default `data`
+    curv_data=None, # Batches of the curvature; by default `data`
+    states_of=lambda model: [], # `model -> modules` whose outputs are hidden states
+    known:bool=False # Do the problems have to know targets and loss function?
+):
+    "Context of a step over several batches"
+    make = partial(DataBatch, model, loss_func, params, states_of(model), known)
+    trial = [make(*o) for o in data]
+    grads,curv = (trial if o is None else [make(*b) for b in o] for o in (grad_data, curv_data))
+    if not (trial and grads and curv): raise ValueError(f"a step needs at least one batch, got {len(trial)=} {len(grads)=} {len(curv)=}")
+    self.drop(params)
+    with modes_kept(),twice_differentiable(model):
+        accumulate(self, params, trial, grads, curv)
+        del trial,grads,curv
+        yield
+
+@patch
+def over(self:Batches,
+    model:nn.Module, # That is evaluated
+    loss_func, # `(outputs, targets) -> loss`
+    params:list, # Tensors to differentiate for
+    data # Batches `(inputs, targets)`
+)->MeanProblem:
+    "All of `data`, with graphs"
+    return mean_of([[DataBatch(model, loss_func, params, (), False, *o).first(True)] for o in data], self.reduction)
 
 # %% ../nbs/12_batch.ipynb #e30bbd7d
 losses[LabelSmoothingCrossEntropy] = smoothed_cross_entropy_rule

@@ -10,14 +10,15 @@ Hessian-free optimization*, 2012 (below [2])."""
 
 # %% auto #0
 __all__ = ['flat_product', 'martens_stop', 'grid_iterations', 'cg_steps', 'CGResult', 'cg', 'diag_preconditioner', 'backtrack',
-           'armijo', 'reduction_ratio', 'check_damping_rule', 'lm_damping', 'Solution', 'solve']
+           'armijo', 'reduction_ratio', 'lm_damping', 'through_saddle', 'CG', 'recurrent_layers', 'Damping',
+           'LineSearch', 'Solution', 'solve']
 
 # %% ../nbs/04_cg.ipynb #c5fd5af1
 import math, torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing import NamedTuple
 from fastcore.basics import ifnone, noop
-from .hvp import check_count, check_number, flat, unflat
+from .hvp import check_choice, check_count, check_number, check_pair, check_switch, flat, unflat
 
 # %% ../nbs/04_cg.ipynb #f9d40d6f
 def flat_product(
@@ -101,6 +102,13 @@ class CGResult(NamedTuple):
     n_iter = property(lambda self: len(self.values)-1, doc="Iterations made")
     x = property(lambda self: self.iterates[self.n_iter], doc="The last iterate")
 
+    def ratio(self,
+        f0:float, # Function at the start
+        f1:float, # Function at the last iterate
+    )->float: # See `reduction_ratio`
+        "Achieved over promised reduction"
+        return reduction_ratio(f0, f1, self.values[-1])
+
 def _cg_look(rows, new, bound, max_iter, eps, neg_curv):
     "Move `new` rows `[m, ‖r‖, pᵀAp]` to `rows` up to one that froze the iterate; return why CG is to stop, if it is"
     for row in new:
@@ -118,8 +126,8 @@ def _cg_look(rows, new, bound, max_iter, eps, neg_curv):
 def _check_cg(n, max_iter, tol, atol, eps, grid, keep):
     "The iteration cap; raises `ValueError` for a setting of `cg` that cannot be"
     for name,o in dict(tol=tol, atol=atol, eps=ifnone(eps, 0)).items(): check_number(name, o, least=0)
-    if grid is not None: check_number('grid', grid, above=1)
-    if keep is not None: check_count('keep', keep)
+    check_number('grid', grid, above=1, optional=True)
+    check_count('keep', keep, optional=True)
     if isinstance(max_iter, float) and max_iter==math.inf: return max_iter
     return check_count('max_iter', ifnone(max_iter, max(n, 1)))
 
@@ -139,7 +147,7 @@ def cg(
     progress=noop # Called with `(iteration, m, ‖r‖)` at each look
 )->CGResult:
     "Minimise `m(x) = ½xᵀAx - bᵀx` by preconditioned conjugate gradients"
-    if neg_curv not in ('stop','abs'): raise ValueError(f"neg_curv must be 'stop' or 'abs', got {neg_curv=}")
+    check_choice('neg_curv', neg_curv, ('stop','abs'))
     max_iter = _check_cg(b.numel(), max_iter, tol, atol, eps, grid, keep)
     every = check_count('check_every', ifnone(check_every, 1 if b.device.type=='cpu' else 5))
     if x0 is not None and x0.shape!=b.shape: raise ValueError(f"x0 must be shaped like b, got {x0.shape=} for {b.shape=}")
@@ -213,38 +221,126 @@ def reduction_ratio(
     return (f1-f0)/m1 if m1<0 else math.nan
 
 # %% ../nbs/04_cg.ipynb #c2451a06
-def _pair(name, pair):
-    "`pair` as two numbers"
-    try: a,b = pair
-    except (TypeError,ValueError): raise ValueError(f"{name} must be two numbers, got {name}={pair!r}") from None
-    return [check_number(name, o) for o in (a,b)]
-
-def check_damping_rule(
-    lm_bounds:tuple=(1/4,3/4), # ρ below which the damping is raised, above which it is lowered; raises `ValueError` unless in this order
-    lm_factors:tuple=(3/2,2/3), # Factors to raise and to lower; raises `ValueError` unless the first is >= 1, the second in (0,1]
-    damping_bounds:tuple=(1e-10,1e10), # Limits of λ; raises `ValueError` unless 0 <= first <= second
-):
-    "Refuse settings of `lm_damping` that make no sense"
-    pairs = dict(lm_bounds=lm_bounds, lm_factors=lm_factors, damping_bounds=damping_bounds)
-    (lower,upper),(up,down),(least,most) = [_pair(*o) for o in pairs.items()]
-    if lower>upper: raise ValueError(f"lm_bounds must not fall, got {lm_bounds=}")
-    if not (up>=1 and 0<down<=1): raise ValueError(f"lm_factors must be one >= 1 and one in (0,1], got {lm_factors=}")
-    if not 0<=least<=most: raise ValueError(f"damping_bounds must be >= 0 and not fall, got {damping_bounds=}")
-
 def lm_damping(
     damping:float, # λ; raises `ValueError` below 0
     rho:float, # ρ of `reduction_ratio`
     lower:float=1/4, # Below this the damping is raised
-    upper:float=3/4, # Above this the damping is lowered
-    up:float=3/2, # Factor to raise
-    down:float=2/3, # Factor to lower
-    bounds:tuple=(1e-10,1e10) # Limits of the result
+    upper:float=3/4, # Above this the damping is lowered; raises `ValueError` below `lower`
+    up:float=3/2, # Factor to raise; raises `ValueError` below 1
+    down:float=2/3, # Factor to lower; raises `ValueError` outside (0,1]
+    bounds:tuple=(1e-10,1e10) # Limits of the result; raises `ValueError` unless 0 <= first <= second
 )->float: # The next λ
     "Levenberg-Marquardt rule"
-    check_number('damping', damping, least=0)
-    check_damping_rule((lower,upper), (up,down), bounds)
+    check_number('damping', damping, least=0), check_number('upper', upper, least=check_number('lower', lower))
+    check_number('up', up, least=1), check_number('down', down, above=0, most=1)
+    least,most = check_pair('bounds', bounds, rising=True, least=0)
     factor = up if not rho>=lower or math.isinf(rho) else down if rho>upper else 1.
-    return min(max(damping*factor, bounds[0]), bounds[1])
+    return min(max(damping*factor, least), most)
+
+# %% ../nbs/04_cg.ipynb #e4410bf6
+def through_saddle(
+    A, # `v -> Av` on flat vectors, symmetric
+    b:Tensor # Right-hand side, flat
+)->Tensor:
+    "Solution of `Ax = b` through negative curvature, after two iterations"
+    return cg(lambda v: A(A(v)), A(b), max_iter=2, eps=0, grid=None).x
+
+# %% ../nbs/04_cg.ipynb #52bb019a
+class CG:
+    "How conjugate gradients minimise the quadratic model"
+    flat = dict(cg_max_iter='max_iter', cg_tol='tol', martens_eps='martens_eps', x0_decay='x0_decay', neg_curv='neg_curv',
+        check_every='check_every', backtracking='backtracking', grid='grid', keep_iterates='keep_iterates')
+    def __init__(self,
+        max_iter:int=250, # Most iterations in a step; None for no limit; raises `ValueError` below 1
+        tol:float=1e-5, # Relative residual at which CG stops
+        martens_eps:float=5e-4, # ε of Martens' rule to stop CG ([1] section 4.4); 0 switches it off
+        x0_decay:float=0.95, # CG starts at this multiple of the last solution; 0 needs no memory for it
+        neg_curv:str='stop', # What CG does at negative curvature: 'stop' or 'abs'
+        check_every:int=None, # Iterations between two looks of the host
+        backtracking:bool=True, # Choose among the iterates of CG?
+        grid:float=1.3, # Base of the grid of kept iterates
+        keep_iterates:int=4 # Keep at most so many; None: the whole grid
+    ):
+        self.max_iter,self.tol = check_count('max_iter', max_iter, optional=True),check_number('tol', tol, least=0)
+        self.martens_eps = check_number('martens_eps', ifnone(martens_eps, 0), least=0)
+        self.x0_decay = check_number('x0_decay', x0_decay, least=0, most=1)
+        self.neg_curv = check_choice('neg_curv', neg_curv, ('stop','abs'))
+        self.check_every = check_count('check_every', check_every, optional=True)
+        self.backtracking,self.grid = check_switch('backtracking', backtracking),check_number('grid', grid, above=1, optional=True)
+        self.keep_iterates = check_count('keep_iterates', keep_iterates, optional=True)
+
+    def solve(self,
+        product, # `v -> Bv` over lists of tensors
+        b:Tensor, # Right-hand side, flat
+        like:list, # Tensors that give the shapes
+        damping=0., # λ: a number, or one per tensor of `like`
+        x0:Tensor=None, # Start; zeros by default
+        M=noop, # Preconditioner `v -> Mv` on flat vectors
+        progress=noop # As for `cg`
+    )->tuple: # `CGResult`, and the way through a saddle where CG knows no more than the gradient, or `None`
+        "Minimise `½xᵀ(B+λ)x - bᵀx`"
+        A,grid = flat_product(product, like, damping),self.grid if self.backtracking else None
+        sol = cg(A, b, x0, M, ifnone(self.max_iter, math.inf), self.tol, eps=self.martens_eps, grid=grid,
+            keep=self.keep_iterates, neg_curv=self.neg_curv, check_every=self.check_every, progress=progress)
+        return sol,through_saddle(A, b) if sol.reason=='negative curvature' and sol.n_iter<2 else None
+
+    def best(self,
+        f, # `i -> f(xᵢ)`, a number
+        sol:CGResult, # From `solve`
+        cold:bool # Did CG start at zero, which is no step?
+    )->tuple: # The best `i` and its value
+        "The iterate that becomes the step"
+        return backtrack(f, [i for i in sol.iterates if i or not cold]) if self.backtracking else (sol.n_iter,f(sol.n_iter))
+
+# %% ../nbs/04_cg.ipynb #6f76588e
+def recurrent_layers(
+    model:nn.Module # Looked through with all its children
+)->list:
+    "The recurrent layers of PyTorch in `model`"
+    return [m for m in model.modules() if isinstance(m, (nn.RNNBase,nn.RNNCellBase))]
+
+class Damping:
+    "How the damping λ begins, and how it follows the trust in the model"
+    flat = dict(damping='start', adapt_damping='adapt', lm_bounds='bounds', lm_factors='factors', damping_bounds='limits',
+        structural='structural', hidden='hidden')
+    def __init__(self,
+        start:float=1., # λ at the start, or one for each parameter group
+        adapt:bool=True, # Levenberg-Marquardt rule?
+        bounds:tuple=(1/4,3/4), # ρ below which λ grows, above which it shrinks
+        factors:tuple=(3/2,2/3), # Factors to grow and to shrink by
+        limits:tuple=(1e-10,1e10), # Limits of λ
+        structural:float=0., # μ: hold the hidden states with the strength μλ
+        hidden=None # `model -> modules` whose outputs are the hidden states; by default the recurrent layers of PyTorch
+    ):
+        self.start,self.adapt = start,check_switch('adapt', adapt)
+        self.bounds,self.limits = check_pair('bounds', bounds, rising=True),check_pair('limits', limits, rising=True, least=0)
+        up,down = check_pair('factors', factors)
+        self.factors = check_number('factors', up, least=1),check_number('factors', down, above=0, most=1)
+        self.structural,self.hidden = check_number('structural', structural, least=0),ifnone(hidden, recurrent_layers)
+
+    def adapted(self, damping, rho):
+        "The next λ"
+        return lm_damping(damping, rho, *self.bounds, *self.factors, self.limits) if damping else damping
+
+    def states_of(self, model):
+        "Modules whose outputs structural damping holds"
+        return list(self.hidden(model)) if self.structural and model is not None else []
+
+# %% ../nbs/04_cg.ipynb #c786636e
+class LineSearch:
+    "Armijo's rule along the step"
+    flat = dict(ls_beta='beta', ls_c='c', ls_max_iter='max_iter')
+    def __init__(self,
+        beta:float=0.8, # Shrinks the length
+        c:float=1e-2, # Share of the linear decrease that is asked for
+        max_iter:int=20 # Lengths tried
+    ):
+        self.beta,self.c = check_number('beta', beta, above=0, below=1),check_number('c', c, least=0)
+        self.max_iter = check_count('max_iter', max_iter)
+
+    def __call__(self, f, f0, slope):
+        "The length and `f` there; `(0., f0)` if none will do"
+        return armijo(f, f0, slope, 1., self.beta, self.c, self.max_iter)
 
 # %% ../nbs/04_cg.ipynb #a38dc4a9
 class Solution(NamedTuple):

@@ -21,7 +21,7 @@ import torch, torch.autograd.forward_ad as fwAD, warnings
 from contextlib import contextmanager
 from torch import Tensor, nn
 from torch.func import functional_call, grad as func_grad, jvp as func_jvp, linearize, vjp as func_vjp
-from .hvp import check_count,check_twice,dual_numbers
+from .hvp import SettingError,check_choice,check_count,check_twice,dual_numbers
 
 # %% ../nbs/05_ggn.ipynb #c2844aa2
 def output_tensors(
@@ -144,8 +144,9 @@ def output_gradient(
     with independent(outputs): return torch.autograd.grad(loss, outputs, create_graph=create_graph, retain_graph=True, allow_unused=True)
 
 # %% ../nbs/05_ggn.ipynb #a6b8cff0
-class NoOutputs(ValueError):
+class NoOutputs(SettingError):
     "There is nothing whose Gauss-Newton matrix could be taken"
+    def __init__(self, why): ValueError.__init__(self, why)
 
 def loss_variables(
     loss:Tensor, # Scalar loss with its graph
@@ -229,9 +230,8 @@ def fisher_diagonal(
     generator:torch.Generator=None # For the signs
 )->list: # Like `params`
     "Diagonal of the empirical Fisher matrix"
-    if not isinstance(reduction, str) or reduction not in ('mean','sum'):
-        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction=}")
-    if n_probes is not None: check_count('n_probes', n_probes)
+    check_choice('reduction', reduction, ('mean','sum'))
+    check_count('n_probes', n_probes, optional=True)
     zs = output_tensors(outputs)
     if len(zs)>1: zs = [zs[i] for i in loss_variables(loss, zs)[0]]
     if not zs or not zs[0].ndim:

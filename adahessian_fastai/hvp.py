@@ -7,11 +7,11 @@ A *product* is a callable `v -> Hv`. `v` and `Hv` are lists of tensors shaped li
 
 # %% auto #0
 __all__ = ['substitutes', 'dual_substitutes', 'hvp_methods', 'check_real', 'AsComplex', 'real_parameters', 'flat', 'unflat',
-           'check_count', 'check_number', 'shard_mesh', 'whole', 'sharded_like', 'grads_aside', 'sharded_gradient',
-           'gradient', 'graph_nodes', 'check_twice', 'check_checkpoints', 'hooks_disabled', 'graph_product',
-           'Substituted', 'substituted', 'zero_tangents', 'dual_numbers', 'dual_backward', 'dual_gradient',
-           'total_norm', 'step_size', 'moved', 'difference_product', 'difference_error', 'hessian_product', 'asymmetry',
-           'check_symmetric']
+           'SettingError', 'check_count', 'check_number', 'check_choice', 'check_switch', 'check_pair', 'shard_mesh',
+           'whole', 'sharded_like', 'grads_aside', 'sharded_gradient', 'gradient', 'graph_nodes', 'check_twice',
+           'check_checkpoints', 'hooks_disabled', 'graph_product', 'Substituted', 'substituted', 'zero_tangents',
+           'dual_numbers', 'dual_backward', 'dual_gradient', 'total_norm', 'step_size', 'moved', 'difference_product',
+           'difference_error', 'hessian_product', 'asymmetry', 'check_symmetric']
 
 # %% ../nbs/00_hvp.ipynb #23113829
 import math,operator,re
@@ -66,33 +66,79 @@ def unflat(
     return [o.view(p.shape).to(p.dtype) for o,p in zip(v.split([p.numel() for p in params]), params, strict=True)]
 
 # %% ../nbs/00_hvp.ipynb #e68e8010
+class SettingError(ValueError):
+    "An argument that cannot work"
+    def __init__(self,
+        name:str, # Of the argument
+        what:str, # What it must be
+        value, # What it is
+    ):
+        super().__init__(f"{name} must be {what}, got {name}={value!r}")
+        self.name,self.what,self.value = name,what,value
+
 def check_count(
     name:str, # Of the argument, for the error
-    n, # Its value; raises `ValueError` unless it is a whole number of at least `least`
+    n, # Its value; raises `SettingError`, a `ValueError`, unless it is a whole number of at least `least`
     least:int=1, # Smallest value allowed
+    optional:bool=False, # May it be `None`?
 )->int:
     "`n` as an `int`"
+    if n is None and optional: return
     is_bool = getattr(n, 'dtype', type(n)) in (bool, torch.bool)
     try: k = None if is_bool else operator.index(n)
     except TypeError: k = None
-    if k is None or k<least: raise ValueError(f"{name} must be a whole number >= {least}, got {name}={n!r}")
+    if k is None or k<least: raise SettingError(name, f'a whole number >= {least}', n)
     return k
 
 def check_number(
     name:str, # Of the argument, for the error
-    x, # Its value; raises `ValueError` unless it is a finite number between these limits
+    x, # Its value; raises `SettingError`, a `ValueError`, unless it is a finite number between these limits
     least:float=-math.inf, # Smallest value allowed
     most:float=math.inf, # Largest value allowed
     above:float=-math.inf, # The value has to be larger than this
     below:float=math.inf, # The value has to be smaller than this
+    optional:bool=False, # May it be `None`?
 )->float:
     "`x` as a `float`"
+    if x is None and optional: return
     is_bool = getattr(x, 'dtype', type(x)) in (bool, torch.bool)
     try: v = math.nan if is_bool or isinstance(x, str) else float(x)
-    except (TypeError,ValueError,RuntimeError): v = math.nan
+    except (TypeError,ValueError,RuntimeError,OverflowError): v = math.nan
     ends = ' and'.join(f' {sign} {end}' for sign,end in {'>=': least, '>': above, '<=': most, '<': below}.items() if math.isfinite(end))
-    if not (math.isfinite(v) and least<=v<=most and above<v<below): raise ValueError(f"{name} must be a number{ends}, got {name}={x!r}")
+    if not (math.isfinite(v) and least<=v<=most and above<v<below): raise SettingError(name, f'a number{ends}', x)
     return v
+
+# %% ../nbs/00_hvp.ipynb #ed7b244b
+def check_choice(
+    name:str, # Of the argument, for the error
+    v, # Its value; raises `SettingError` unless it is one of `choices`
+    choices, # Strings
+)->str:
+    "`v` itself"
+    if not isinstance(v, str) or v not in choices: raise SettingError(name, f'one of {list(choices)}', v)
+    return v
+
+def check_switch(
+    name:str, # Of the argument, for the error
+    v, # Its value; raises `SettingError` unless it is true or false, in Python's or NumPy's words
+)->bool:
+    "`v` as a `bool`"
+    single = isinstance(v, int) or getattr(v, 'dtype', None)==bool and v.ndim==0
+    if not single or v not in (0,1): raise SettingError(name, 'True or False', v)
+    return bool(v)
+
+def check_pair(
+    name:str, # Of the argument, for the error
+    v, # Its value; raises `SettingError` unless it is two numbers
+    rising:bool=False, # Must the second be at least the first?
+    **limits # Of both numbers, as for `check_number`
+)->tuple: # Two of type `float`
+    "`v` as a tuple"
+    try: a,b = v
+    except (TypeError,ValueError): raise SettingError(name, 'two numbers', v) from None
+    a,b = check_number(name, a, **limits),check_number(name, b, **limits)
+    if rising and a>b: raise SettingError(name, 'two numbers, the smaller one first', v)
+    return a,b
 
 # %% ../nbs/00_hvp.ipynb #e89d67ea
 def shard_mesh(

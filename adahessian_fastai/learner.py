@@ -9,7 +9,7 @@ rate that nobody gave. An optimizer that defines none of them trains exactly as 
 
 # %% auto #0
 __all__ = ['unwrapped', 'callback_of', 'is_sharded', 'check_model', 'check_gradients', 'shard_group', 'check_shards', 'reshard',
-           'sync_group', 'cross_rank_mean', 'drop_pending', 'lr_untouched', 'trainable_params', 'check_groups']
+           'sync_group', 'cross_rank_mean', 'Ranks', 'drop_pending', 'lr_untouched', 'trainable_params', 'check_groups']
 
 # %% ../nbs/10_learner.ipynb #d25dec26
 import inspect,math,zipfile
@@ -23,6 +23,7 @@ from fastai.basics import *
 from fastai.callback.schedule import *
 from fastai.learner import load_model,save_model
 from .hvp import shard_mesh
+from .curvature import AgreedError
 
 # %% ../nbs/10_learner.ipynb #c598e581
 @patch
@@ -138,6 +139,32 @@ def cross_rank_mean(
     parts = flat.div_(dist.get_world_size(group)).split([t.numel() for t in tensors])
     for t,o in zip(tensors, parts): t.copy_(o.view_as(t))
     return tensors
+
+# %% ../nbs/10_learner.ipynb #fc7862cc
+class Ranks:
+    "Means over the processes of `group`"
+    def __init__(self,
+        group=None, # Process group; `None` for a single process
+        device=None # To communicate from
+    ): self.group,self.device = group,device
+
+    def worst(self, code):
+        "The largest `code` that a process brings"
+        if self.group is None: return code
+        flag = torch.tensor([code], device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
+        return flag.item()
+
+    def __call__(self, tensors):
+        "Mean of `tensors` in place; raises `AgreedError` where a process failed"
+        if self.group is None: return tensors
+        code = self.worst(0)
+        if code: raise AgreedError(code, "another process failed")
+        return cross_rank_mean(tensors, self.group)
+
+    def tell(self, error):
+        "Let the others know of `error`, unless it is what they agreed on, or ends this process"
+        if isinstance(error, Exception) and not isinstance(error, AgreedError): self.worst(2)
 
 # %% ../nbs/10_learner.ipynb #pend0002
 def drop_pending(

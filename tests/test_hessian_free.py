@@ -20,6 +20,7 @@ from adahessian_fastai.hvp import flat, unflat
 from adahessian_fastai.ggn import ggn_product
 from adahessian_fastai.problem import MeanProblem, Problem
 from adahessian_fastai.hessian_free import *
+from adahessian_fastai.hessian_free import Batches,CG,Damping,LineSearch,Preconditioner   # their path before they moved
 
 torch.set_num_threads(1)
 SOLVED = 1e-3   # one CG run to a relative residual of 1e-5, problems of condition 1e2, float32
@@ -484,11 +485,11 @@ def test_progress_bar_shows_long_cg_runs():
         last_v,shown = 0,0
         def update_bar(self, v): self.shown += 1
     opt = hessian_free(mlp().parameters())
-    opt.now = SimpleNamespace(learn=SimpleNamespace(progress=SimpleNamespace(pbar=Bar())))
+    opt.batches.now = SimpleNamespace(learn=SimpleNamespace(progress=SimpleNamespace(pbar=Bar())))
     progress(opt, wait=0.)(7, -.5, 1.)
-    assert opt.now.learn.progress.pbar.comment.startswith('CG 7/250') and opt.now.learn.progress.pbar.shown == 1
+    assert opt.batches.now.learn.progress.pbar.comment.startswith('CG 7/250') and opt.batches.now.learn.progress.pbar.shown == 1
     progress(opt, wait=100.)(8, -.5, 1.)
-    assert opt.now.learn.progress.pbar.comment.startswith('CG 7')
+    assert opt.batches.now.learn.progress.pbar.comment.startswith('CG 7')
 
 def test_after_a_step_no_graph_is_alive():
     learn = learner()
@@ -496,7 +497,7 @@ def test_after_a_step_no_graph_is_alive():
     learn.add_cb(Callback())
     learn.cbs[-1].after_step = lambda: seen.extend(o.grad_fn for o in (learn.pred, learn.loss, learn.loss_grad))
     fit(learn)
-    assert seen == [None]*3 and learn.opt.batches.rounds == learn.opt.batches.pending == [] and learn.opt.now is None
+    assert seen == [None]*3 and learn.opt.batches.rounds == learn.opt.batches.pending == [] and learn.opt.batches.now is None
 
 def test_other_optimizers_train_as_before():
     x,y = data(64)

@@ -114,7 +114,14 @@ def test_all_is_for_users():
     exec(f'from {lib}.all import *', names)
     assert {'adahessian', 'sophia', 'hessian_free', 'AdaHessian', 'AdaHessianWrapper', 'hessian_product', 'compare_optimizers'} <= set(names)
     helpers = {'loss_count', 'loss_callbacks', 'check_twice', 'borrowed', 'check_counts', 'check_choices', 'check_hypers', 'peek_seed', 'warn_rarely', 'all_finite', 'cross_rank_mean', 'loss_scale', 'step_size', 'total_norm'}
-    assert not helpers & set(names) and not [n for n in names if n.isupper() and n!='GNB']
+    assert not helpers & set(names)
+    classes = {n for n,v in names.items() if isinstance(v, type) and v.__module__.split('.')[0]==lib}
+    assert {'CG', 'Damping', 'LineSearch', 'Preconditioner', 'Batches'} <= classes and not [n for n in names if n.isupper() and n not in classes]
+
+@pytest.mark.parametrize('name', ['CG', 'Damping', 'LineSearch', 'Preconditioner', 'Batches'])
+def test_settings_are_found_where_they_were(name):
+    from adahessian_fastai import all,hessian_free
+    assert getattr(hessian_free, name) is getattr(all, name)
 
 def in_step(d): return subprocess.run([sys.executable, d/'tools/in_step.py'], capture_output=True, text=True)
 
@@ -199,6 +206,22 @@ def test_what_is_measured_is_there(measured):
     assert set(house.goals) <= set(measured) and set(house.meanwhile) <= set(house.goals)
     assert measured['functions'][0] > 200 and len(house.rooms()) > 15
     for o in ('arguments', 'lines of a body', "names an optimizer's room imports", *(k for k in measured if ' of ' in k)): assert measured[o][0] > 1
+    assert measured['cells without an example, %'][0] > 0 and measured['rules between arguments'][0] > 1
+
+def test_contributing_has_the_goals_that_are_not_met():
+    "With what they may be meanwhile at most"
+    rows = re.findall(r'^\| (.+?) \| ([\d.,]+) \| ([\d.,]+) \| .*\|$', (root/'CONTRIBUTING.md').read_text(), re.M)
+    said = {nm: [float(o.replace(',', '')) for o in vs] for nm,*vs in rows}
+    assert {nm: goal for nm,(_,goal) in said.items()} == {nm: house.goals[nm] for nm in house.meanwhile}
+    assert all(house.goals[nm] < now <= house.allowed(nm) for nm,(now,_) in said.items())
+
+def test_each_rule_between_arguments_is_in_the_code_once(measured): assert measured['rules between arguments'][1] == ''
+
+def test_house_looks_for_examples():
+    "Imports need none; what is hidden or exported is none, prose between does not count, and the last cell has none"
+    imports,f,x,hidden = '#| export\nimport math\nfrom os import path','#| export\ndef f(): pass','f()','#| hide\nf()'
+    assert house.without_example([imports, f, x]) == (1,0) and house.without_example([f, hidden, f, f, x, x, f]) == (4,3)
+    assert house.without_example(['#| export\n_a = 1', x, '#| default_exp a', 'b = 1', x]) == (1,0)
 
 source = """'''A title
 

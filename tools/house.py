@@ -1,5 +1,5 @@
 "Measures the house: how long its functions are, who imports whom, how much one class holds; prints a table for CONTRIBUTING"
-import ast,re,statistics,sys
+import ast,json,re,statistics,sys
 from graphlib import CycleError,TopologicalSorter
 from inspect import isfunction
 from pathlib import Path
@@ -14,12 +14,26 @@ factories = ('adahessian', 'sophia', 'sassha', 'hessian_free') # Their flat keyw
 # The most that each measure may be
 goals = {'lines of a body': 25, 'arguments': 15, 'lines too long': 0, 'lines too long in docstrings': 0, 'lines': 4400, 'share of a room, %': 10,
     'import circles': 0, 'letters behind numbers': 0, "names an optimizer's room imports": 16, 'methods of AdaHessianWrapper': 12,
-    'attributes of AdaHessianWrapper': 12, 'methods of HessianFree': 15, 'attributes of HessianFree': 15}
+    'attributes of AdaHessianWrapper': 12, 'methods of HessianFree': 15, 'attributes of HessianFree': 15,
+    'cells without an example, %': 25, 'rules between arguments': 12}
 
 # What the code does not meet yet, with what it may be meanwhile: a line goes when its goal is met
-meanwhile = {'lines': 7520, 'share of a room, %': 14, "names an optimizer's room imports": 40, 'methods of AdaHessianWrapper': 13}
+meanwhile = {'lines': 7700, 'share of a room, %': 10.5, "names an optimizer's room imports": 33, 'methods of AdaHessianWrapper': 13,
+    'rules between arguments': 15}
 
 def allowed(measure): return meanwhile.get(measure, goals[measure])
+
+# Rules between arguments, which no program can tell from other conditions, so they are counted by hand: what each says, or its code, by room.
+# One that is gone from the code has to go from here
+rules = dict(  # chkstyle: ignore-node
+    schedule=["hessian_bs='auto' is chosen by a budget"],
+    estimators=["optional=diagonal=='fisher'"],
+    batch=["self.held_out>=self.n_acc"],
+    optimizer=["{what}={name!r} takes no", "is for products with the Hessian", "budget chooses update_each", "takes its guess from the signed average",
+        "debiased=True is for the average of squares", "debiased=True compares the samples", "a signed or debiased average needs"],
+    hessian_free=["which the object has", "grad, product and preconditioner go with a closure"],
+    compare=["take one of fp16 and bf16", "give rates >= 1, or lr"],
+    translation=["d must be a multiple of 2*heads"])
 
 # Source
 
@@ -101,6 +115,34 @@ def fresh():
     from adahessian_fastai.all import adahessian,hessian_free
     return {nm: f([nn.Parameter(torch.ones(2))], lr=0.1) for nm,f in dict(AdaHessianWrapper=adahessian, HessianFree=hessian_free).items()}
 
+# Notebooks
+
+def code_cells(path):
+    "Sources of the code cells of the notebook at `path`"
+    return [''.join(c['source']) for c in json.loads(Path(path).read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code']
+
+def defines(src):
+    "Is `src` an exported cell that does more than import?"
+    if not src.startswith('#| export'): return False
+    return any(not isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(src).body)
+
+def without_example(cells):
+    "How many of `cells` are exported, and how many of these no visible code follows"
+    pairs = [(a, b) for a,b in zip(cells, [*cells[1:], '#| hide']) if defines(a)]
+    return len(pairs),sum(b.startswith(('#| export','#| hide')) for _,b in pairs)
+
+def example_measures(notebooks):
+    "Exported cells in `notebooks` that no example follows: measure, value and where"
+    counts = {p.stem.split('_', 1)[1]: without_example(code_cells(p)) for p in notebooks}
+    few = [f'{nm} {k}/{n}' for nm,(n,k) in counts.items() if 4*k>n]
+    n,k = map(sum, zip(*counts.values()))
+    yield 'cells without an example, %',round(100*k/n, 1),', '.join(few)
+
+def rule_measures(all_rooms):
+    "Rules between arguments that are in `all_rooms`: measure, value and where"
+    lost = [f'{nm}: {o}' for nm,os in rules.items() for o in os if all_rooms[nm].count(o)!=1]
+    yield 'rules between arguments',sum(map(len, rules.values())),', '.join(f'not once in {o}' for o in lost)
+
 # Measures
 
 def lettered(names): return [nm for nm in names if re.match(r'\d+[a-zA-Z]', nm)]
@@ -144,7 +186,9 @@ def class_measures():
 
 def measures():
     "All measures: what they are, how much and where"
-    code = function_measures(rooms()),line_measures(modules(), rooms()),plan_measures(rooms(), sorted(p.name for p in (root/'nbs').glob('*.ipynb')))
+    notebooks = sorted((root/'nbs').glob('*.ipynb'))
+    code = function_measures(rooms()),line_measures(modules(), rooms()),plan_measures(rooms(), [p.name for p in notebooks])
+    code += example_measures([p for p in notebooks if '00'<=p.name<'30']),rule_measures(rooms())
     return {nm: (value,where) for part in (*code, class_measures()) for nm,value,where in part}
 
 def row(nm, value, where): return f"| {nm} | {value} | {goals.get(nm, '')} | {where if len(where)<60 else f'{len(where.split())} places'} |"
