@@ -529,8 +529,7 @@ def check_entry(
         if finite and not all_finite([v.detach()]): raise ValueError(f"{where} is not finite")
     elif k in _counted and (isinstance(v, bool) or not isinstance(v, int) or v<0):
         raise ValueError(f"{where} must be a whole number >= 0, got {v!r}")
-    elif k=='norm_avg' and not (isinstance(v, float) and 0<=v<math.inf):
-        raise ValueError(f"{where} must be a number >= 0, got {v!r}")
+    if k=='norm_avg' and not (isinstance(v, float) and 0<=v<math.inf): raise ValueError(f"{where} must be a number >= 0, got {v!r}")
 
 def check_averages(
     opt, # `CurvatureOptimizer`

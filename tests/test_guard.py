@@ -92,7 +92,7 @@ def test_halves_that_train_in_turn_have_a_mean_each():
     opt = adahessian([a,b], lr=0.01, rho=0.)
     for i in range(8):
         p,scale = (a,1.) if i%2 else (b,1000.)
-        a.requires_grad_(p is a); b.requires_grad_(p is b)
+        for o in (a,b): o.requires_grad_(o is p)
         opt.differentiate(scale*(p**2).sum())
         length = p.grad.norm().item()
         opt.step()
