@@ -54,7 +54,7 @@ docs: install-docs ## Build the documentation site in _docs/html
 	@echo "Open _docs/html/index.html"
 
 bench: install-bench ## Run the benchmarks, which write their results to benchmarks/results
-	@for f in $(filter-out benchmarks/gpu.py benchmarks/forum.py benchmarks/studies.py, $(wildcard benchmarks/[0-9a-z]*.py)); do echo "$$f"; $(bin)/python $$f $(ARGS) || exit 1; done
+	@for f in $(filter-out benchmarks/gpu.py benchmarks/forum.py benchmarks/transfer.py benchmarks/studies.py, $(wildcard benchmarks/[0-9a-z]*.py)); do echo "$$f"; $(bin)/python $$f $(ARGS) || exit 1; done
 
 gpu: install-bench ## Run what needs a GPU: the cuda tests and the benchmarks, in pieces that resume
 	$(bin)/python benchmarks/gpu.py $(ARGS)

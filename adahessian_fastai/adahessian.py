@@ -44,7 +44,7 @@ def adahessian(
     estimator:Literal['hutchinson','control_variate','gnb']='hutchinson', # How the diagonal is estimated; or an object such as `GNB(2)`
     curvature:Literal['hessian','ggn']=None, # The matrix, the Hessian by default; or an object such as `Hessian('auto')`
     hvp:Literal['reverse','forward','compiled','finite_difference','auto']=None, # How a product is computed; 'reverse' by default
-    probe=None, # 'rademacher' (default), 'gaussian' or a callable `(p, generator) -> tensor like p`
+    probe:Literal['rademacher','gaussian']=None, # 'rademacher' by default; or a callable `(p, generator) -> tensor like p`
     n_samples:int=None, # Probes for each estimate; 1 by default
     update_each:int|tuple=10, # Estimate at steps 1, k+1, 2k+1, … and keep the average in between; for a pair see `is_due`
     dense:int=20, # So many steps at the start have an estimate each

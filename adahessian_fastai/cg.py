@@ -16,7 +16,7 @@ __all__ = ['flat_product', 'martens_stop', 'grid_iterations', 'cg_steps', 'CGRes
 # %% ../nbs/04_cg.ipynb #c5fd5af1
 import math, torch
 from torch import Tensor, nn
-from typing import NamedTuple
+from typing import Literal,NamedTuple
 from fastcore.basics import ifnone, noop
 from .hvp import check_choice, check_count, check_number, check_pair, check_switch, flat, unflat
 
@@ -72,7 +72,7 @@ def cg_steps(
     x:Tensor, # Start, changed in place
     r:Tensor, # Residual `b-Ax` at the start, changed in place
     M=noop, # `v -> Mv`, an approximate inverse of `A`
-    neg_curv:str='stop' # What to do where `pᵀAp <= 0`: 'stop' or 'abs'
+    neg_curv:Literal['stop','abs']='stop' # What to do where `pᵀAp <= 0`: 'stop' or 'abs'
 ): # Yields the device tensor `[m, ‖r‖, pᵀAp]` before the first iteration and after each
     "Preconditioned conjugate gradients, moving `x` in place without ever waiting for the device"
     y = M(r)
@@ -142,7 +142,7 @@ def cg(
     eps:float=5e-4, # ε of `martens_stop`; 0 or None switches that rule off
     grid:float=1.3, # Base of the grid of kept iterates; None keeps only the last
     keep:int=None, # Keep at most this many iterates of the grid, the latest; None keeps all
-    neg_curv:str='stop', # Where `pᵀAp <= 0`: 'stop' or 'abs'; raises `ValueError` for others
+    neg_curv:Literal['stop','abs']='stop', # Where `pᵀAp <= 0`: 'stop' or 'abs'; raises `ValueError` for others
     check_every:int=None, # Iterations between two looks of the host; raises `ValueError` below 1
     progress=noop # Called with `(iteration, m, ‖r‖)` at each look
 )->CGResult:
@@ -255,7 +255,7 @@ class CG:
         tol:float=1e-5, # Relative residual at which CG stops
         martens_eps:float=5e-4, # ε of Martens' rule to stop CG ([1] section 4.4); 0 switches it off
         x0_decay:float=0.95, # CG starts at this multiple of the last solution; 0 needs no memory for it
-        neg_curv:str='stop', # What CG does at negative curvature: 'stop' or 'abs'
+        neg_curv:Literal['stop','abs']='stop', # What CG does at negative curvature: 'stop' or 'abs'
         check_every:int=None, # Iterations between two looks of the host
         backtracking:bool=True, # Choose among the iterates of CG?
         grid:float=1.3, # Base of the grid of kept iterates

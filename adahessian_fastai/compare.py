@@ -226,8 +226,8 @@ def plot_rates(
         axs[0].plot(own.lr, means.reindex(own.lr), '*', color=color, ms=14)
         for style,some in (('-',own), (':',o[o.lr==means.idxmin()])):
             for r in some.itertuples(): axs[1].plot(r.seconds, r.valid_losses, f'.{style}', color=color)
-    axs[0].plot([], [], '*', color='grey', ms=10, label='nobody gave a rate')
-    for style,label in (('-','nobody gave a rate'), (':','best of these rates')): axs[1].plot([], [], style, color='grey', label=label)
+    axs[0].plot([], [], '*', color='grey', ms=10, label='default rate')
+    for style,label in (('-','default rate'), (':','best of these rates')): axs[1].plot([], [], style, color='grey', label=label)
     axs[0].set(xlabel='learning rate', ylabel='validation loss', xscale='log', yscale='log', title='after the last epoch')
     axs[1].set(xlabel='seconds of training', xlim=(0,None), title='on the way')
     axs[0].set_ylim(top=min(axs[0].get_ylim()[1], 100*runs.valid_loss.min()))

@@ -26,6 +26,7 @@ import torch, torch.autograd.forward_ad as fwAD, torch.nn.functional as F
 from contextlib import ExitStack,contextmanager,nullcontext
 from fastcore.basics import noop
 from types import MethodType
+from typing import Literal
 from torch import Tensor,nn
 from torch.func import functional_call,grad,jvp
 from torch.nn.attention import SDPBackend,sdpa_kernel
@@ -381,7 +382,7 @@ def choose_way(
 class Hessian:
     "The Hessian of the loss"
     def __init__(self,
-        method:str='reverse', # A key of `hvp_ways`, or 'auto'; raises `ValueError` for others
+        method:Literal['reverse','forward','compiled','finite_difference','auto']='reverse', # How; raises `ValueError` for others
     ):
         check_choice('hvp', method, (*hvp_ways, 'auto'))
         self.method,self.used,self.trusted = method,None if method=='auto' else method,False
@@ -584,7 +585,7 @@ class GaussNewton:
     "The generalized Gauss-Newton matrix of the loss"
     twice = True
     def __init__(self,
-        jvp:str='reverse', # Way to Jacobian products: 'reverse', 'along', 'dual', 'linearize' or 'auto'; raises `ValueError` for others
+        jvp:Literal['reverse','along','dual','linearize','auto']='reverse', # Way to Jacobian products; raises `ValueError` for others
         closed:bool=False, # Use the closed form of the loss Hessian where there is one?
     ):
         check_choice('jvp', jvp, (*jvp_ways, 'along', 'auto'))

@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from contextlib import contextmanager
 from itertools import islice
 from matplotlib.ticker import LogLocator,MaxNLocator
+from typing import Literal
 from fastai.basics import *
 from fastai.optimizer import debias
 from torch.distributed.tensor import DTensor
@@ -77,7 +78,7 @@ def products_of(
     learn:Learner, # Its batch attributes are used inside and put back
     batches:list, # Batches of its loaders, or `[None]` for the one that is under way
     params:list, # Tensors to differentiate for
-    curvature='hessian', # 'hessian', 'ggn' or an object such as `Hessian('finite_difference')`; raises `ValueError` for other words
+    curvature:Literal['hessian','ggn']='hessian', # Or an object such as `Hessian('auto')`; raises `ValueError` for other words
     start:tuple=None, # `snapshot` of the model to start from; the present one by default
 ): # Yields `group -> product`, for any `group` of `params`
     "Context for products with the curvature of the mean loss over `batches`, and with blocks of it"
@@ -94,7 +95,7 @@ def curvature_product(self:Learner,
     params:list=None, # Any of the model's parameters; all trained ones by default
     batches=None, # List of batches or a `DataLoader`; the first `n_batches` training batches by default
     n_batches:int=1, # How many training batches
-    curvature='hessian', # 'hessian', 'ggn' or an object such as `Hessian('finite_difference')`; raises `ValueError` for other words
+    curvature:Literal['hessian','ggn']='hessian', # Or an object such as `Hessian('auto')`; raises `ValueError` for other words
     train:bool=True, # Model in training mode?
 ): # `v -> Hv` on lists of tensors shaped like `params`
     "Product with the curvature of the mean loss over `batches`"
@@ -288,7 +289,7 @@ class CurvatureRecorder(Callback):
         max_iter:int=20, # Most Lanczos steps in a measurement; raises `ValueError` below 1
         tol:float=0.01, # Wanted relative bound of the eigenvalues; raises `ValueError` unless it is above 0
         per_layer:bool=False, # Measure each layer too?
-        curvature='hessian', # 'hessian', 'ggn' or an object such as `Hessian('finite_difference')`; raises `ValueError` for other words
+        curvature:Literal['hessian','ggn']='hessian', # Or an object such as `Hessian('auto')`; raises `ValueError` for other words
         seed:int=42, # Of probes and start vectors
     ):
         if every is not None: check_count('every', every)

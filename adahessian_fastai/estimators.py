@@ -13,7 +13,7 @@ __all__ = ['Estimate', 'seeded', 'Hutchinson', 'ControlVariate', 'GNB', 'Given',
 # %% ../nbs/09_estimators.ipynb #18af7d7a
 import torch
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Literal,NamedTuple
 from .hvp import check_choice,check_count,check_number,flat
 from .hutchinson import control_variate_samples,draw_like,get_probe,hutchinson_samples,mean_and_noise,sample_mean
 from .cg import diag_preconditioner
@@ -45,7 +45,7 @@ class Hutchinson:
     def __init__(self,
         curvature=None, # `Hessian(...)` or `GaussNewton(...)`; the Hessian by double backward by default
         n_samples:int=1, # Probes for each estimate; raises `ValueError` below 1
-        probe='rademacher', # 'rademacher', 'gaussian' or a callable `(p, generator) -> tensor like p`
+        probe:Literal['rademacher','gaussian']='rademacher', # Or a callable `(p, generator) -> tensor like p`
     ):
         self.curvature,self.n_samples,self.probe = curvature or Hessian(),check_count('n_samples', n_samples),get_probe(probe)
 
@@ -90,7 +90,7 @@ class ControlVariate(Hutchinson):
     def __init__(self,
         curvature=None, # `Hessian(...)` or `GaussNewton(...)`; the Hessian by double backward by default
         n_samples:int=1, # Probes for each estimate; raises `ValueError` below 1
-        probe='gaussian', # 'gaussian' or a callable `(p, generator) -> tensor like p`; raises `ValueError` for 'rademacher'
+        probe:Literal['rademacher','gaussian']='gaussian', # Or a callable, as for `Hutchinson`; raises `ValueError` for 'rademacher'
     ):
         if probe=='rademacher':
             raise ValueError("estimator='control_variate' changes nothing with Rademacher probes, as z² = 1: use probe='gaussian', or "

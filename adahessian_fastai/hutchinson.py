@@ -12,6 +12,7 @@ __all__ = ['probes', 'rademacher_like', 'gaussian_like', 'get_probe', 'draw_like
 # %% ../nbs/01_hutchinson.ipynb #e737eee3
 import math,torch
 from functools import cache
+from typing import Literal
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from .hvp import check_count,check_real,shard_mesh
@@ -72,7 +73,7 @@ def hutchinson_samples(
     product, # `v -> Hv` on lists of tensors shaped like `params`
     params:list, # Tensors that give the shapes
     n_samples:int=1, # Number of probes; raises `ValueError` below 1
-    probe='rademacher', # Name or callable, see `get_probe`
+    probe:Literal['rademacher','gaussian']='rademacher', # Name or callable, see `get_probe`
     generator:torch.Generator=None, # Randomness of the probes
 ): # Yields `n_samples` lists of tensors
     "Single-probe estimates `z ⊙ Hz` of the diagonal, one list for each probe"
@@ -99,7 +100,7 @@ def hutchinson_diag(
     product, # `v -> Hv` on lists of tensors shaped like `params`
     params:list, # Tensors that give the shapes
     n_samples:int=1, # Number of probes; the standard error falls with its square root. Raises `ValueError` below 1
-    probe='rademacher', # Name or callable, see `get_probe`
+    probe:Literal['rademacher','gaussian']='rademacher', # Name or callable, see `get_probe`
     generator:torch.Generator=None, # Randomness of the probes
 )->list: # One tensor for each of `params`
     "Unbiased estimate of the diagonal of the matrix behind `product`"
@@ -110,7 +111,7 @@ def hutchinson_trace(
     product, # `v -> Hv` on lists of tensors shaped like `params`
     params:list, # Tensors that give the shapes
     n_samples:int=1, # Number of probes; raises `ValueError` below 1
-    probe='rademacher', # Name or callable, see `get_probe`
+    probe:Literal['rademacher','gaussian']='rademacher', # Name or callable, see `get_probe`
     generator:torch.Generator=None, # Randomness of the probes
 )->tuple: # The estimate and its standard error, as floats
     "Unbiased estimate of the trace of the matrix behind `product`, with its standard error"
@@ -124,7 +125,7 @@ def control_variate_samples(
     params:list, # Tensors that give the shapes
     center:list, # Guess of the diagonal, c; raises `ValueError` unless it is shaped like `params`
     n_samples:int=1, # Number of probes; raises `ValueError` below 1
-    probe='gaussian', # Name or callable, see `get_probe`
+    probe:Literal['rademacher','gaussian']='gaussian', # Name or callable, see `get_probe`
     generator:torch.Generator=None, # Randomness of the probes
 ): # Yields `n_samples` lists of tensors
     "Single-probe estimates `z ⊙ (H - diag(c))z + c` of the diagonal, one list for each probe"

@@ -16,6 +16,7 @@ __all__ = ['substitutes', 'dual_substitutes', 'hvp_methods', 'check_real', 'AsCo
 # %% ../nbs/00_hvp.ipynb #23113829
 import math,operator,re
 from contextlib import contextmanager
+from typing import Literal
 
 import torch, torch.nn.functional as F, torch.autograd.forward_ad as fwAD
 from torch import Tensor,nn
@@ -467,7 +468,7 @@ hvp_methods = dict(reverse=_reverse_product, forward=_forward_product, finite_di
 def hessian_product(
     loss, # Callable `() -> scalar tensor` that evaluates the loss at the parameters' present values
     params, # Tensors to differentiate for
-    method:str='reverse', # A key of `hvp_methods`; raises `ValueError` for another one
+    method:Literal['reverse','forward','finite_difference']='reverse', # How; raises `ValueError` for others
 ):
     "Product `v -> Hv` with the Hessian of `loss()`, evaluated afresh for each product"
     if not isinstance(method, str) or method not in hvp_methods:

@@ -54,10 +54,10 @@ def unwrapped(
 
 def callback_of(
     learn:Learner, # Any Learner
-    name:str, # Name of a callback, such as 'mixed_precision'
+    kind:type, # Class of a callback, such as `Recorder`
 ): # `None` where there is none
-    "The callback `name` of `learn`"
-    return vars(learn).get(name)
+    "The first callback of `learn` that is a `kind`"
+    return next((cb for cb in learn.cbs if isinstance(cb, kind)), None)
 
 # %% ../nbs/10_learner.ipynb #1afee885
 def is_sharded(

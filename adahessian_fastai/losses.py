@@ -23,7 +23,7 @@ import math,torch,torch.nn.functional as F
 from functools import partial
 from torch import Tensor,nn
 from types import BuiltinFunctionType,FunctionType,MethodType
-from typing import NamedTuple
+from typing import Literal,NamedTuple
 from fastcore.basics import ifnone
 from .hvp import check_count,gradient,shard_mesh
 
@@ -35,7 +35,7 @@ def cross_entropy_weights(
     weight:Tensor=None, # Class weights, w
     ignore_index:int=-100, # Rows with this class do not count
     label_smoothing:float=0., # α
-    reduction:str='mean', # 'mean' or 'sum'
+    reduction:Literal['mean','sum']='mean', # 'mean' or 'sum'
 )->Tensor: # One weight for each row; all zero where every row is ignored
     "Row weights of `F.cross_entropy` with these arguments"
     n,C = logits.numel()//logits.shape[axis],logits.shape[axis]
@@ -82,7 +82,7 @@ def softmax_noise(
 def squared_error_weight(
     outputs:Tensor, # Outputs of the model
     targets:Tensor, # What they are compared with; raises `ValueError` where the two do not broadcast
-    reduction:str='mean', # 'mean' or 'sum'
+    reduction:Literal['mean','sum']='mean', # 'mean' or 'sum'
 )->float: # One number for all entries
     "Second derivative of `F.mse_loss` in each entry of `outputs`"
     try: n = math.prod(torch.broadcast_shapes(outputs.shape, targets.shape))
@@ -104,7 +104,7 @@ def binary_weights(
     targets:Tensor, # Of the same shape, from 0 to 1
     weight:Tensor=None, # Weights of the entries, w: as many, or broadcast
     pos_weight:Tensor=None, # Weights of the ones, π
-    reduction:str='mean', # 'mean' or 'sum'
+    reduction:Literal['mean','sum']='mean', # 'mean' or 'sum'
 )->Tensor: # Shaped like `logits`
     "Entry weights of `F.binary_cross_entropy_with_logits` with these arguments"
     y,pos,w = targets.as_subclass(Tensor).view_as(logits).to(logits.dtype),ifnone(pos_weight, 1.),ifnone(weight, 1.)

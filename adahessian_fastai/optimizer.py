@@ -20,13 +20,14 @@ __all__ = ['estimators', 'curvatures', 'LossGuard', 'peek_seed', 'warn_rarely', 
 import inspect,itertools,math,warnings
 from contextlib import contextmanager,nullcontext
 from collections import deque
-from typing import NamedTuple
+from typing import Literal,NamedTuple
 
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointError
 
 from fastai.basics import *
+from fastai.callback.training import GradientAccumulation
 from ._help import describe
 from .hvp import check_count,grads_aside,hooks_disabled,shard_mesh,sharded_like,total_norm,whole
 from .averaging import average_diag,check_block_length
@@ -334,7 +335,7 @@ class Perturbation:
     "Moves the parameters for the forward and backward pass"
     def __init__(self,
         rho:float=0., # How far, ρ; 0 or `None` for not at all; raises `ValueError` below 0
-        along:str='momentum', # 'momentum' (against it) or 'gradient' (up, at the price of another gradient); raises `ValueError` for others
+        along:Literal['gradient','momentum']='momentum', # Against the momentum, or up another gradient; raises `ValueError` for others
     ):
         rho = plain_number(ifnone(rho, 0.))
         if isinstance(rho, bool) or not isinstance(rho, (int,float)) or not 0<=rho<math.inf:
@@ -725,7 +726,7 @@ def backward(self:CurvatureOptimizer,
     learn:Learner, # In the middle of a batch; called by its `_backward`
 ):
     "Differentiate the loss of `learn`, and cancel the rest of the batch while `n_acc` is not reached"
-    if self.n_acc>1 and callback_of(learn, 'gradient_accumulation'):
+    if self.n_acc>1 and callback_of(learn, GradientAccumulation):
         raise ValueError(f"n_acc and GradientAccumulation do the same: use one of them, got {self.n_acc=}")
     if self.turn is None:
         raise ValueError(f"{type(learn).__name__} has a `_do_one_batch` of its own: put `with self.opt.forward_context(self):` "
@@ -816,10 +817,10 @@ def made(
 
 # %% ../nbs/15_optimizer.ipynb #f32b376d
 def made_estimator(
-    estimator='hutchinson', # A key of `estimators`, or an estimator
-    curvature=None, # A key of `curvatures`, or a curvature
-    hvp:str=None, # Way to products with the curvature
-    probe=None, # Name or callable
+    estimator:Literal['hutchinson','control_variate','gnb']='hutchinson', # A key of `estimators`, or an estimator
+    curvature:Literal['hessian','ggn']=None, # A key of `curvatures`, or a curvature
+    hvp:Literal['reverse','forward','compiled','finite_difference','auto']=None, # Way to products with the curvature
+    probe:Literal['rademacher','gaussian']=None, # Name or callable
     n_samples:int=None, # For each estimate
 ): # Raises `ValueError` for what does not go together
     "The estimator that these keywords describe"
@@ -870,10 +871,10 @@ class AdaHessianWrapper(CurvatureOptimizer):
         opt:Optimizer, # `Optimizer` to wrap, usually from `AdaHessian`
         block_length=32, # Entries averaged together in a matrix; 1 for none, 'row', or a dict by rank: see `check_block_length`
         n_acc:int=1, # Batches accumulated before each step
-        estimator='hutchinson', # 'hutchinson', 'control_variate', 'gnb', or an object such as `GNB(n_samples=2)`
-        curvature=None, # 'hessian' (default) or 'ggn', or an object such as `Hessian('auto')`
-        hvp:str=None, # How a product is computed: 'reverse' (default), 'forward', 'compiled', 'finite_difference' or 'auto'
-        probe=None, # 'rademacher' (default), 'gaussian' or a callable `(p, generator) -> tensor like p`
+        estimator:Literal['hutchinson','control_variate','gnb']='hutchinson', # Or an object such as `GNB(n_samples=2)`
+        curvature:Literal['hessian','ggn']=None, # 'hessian' by default; or an object such as `Hessian('auto')`
+        hvp:Literal['reverse','forward','compiled','finite_difference','auto']=None, # How a product is computed; 'reverse' by default
+        probe:Literal['rademacher','gaussian']=None, # 'rademacher' by default; or a callable `(p, generator) -> tensor like p`
         n_samples:int=None, # Probes for each estimate; 1 by default
         signed_blocks:bool=None, # Average the signed diagonal and not `|d|`? Default: where steppers or `debiased` ask for it
         average_kernels:bool=True, # Average over the kernels of convolutions?

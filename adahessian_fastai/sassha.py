@@ -11,6 +11,7 @@ it descends the worst loss nearby. `m_sassha` is its cheap form, which moves aga
 __all__ = ['sassha', 'm_sassha']
 
 # %% ../nbs/19_sassha.ipynb #a0b1c420
+from typing import Literal
 from fastai.basics import *
 from .hvp import check_count
 from .optimizer import CurvatureOptimizer,Perturbation,made_estimator,made_schedule
@@ -32,8 +33,8 @@ def sassha(
     clip:float=0., # Largest entry of a step, in root mean squares of its tensor; 0 for no bound
     cap:float=0., # Largest root mean square of a tensor's step before it is multiplied by `lr`; 0 for no bound
     spike:float=0., # Largest length of the gradient, in running means of that length; 0 for no bound
-    along:str='gradient', # The way: 'gradient', up, or 'momentum', against it
-    estimator='hutchinson', # As for `adahessian`, like the four below
+    along:Literal['gradient','momentum']='gradient', # Against the momentum, or up another gradient; raises `ValueError` for others
+    estimator:Literal['hutchinson','control_variate','gnb']='hutchinson', # As for `adahessian`, like the four below
     curvature=None,
     hvp:str=None,
     n_samples:int=None,

@@ -45,10 +45,10 @@ def sophia(
     eps:float=1e-12, # Least denominator
     *,
     curvature:Literal['hessian','ggn']=None, # For 'hutchinson': the matrix, the Hessian by default
-    hvp:str=None, # For 'hutchinson': how a product is computed, see `adahessian`
+    hvp:Literal['reverse','forward','compiled','finite_difference','auto']=None, # For 'hutchinson': how a product is computed
     n_acc:int=1, # Batches accumulated before each step
     n_samples:int=None, # Probes or draws of the labels for each estimate; 1 by default
-    probe=None, # For 'hutchinson': 'rademacher' (default), 'gaussian' or a callable `(p, generator) -> tensor like p`
+    probe:Literal['rademacher','gaussian']=None, # For 'hutchinson': by default 'rademacher'; or a callable as for `adahessian`
     hessian_bs:int|float=None, # Rows of the batch that the estimate is taken on, a number or a fraction; `None` for all
     dense:int=0, # So many steps at the start have an estimate each
     when=None, # A schedule of one's own, in the place of `update_each`, `hessian_bs` and `dense`

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from fastprogress.fastprogress import progress_bar
 from scipy.linalg import eigh_tridiagonal
 from scipy.stats import t as student_t
+from typing import Literal
 from torch import Tensor
 from .hvp import asymmetry,check_count,check_number,flat,gradient,graph_product,substituted,unflat
 from .hutchinson import get_probe
@@ -133,7 +134,7 @@ def _direction(params, probe, generator, basis):
 def lanczos(
     product, # `v -> Hv` on lists of tensors shaped like `params`
     params:list, # Tensors that give the shapes
-    probe='gaussian', # Start vector, see `get_probe`
+    probe:Literal['rademacher','gaussian']='gaussian', # Start vector, see `get_probe`
     generator:torch.Generator=None, # Randomness of the start vector
     against:list=(), # Orthonormal vectors to stay orthogonal to
 ): # Yields `(Q, alpha, beta)` after each product; raises `FloatingPointError` for one that is not finite
@@ -205,7 +206,7 @@ def extreme_eigenvalues(
     product, # `v -> Hv` on lists of tensors shaped like `params`
     params:list, # Tensors that give the shapes
     k:int=1, # How many at each wanted end; with fewer dimensions all there are. Raises `ValueError` below 1
-    which:str='largest', # `'largest'`, `'smallest'` (most negative) or `'both'`; raises `ValueError` for another word
+    which:Literal['largest','smallest','both']='largest', # At which end; 'smallest' is the most negative; raises `ValueError`
     tol:float=1e-4, # Wanted bound, relative to the largest absolute eigenvalue; raises `ValueError` below 0
     max_iter:int=100, # Most Lanczos steps in one run, and most basis vectors in memory; raises `ValueError` below 1
     vectors:bool=False, # Return the eigenvectors too?
@@ -248,7 +249,7 @@ def hutch_plus_plus(
     product, # `v -> Hv` on lists of tensors shaped like `params`
     params:list, # Tensors that give the shapes
     n_products:int=30, # Products to spend, a third on each part; raises `ValueError` below 6
-    probe='rademacher', # Name or callable, see `get_probe`
+    probe:Literal['rademacher','gaussian']='rademacher', # Name or callable, see `get_probe`
     generator:torch.Generator=None, # Randomness of the probes
 )->tuple: # The estimate and the standard error of its random part, as floats
     "Trace of the matrix behind `product`: exact on its main directions, estimated on the rest"
@@ -303,7 +304,7 @@ def spectral_density(
     params:list, # Tensors that give the shapes
     n_steps:int=40, # Lanczos steps, products for each start vector; raises `ValueError` below 1
     n_samples:int=5, # Start vectors to average; raises `ValueError` below 1
-    probe='rademacher', # Name or callable, see `get_probe`
+    probe:Literal['rademacher','gaussian']='rademacher', # Name or callable, see `get_probe`
     generator:torch.Generator=None, # Randomness of the start vectors
 )->SpectralDensity:
     "Density of the eigenvalues of the matrix behind `product` by stochastic Lanczos quadrature"

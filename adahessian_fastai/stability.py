@@ -12,7 +12,7 @@ __all__ = ['fresh_states', 'Stability', 'trained_lr']
 # %% ../nbs/21_stability.ipynb #c1ec2a96
 import math
 from copy import deepcopy
-from typing import NamedTuple
+from typing import Literal,NamedTuple
 from fastai.basics import *
 from .hvp import hooks_disabled
 from .spectrum import extreme_eigenvalues
@@ -84,7 +84,7 @@ def stability(self:Learner,
     tol:float=0.01, # Wanted relative bound of the eigenvalue
     seed:int=42, # Of start vectors and probes
     batches:list=None, # These batches instead
-    curvature='hessian', # 'hessian', 'ggn' or an object such as `Hessian('finite_difference')`
+    curvature:Literal['hessian','ggn']='hessian', # Or an object such as `Hessian('auto')`
 )->Stability:
     "Stability limit of the learning rate at the present weights, for the optimizer of this Learner"
     params,batches = learner_params(self),batches or first_batches(self.dls.train, n_batches)
@@ -104,7 +104,7 @@ def trained_lr(
 )->float: # Of the last parameter group
     "The largest learning rate of the last training; the optimizer's present one where none is known"
     with optimizer_of(learn) as opt: now = float(opt.hypers[-1]['lr'])
-    lrs = getattr(callback_of(learn, 'recorder'), 'lrs', [])
+    lrs = getattr(callback_of(learn, Recorder), 'lrs', [])
     return float(max(lrs)) if lrs and lrs[-1]==now else now
 
 # %% ../nbs/21_stability.ipynb #740ac1ae
@@ -125,7 +125,7 @@ def _row(name, st, idxs, ps, lam):
 def curvature_summary(self:Learner,
     n_batches:int=1, # Training batches to average over
     n_samples:int=20, # Probes for trace, mean |diagonal| and signal-to-noise ratio
-    curvature='hessian', # 'hessian', 'ggn' or an object such as `Hessian('finite_difference')`
+    curvature:Literal['hessian','ggn']='hessian', # Or an object such as `Hessian('auto')`
     max_iter:int=40, # Most Lanczos steps for each eigenvalue
     lr:float=None, # Learning rate to judge, `trained_lr` by default
     seed:int=42, # Of probes and start vectors

@@ -16,6 +16,7 @@ __all__ = ['multi30k_url', 'multi30k_files', 'unk', 'pad', 'bos', 'eos', 'specia
 # %% ../nbs/24_translation.ipynb #112fa9d6
 import gzip,itertools,math,random,re
 from collections import Counter
+from typing import Literal
 
 from fastai.basics import *
 from fastai.text.data import SortedDL
@@ -36,7 +37,7 @@ def has_multi30k()->bool:
 
 def multi30k_lines(
     name:str, # Name of a file without its language, from `multi30k_files`
-    lang:str, # 'en' or 'de'
+    lang:Literal['en','de'], # 'en' or 'de'
 )->list:
     "The sentences of one file of Multi30k, downloaded if it is missing"
     path = multi30k_path()/f'{name}.{lang}.gz'
@@ -71,8 +72,8 @@ def toy_pair(
 
 # %% ../nbs/24_translation.ipynb #7c51c351
 def sentence_pairs(
-    data:str='multi30k', # 'multi30k' or 'toy', the stand-in
-    split:str='train', # 'train', 'valid' or 'test'
+    data:Literal['multi30k','toy']='multi30k', # 'multi30k' or 'toy', the stand-in
+    split:Literal['train','valid','test']='train', # 'train', 'valid' or 'test'
     n:int=None, # Take the first `n`; all by default, 2000 of the stand-in
 )->list: # Pairs of English and German; raises `ValueError` for an unknown name
     "Pairs of sentences that mean the same"
@@ -169,7 +170,7 @@ class TranslationTransformer(nn.Module):
         n_layers:int=2, # Layers of the encoder, and as many of the decoder
         ff:int=None, # Width of the feed-forward layers, `4*d` by default
         dropout:float=0.1, # In each layer, and behind the word vectors
-        act:str='gelu', # 'gelu' or 'relu'
+        act:Literal['gelu','relu']='gelu', # 'gelu' or 'relu'
         max_len:int=256, # Longest sentence in words; `forward` raises `ValueError` for a longer one
     ):
         super().__init__()

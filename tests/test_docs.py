@@ -1,5 +1,5 @@
 "The documentation's tables and numbers are those of the result files"
-import csv,inspect,re,sys
+import csv,inspect,re,sys,typing
 from pathlib import Path
 import pytest
 from fastai.basics import Learner,nn
@@ -87,6 +87,21 @@ def test_what_has_no_notes_keeps_its_docstring():
     def plain(x): "Plain"
     _help.add_notes(plain)
     assert plain.__doc__=='Plain' and '\n' not in CurvatureRecorder.__doc__
+
+free_words = {'arch', 'data', 'lr', 'opts', 'out'} # Parameters with a word by default that are no choice among a few
+untyped = {'HessianFree', 'hessian_free', 'fisher_diagonal', 'CG', 'Preconditioner', 'Batches'} # Not yet: the room of Hessian-free
+
+def choices(name, o):
+    "The parameters of `o` with a word by default, and what may stand there by the annotation"
+    fs = [o] if inspect.isfunction(o) else [o.__init__] if inspect.isclass(o) and inspect.isfunction(o.__init__) else []
+    return [(f'{name}.{p.name}',p) for f in fs for p in inspect.signature(f).parameters.values() if isinstance(p.default, str) and p.name not in free_words]
+
+CHOICES = dict(o for nm,f in vars(everything).items() if nm[0]!='_' and nm not in untyped and (getattr(f, '__module__', None) or '').startswith('adahessian_fastai') for o in choices(nm, f))
+
+@pytest.mark.parametrize('name', CHOICES)
+def test_an_editor_can_complete_each_choice(name):
+    p = CHOICES[name]
+    assert p.default in typing.get_args(p.annotation), f'{name}: annotate {p.name} by a Literal of what it takes'
 
 def nets(): return nn.Linear(2,3),nn.Linear(3,1)
 

@@ -10,7 +10,8 @@ folders,files = ('nbs', 'adahessian_fastai', 'tools'),('pyproject.toml', 'settin
 
 def contents(d):
     "The notebooks and what is generated from them, by path relative to `d`"
-    paths = [*d.glob('nbs/**/*.ipynb'), *d.glob('adahessian_fastai/*.py'), *(d/o for o in ('README.md', 'nbs/llms.txt', 'pyproject.toml'))]
+    globs = ('nbs/**/*.ipynb', 'adahessian_fastai/*.py', 'nbs/images/badge_*.svg', 'README.md', 'nbs/llms.txt', 'pyproject.toml')
+    paths = [f for o in globs for f in d.glob(o)]
     return {f.relative_to(d).as_posix(): f.read_bytes() for f in paths if f.exists()}
 
 def copied(dest):

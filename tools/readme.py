@@ -1,5 +1,6 @@
-"Writes README.md from nbs/index.ipynb"
+"Writes README.md from nbs/index.ipynb, and its badges from the facts of the package: they need no address"
 import json,posixpath,re
+from configparser import ConfigParser
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
@@ -29,4 +30,24 @@ def readme_md(path=root/'nbs/index.ipynb'):
     cells = json.loads(path.read_text(encoding='utf-8'))['cells']
     return '\n\n'.join([note, *filter(None, map(cell_md, cells))]) + '\n'
 
-if __name__=='__main__': (root/'README.md').write_text(readme_md(), encoding='utf-8')
+def badge_svg(label, value, color='#2962ff'):
+    "A picture of `label` and `value` side by side"
+    a,b = (10+7*len(o) for o in (label,value))
+    def text(x, o): return f'<text x="{x}" y="14" text-anchor="middle">{o}</text>'
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{a+b}" height="20" role="img" aria-label="{label}: {value}"><title>{label}: {value}</title>'
+        f'<clipPath id="r"><rect width="{a+b}" height="20" rx="3"/></clipPath><g clip-path="url(#r)"><rect width="{a}" height="20" fill="#555"/>'
+        f'<rect x="{a}" width="{b}" height="20" fill="{color}"/></g><g fill="#fff" font-family="Verdana,Geneva,sans-serif" font-size="11">'
+        f'{text(a/2, label)}{text(a+b/2, value)}</g></svg>\n')
+
+def badges(path=root):
+    "Pictures by file name, from the facts of the package at `path`"
+    cfg = ConfigParser(interpolation=None, delimiters=['='])
+    cfg.read(path/'settings.ini', encoding='utf-8')
+    def found(name, pattern): return re.search(pattern, (path/name).read_text(encoding='utf-8'), re.M)[1]
+    values = dict(version=found('adahessian_fastai/__init__.py', '^__version__ = ["\'](.+)["\']'), python=f"{cfg['DEFAULT']['min_python']} or newer",
+        licence=found('pyproject.toml', '^license = "(.+)"'))
+    return {f'badge_{k}.svg': badge_svg(k, v) for k,v in values.items()}
+
+if __name__=='__main__':
+    (root/'README.md').write_text(readme_md(), encoding='utf-8')
+    for name,svg in badges().items(): (root/'nbs/images'/name).write_text(svg, encoding='utf-8')

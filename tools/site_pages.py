@@ -15,7 +15,7 @@ defs = ast.FunctionDef,ast.ClassDef
 first_guides = ['start', 'which', 'hyperparameters', 'benchmarks'] # The others follow by name
 first_stories = ['transfer', 'imagenette', 'pytorch', 'toys', 'curvature', 'translation', 'hessian_free', 'pinn'] # As a learner goes, then the rest
 main_names = ['adahessian', 'adahessian_paper', 'sophia', 'hessian_free', 'sassha', 'CurvatureRecorder', 'Learner.curvature_summary',
-    'Learner.suggest_lr_from_curvature', 'compare_optimizers', 'Budget', 'GNB', 'Problem'] # What people ask for first; one that does not exist is left out
+    'compare_optimizers', 'Budget', 'GNB', 'Problem'] # What people ask for first; one that does not exist is left out
 papers = {'CHANGELOG.md': 'changelog.md', 'CONTRIBUTING.md': 'contributing.md'}
 re_link = re.compile(r'(\]\(|<img[^>]* src=")(?![a-z]+:|#)([^)"\s#]+)')
 re_code = re.compile(r'(?<![`\[])`([A-Za-z_][\w.]*)(?:\(\))?`(?!`)')
@@ -265,7 +265,7 @@ def page_title(nb): return next(m[1] for c in nb.cells if (m := re.search(r'^# (
 def llms_txt():
     "The site for a language model: what the package is and what each page holds"
     index = read_nb(root/'nbs/index.ipynb')
-    about = next(c.source for c in index.cells[1:] if c.cell_type=='markdown')
+    about = next(c.source for c in index.cells[1:] if c.cell_type=='markdown' and not c.source.startswith('[!')) # Not the badges
     line = lambda p,title: entry(page_name(p), title(nb := read_nb(p)), summary(nb))
     api = [line(p, lambda nb: f'{lib}.{module_name(nb)}') for ps in kinds().values() for p in ps]
     parts = dict(Guides=[entry(p.name, *lead(p)) for p in guides()], Tutorials=[line(p, page_title) for p in stories()],
