@@ -151,7 +151,7 @@ def _clamp(ts, x):
 
 def _in_rms(us):
     "Divide each of `us` by its root mean square, in place; these as a vector"
-    norms,roots = torch._foreach_norm(us),[max(u.numel(), 1)**0.5 for u in us]
+    norms,roots = [whole(n) for n in torch._foreach_norm(us)],[max(u.numel(), 1)**0.5 for u in us]
     if us[0].device.type=='cpu': rms = torch.stack(norms)/torch.tensor(roots, dtype=norms[0].dtype)
     else: rms = torch.stack(torch._foreach_div(norms, roots)) # No vector has to come from the host, which would wait
     rms = torch.where(rms>0, rms, 1.)
