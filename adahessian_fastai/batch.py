@@ -31,7 +31,7 @@ from .hvp import SettingError,check_checkpoints,check_choice,check_count,check_s
 from .losses import loss_count,losses,smoothed_cross_entropy_rule
 from .problem import MeanProblem,Problem,hidden_states,mean_of,modes_kept,structured,weights_of
 from .curvature import twice_differentiable
-from .learner import Ranks,callback_of,check_gradients,check_model,unwrapped
+from .learner import Ranks,callback_of,check_gradients,check_model,sync_group,unwrapped
 from .replay import backward_hooks,preserving,restored,snapshot,without_backward_hooks
 
 # %% ../nbs/12_batch.ipynb #e3297adb
@@ -49,7 +49,7 @@ def autocast_of(
     learn:Learner, # Maybe with mixed precision
 ):
     "Context that begins the autocast of `learn`, and ends it if something is raised inside"
-    cb = callback_of(learn, 'mixed_precision')
+    cb = callback_of(learn, MixedPrecision)
     if cb: cb.before_batch()
     try: yield
     except BaseException:
@@ -175,7 +175,7 @@ def loss_weight(
     leave_out:tuple=(), # Classes of callbacks that have no part in the loss
 )->float: # 1. without accumulation
     "The weight that `GradientAccumulation` gives to the loss of this batch"
-    cb = callback_of(learn, 'gradient_accumulation')
+    cb = callback_of(learn, GradientAccumulation)
     return 1. if cb is None or isinstance(cb, leave_out) else find_bs(learn.yb)/cb.n_acc
 
 # %% ../nbs/12_batch.ipynb #292d7a7c
@@ -231,7 +231,7 @@ def in_half(
 )->bool:
     "Is something computed in half precision?"
     halves = (torch.float16,torch.bfloat16)
-    return callback_of(learn, 'mixed_precision') is not None or any(p.dtype in halves for p in learn.model.parameters())
+    return callback_of(learn, MixedPrecision) is not None or any(p.dtype in halves for p in learn.model.parameters())
 
 class LearnerProblem(Problem):
     "The present batch of a Learner"
@@ -373,6 +373,7 @@ def ready(self:Batches,
     params:list # Get their gradients
 ):
     "Make `curv` and `trial` of the rounds; raises `NothingCounts`"
+    if self.now and params: self.ranks = Ranks(sync_group(self.now.learn), params[0].device)
     if self.n_acc>1:
         for p in params: p.grad = self.sums.get(p)
     curv,trial = self.rounds[:self.curv_batches],self.rounds[-self.held_out:] if self.held_out else self.rounds

@@ -36,8 +36,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from .hvp import (asymmetry,check_checkpoints,check_choice,check_twice,difference_error,difference_product,dual_gradient,
-    dual_numbers,graph_nodes,graph_product,substituted,total_norm)
-from .hutchinson import rademacher_like
+    dual_numbers,graph_nodes,graph_product,shard_mesh,substituted,total_norm)
+from .hutchinson import draw_like,rademacher_like
 from adahessian_fastai.ggn import (NoOutputs,adjoint_error,best_jvp,dual_jvp,ggn_product,linear_jvp,model_forward,output_tensors,
     reverse_jvp)
 from .losses import known_hessian
@@ -301,7 +301,7 @@ def trial_probes(
 )->list: # `n` lists of tensors
     "Probes for looking at a product, which no estimate uses"
     gens = {d: torch.Generator(d).manual_seed(seed) for d in {p.device for p in params}}
-    return [[rademacher_like(p, gens[p.device]) for p in params] for _ in range(n)]
+    return [draw_like(params, lambda p,_: rademacher_like(p, gens[p.device])) for _ in range(n)]
 
 # %% ../nbs/08_curvature.ipynb #ffa21dd3
 def asymmetry_of(
@@ -327,6 +327,9 @@ def exact_way(
     params:list, # Tensors to differentiate for
 )->tuple: # Name and product, or `(None, None)` where none works
     "An exact product with the Hessian that works"
+    if shard_mesh(params):
+        problem.gradient(retain_graph=True) # After a backward pass FSDP gathers the parameters anew, where they have moved
+        return None,None
     try:
         local,off = checked_reverse(problem.again(twice=True), params)
         if off<=max_error: return 'reverse',local.product
@@ -346,6 +349,8 @@ def against_differences(
     found = (nonsmooth(problem.model, problem.loss_func) if problem.model is not None else []) or nonsmooth_graph(problem.loss)
     if found: return f"{found[0]} has a kink"
     loss,v = lambda: problem.again().loss,without_padding(problem.model, params, trial_probes(params, 1)[0])
+    if shard_mesh(params) and not total_norm(difference_product(loss, params)(v)):
+        return 'sharded parameters stay gathered when they move, see `set_reshard_after_backward`'
     if exact is None: error = difference_error(loss, params, v)
     else: error = relative_error(difference_product(loss, params)(v), exact(v))
     return '' if error<=max_error else f"a finite difference was off by {error:.2g} on the first batch"

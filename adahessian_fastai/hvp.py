@@ -7,10 +7,11 @@ A *product* is a callable `v -> Hv`. `v` and `Hv` are lists of tensors shaped li
 
 # %% auto #0
 __all__ = ['substitutes', 'dual_substitutes', 'hvp_methods', 'check_real', 'AsComplex', 'real_parameters', 'flat', 'unflat',
-           'SettingError', 'check_count', 'check_number', 'check_choice', 'check_switch', 'check_pair', 'gradient',
-           'graph_nodes', 'check_twice', 'check_checkpoints', 'hooks_disabled', 'graph_product', 'Substituted',
-           'substituted', 'zero_tangents', 'dual_numbers', 'dual_backward', 'dual_gradient', 'total_norm', 'step_size',
-           'moved', 'difference_product', 'difference_error', 'hessian_product', 'asymmetry', 'check_symmetric']
+           'SettingError', 'check_count', 'check_number', 'check_choice', 'check_switch', 'check_pair', 'shard_mesh',
+           'whole', 'sharded_like', 'grads_aside', 'sharded_gradient', 'gradient', 'graph_nodes', 'check_twice',
+           'check_checkpoints', 'hooks_disabled', 'graph_product', 'Substituted', 'substituted', 'zero_tangents',
+           'dual_numbers', 'dual_backward', 'dual_gradient', 'total_norm', 'step_size', 'moved', 'difference_product',
+           'difference_error', 'hessian_product', 'asymmetry', 'check_symmetric']
 
 # %% ../nbs/00_hvp.ipynb #23113829
 import math,operator,re
@@ -20,6 +21,7 @@ from typing import Literal
 import torch, torch.nn.functional as F, torch.autograd.forward_ad as fwAD
 from torch import Tensor,nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor,Replicate
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
@@ -139,15 +141,65 @@ def check_pair(
     if rising and a>b: raise SettingError(name, 'two numbers, the smaller one first', v)
     return a,b
 
+# %% ../nbs/00_hvp.ipynb #e89d67ea
+def shard_mesh(
+    tensors, # Any number of tensors
+): # A `DeviceMesh`, or `None` where all are whole
+    "The processes over which `tensors` are sharded"
+    return next((t.device_mesh for t in tensors if isinstance(t, DTensor)), None)
+
+def whole(
+    t:Tensor, # Maybe sharded
+)->Tensor:
+    "`t` with the entries of all processes"
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+def sharded_like(
+    t:Tensor, # Whole, and the same in each process; or sharded already
+    p:Tensor, # Maybe sharded
+)->Tensor:
+    "The part of `t` that this process holds of `p`"
+    if isinstance(t, DTensor) or not isinstance(p, DTensor): return t
+    return DTensor.from_local(t, p.device_mesh, [Replicate()], run_check=False).redistribute(placements=p.placements)
+
+# %% ../nbs/00_hvp.ipynb #a100fd5e
+@contextmanager
+def grads_aside(
+    params:list, # Tensors
+):
+    "Context that begins without gradients in `p.grad`, and puts them back"
+    kept = [(p, p.grad) for p in params]
+    for p in params: p.grad = None
+    try: yield
+    finally:
+        for p,g in kept: p.grad = g
+
+def sharded_gradient(
+    loss:Tensor, # With its graph
+    params:list, # Sharded parameters
+    create_graph:bool=False, # Raises `ValueError` if true
+    retain_graph:bool=None, # Keep the graph of `loss`?
+    along:Tensor=None, # What `loss` is multiplied with
+)->list: # Sharded like `params`
+    "Gradient by a backward pass, which FSDP follows"
+    if create_graph:
+        raise ValueError("sharded parameters have no second derivative: use estimator='gnb', or hvp='finite_difference' in a smooth "
+            "network")
+    with grads_aside(params):
+        torch.autograd.backward(loss, along, retain_graph=retain_graph)
+        return [p.grad for p in params]
+
 # %% ../nbs/00_hvp.ipynb #b1a28e31
 def gradient(
     loss:Tensor, # Scalar loss with its graph
     params:list, # Tensors to differentiate for
     create_graph:bool=False, # Keep the graph of the gradient itself, to differentiate once more?
     retain_graph:bool=None, # Keep the graph of `loss`? Defaults to `create_graph`
-)->list: # A plain tensor or `None` for each of `params`
+    along:Tensor=None, # What `loss` is multiplied with, where it is no scalar: shaped like it
+)->list: # A plain tensor or `None` for each of `params`; a sharded one for a sharded parameter
     "Gradient of `loss` for each of `params`, `None` where `loss` does not depend on one"
-    gs = torch.autograd.grad(loss, params, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True)
+    if shard_mesh(params): return sharded_gradient(loss, params, create_graph, retain_graph, along)
+    gs = torch.autograd.grad(loss, params, along, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True)
     return [g if g is None or type(g) is Tensor else g.as_subclass(Tensor) for g in gs]
 
 # %% ../nbs/00_hvp.ipynb #648be16a
@@ -340,7 +392,7 @@ def total_norm(
     if not tensors: return torch.zeros(())
     half = any(t.dtype in (torch.half, torch.bfloat16) for t in tensors)
     ns = torch._foreach_norm([t.float() for t in tensors] if half else tensors)
-    return torch.stack([n.to(ns[0].device) for n in ns]).norm()
+    return whole(torch.stack([n.to(ns[0].device) for n in ns]).norm())
 
 def step_size(
     params:list, # Tensors θ
@@ -368,6 +420,7 @@ def moved(
     try: yield
     finally:
         with torch.no_grad(),torch.autograd._unsafe_preserve_version_counter(tuple(params)):
+            if shard_mesh(params): params,kept = ([o.to_local() for o in ts] for ts in (params, kept)) # Sharded tensors have no such copy
             if params: torch._foreach_copy_(params, kept)
 
 def difference_product(

@@ -104,7 +104,7 @@ def trained_lr(
 )->float: # Of the last parameter group
     "The largest learning rate of the last training; the optimizer's present one where none is known"
     with optimizer_of(learn) as opt: now = float(opt.hypers[-1]['lr'])
-    lrs = getattr(callback_of(learn, 'recorder'), 'lrs', [])
+    lrs = getattr(callback_of(learn, Recorder), 'lrs', [])
     return float(max(lrs)) if lrs and lrs[-1]==now else now
 
 # %% ../nbs/21_stability.ipynb #740ac1ae

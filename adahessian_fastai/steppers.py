@@ -16,6 +16,7 @@ import itertools
 
 from fastai.optimizer import average_grad,debias,l2_reg,step_stat,weight_decay
 from fastai.torch_basics import *
+from .hvp import shard_mesh,whole
 
 # %% ../nbs/14_steppers.ipynb #a39c5dfe
 def average_sqr_diag_hessian(
@@ -75,7 +76,7 @@ def bounded(
 )->list: # `us`
     "Steps with bounds on their entries or on their size"
     for u,n in zip(us, torch._foreach_norm(us)):
-        rms = n/max(u.numel(), 1)**0.5
+        rms = whole(n)/max(u.numel(), 1)**0.5
         if clip: u.clamp_(-clip*rms, clip*rms)
         if cap: u.mul_((cap/rms).clamp_(max=1.))
     return us
@@ -244,7 +245,7 @@ def foreach_step(
         hypers[id(hyper)] = hyper
         groups[key].append((p.data, p.grad, state['grad_avg'], state[name], d, e))
     for (id_hyper,step,hess_step,do_wd,*_,device),rows in groups.items():
-        whole = device.type!='cpu' or hypers[id_hyper].get('clip') or hypers[id_hyper].get('cap')
+        whole = device.type!='cpu' or shard_mesh(r[0] for r in rows) or hypers[id_hyper].get('clip') or hypers[id_hyper].get('cap')
         for part in [rows] if whole else portions(rows, cpu_portion):
             b = Portion(part, step, hess_step, do_wd, hypers[id_hyper])
             for f in fs: f(b)

@@ -2,6 +2,7 @@
 import sys
 import torch,torch.distributed as dist,torch.nn.functional as F
 import fastai.callback.fp16 as fp16
+from accelerate import Accelerator
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
@@ -9,9 +10,14 @@ from fastai.distributed import DistributedTrainer,rank_distrib
 from fastai.learner import Learner
 from functools import partial
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel,fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 from adahessian_fastai.all import adahessian_paper as adahessian
+from adahessian_fastai.hvp import whole
+from adahessian_fastai.learner import is_sharded
+from adahessian_fastai.problem import Problem
 from helpers_learner import HYPERS,Seeded,data,given,mlp
 from variants import variants
 
@@ -28,9 +34,9 @@ def shards(n_ranks, n_batches=4, bs=6):
     return [list(zip(a.split(bs), b.split(bs))) for a,b in zip(x.chunk(n_ranks), y.chunk(n_ranks))]
 
 
-def uneven(batches, rank):
-    "The last rank has 2 items in batch 1 and none in batch 2"
-    if rank: batches[1],batches[2] = [tuple(o[:n] for o in batches[i]) for i,n in ((1,2),(2,0))]
+def uneven(batches, rank, least=0):
+    "The last ranks have 2 items in batch 1 and none, or `least`, in batch 2"
+    if rank: batches[1],batches[2] = [tuple(o[:n] for o in batches[i]) for i,n in ((1,2),(2,least))]
     return batches
 
 
@@ -83,10 +89,16 @@ def train(batches, n_epoch=1, model=None, cbs=(), mode='accelerate', sync_bn=Fal
             if mode!='none': learn.model = DistributedDataParallel(model, **ddp)
             if mode=='compiled': learn.model = torch.compile(learn.model, backend='aot_eager')
             learn.fit(n_epoch)
-    opt = learn.opt
-    averages = [s['sqr_avg_diag_hessian'] for s in opt.opt.state.values() if 'sqr_avg_diag_hessian' in s]
-    counts = {k: getattr(opt, k) for k in ('n_steps','n_estimates','n_skipped','n_dropped')}
-    return dict(weights=[p.detach() for p in model.parameters()], averages=averages, **counts)
+    return found_in(learn.opt)
+
+
+def found_in(opt):
+    "What training ends with, whole tensors; and whether states are parts where parameters are"
+    states = [opt.state[p] for p in opt.all_params().itemgot(0)]
+    parts = all(isinstance(v, DTensor) for s in states for v in s.values() if isinstance(v, torch.Tensor))
+    averages = [whole(s[k]) for s in states for k in ('sqr_avg_diag_hessian','avg_diag_hessian') if k in s]
+    counts = {k: getattr(opt.counts, k) for k in ('seed','n_steps','n_estimates','n_skipped','n_dropped')}
+    return dict(weights=[whole(p.detach()) for p in opt.all_params().itemgot(0)], averages=averages, parts=parts, **counts)
 
 
 def sharded(batches):
@@ -102,6 +114,73 @@ def sharded_blocks(batches):
     fully_shard(model[0], mesh=mesh)
     try: train(batches, model=model, mode='none')
     except Exception as e: return f'{type(e).__name__}: {e}'
+
+
+def on_shards():
+    "A model of `fully_shard`, one of whose children is a group of its own"
+    mesh,model = dist.device_mesh.init_device_mesh('cpu', (dist.get_world_size(),)),mlp()
+    fully_shard(model[0], mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def differentiated(opt, model, batches):
+    "A plain loop"
+    def evaluate(x, y, twice=False):
+        out = model(x)
+        return F.cross_entropy(out, y),out
+    for x,y in batches:
+        loss,out = evaluate(x, y)
+        opt.differentiate(Problem(list(model.parameters()), loss, out, y, F.cross_entropy, partial(evaluate, x, y)), n_items=len(y))
+        if opt.n_batches<opt.n_acc: continue
+        opt.step()
+        opt.zero_grad()
+    return opt
+
+
+def made_on_shards(model, **kwargs): return adahessian(model.parameters(), **{**HYPERS, **kwargs})
+
+SHARDED = dict(  # chkstyle: ignore-node
+    gnb=dict(estimator='gnb'), gnb_samples=dict(estimator='gnb', n_samples=2), gnb_signed=dict(estimator='gnb', signed=True),
+    gnb_bounded=dict(estimator='gnb', clip=1., cap=0.1), gnb_each=dict(estimator='gnb', update_each=2),
+    gnb_n_acc=dict(estimator='gnb', n_acc=2), difference=dict(hvp='finite_difference'), auto=dict(hvp='auto'),
+    difference_samples=dict(hvp='finite_difference', n_samples=2, debiased=True),
+    difference_control=dict(hvp='finite_difference', estimator='control_variate', signed=True))
+
+BY_LEARNER = 'gnb','gnb_bounded','gnb_n_acc','difference'
+
+def plain_loop(batches, **kwargs):
+    model = on_shards()
+    torch.manual_seed(5)
+    return found_in(differentiated(made_on_shards(model, **own_probe(kwargs), **kwargs), model, batches))
+
+
+def resumed(batches, folder):
+    "Two steps, a file, and two more by another optimizer; and by one process' state, whole tensors"
+    model,res = on_shards(),[]
+    torch.manual_seed(5)
+    opt = differentiated(made_on_shards(model, estimator='gnb'), model, batches[:2])
+    torch.save((model.state_dict(),opt.state_dict()), f'{folder}/state{dist.get_rank()}')
+    for form in (lambda o: o, whole):
+        weights,state = torch.load(f'{folder}/state{dist.get_rank()}', weights_only=False)
+        state['state'] = [{k: form(v) if isinstance(v, torch.Tensor) else v for k,v in s.items()} for s in state['state']]
+        other = on_shards()
+        other.load_state_dict(weights)
+        new = made_on_shards(other, estimator='gnb')
+        new.load_state_dict(state)
+        res.append(found_in(differentiated(new, other, batches[2:])))
+    return res
+
+
+def looked_at():
+    "Whether shards are seen, in models of both kinds of FSDP, before and after a forward pass"
+    mesh = dist.device_mesh.init_device_mesh('cpu', (dist.get_world_size(),))
+    model = fully_shard(mlp(), mesh=mesh)
+    seen = [is_sharded(model)]
+    model(data(6)[0])
+    seen += [is_sharded(model), any(isinstance(p, DTensor) for p in model.parameters())]
+    children = mlp()
+    children[0] = FullyShardedDataParallel(children[0], device_id=torch.device('cpu'))
+    return [*seen, is_sharded(children), is_sharded(mlp())]
 
 
 def first_probe(batches):
@@ -124,6 +203,25 @@ class Sometimes(nn.Module):
         return self.heads[self.n%2](self.body(x).tanh())
 
 
+class CpuSync(nn.SyncBatchNorm):
+    "What `nn.SyncBatchNorm` does on a GPU: the mean and variance are those of all ranks, and are differentiated across them"
+    def forward(self, x):
+        n,d = dist.get_world_size(),[0,*range(2, x.ndim)]
+        mean,sqr = (all_reduce(o.mean(d))/n for o in (x, x.square()))
+        return F.linear((x-mean)/(sqr-mean.square()+self.eps).sqrt(), torch.diag(self.weight), self.bias)
+
+
+def accelerated(batches, **kwargs):
+    "A plain loop around a model that `accelerate` has wrapped"
+    model = Accelerator(cpu=True).prepare(mlp())
+    opt = adahessian(model.parameters(), **{**HYPERS, **kwargs})
+    for x,y in batches:
+        opt.differentiate(F.cross_entropy(model(x), y), n_items=len(y), group=model.process_group)
+        opt.step()
+        opt.zero_grad()
+    return found_in(opt)
+
+
 def refused(f):
     "What is said, and whether anything had been computed"
     model,calls = mlp(),[]
@@ -134,10 +232,38 @@ def refused(f):
 
 def own_probe(kwargs): return {} if 'gnb' in kwargs.get('estimator', '') or kwargs.get('probe') else dict(probe=given())
 
+# Beside those of the table: parameters that are moved, steps with bounds
+ALSO = dict(rho=dict(rho=0.3), rho_each=dict(rho=0.3, update_each=3), rho_gnb=dict(rho=0.3, estimator='gnb'), rho_n_acc=dict(rho=0.3, n_acc=2),
+    bounded=dict(clip=1., cap=0.1), rho_bounded=dict(rho=0.3, clip=3., cap=0.1, update_each=10, dense=20))
+ON_RANKS = {**{k: v for k,v in variants.items() if k!='compiled'}, **ALSO}
+SITUATIONS = 'default forward difference ggn ride gnb rows rho'.split()
+N_EPOCH = 13
+
 def variant_cases(n_ranks, rank):
-    "Every variant, a dozen batches, with the same probes on every rank; compiling is a case of its own"
+    "Every variant, 52 batches, with the same probes on every rank; some of them in other situations; compiling is a case of its own"
     mine = lambda: shards(n_ranks)[rank]
-    return {f'variant {k}': partial(lambda kw: train(mine(), 3, mode='ddp', **{**own_probe(kw), **kw}), v) for k,v in variants.items() if k!='compiled'}
+    def run(kw, *args, batches=mine, mode='ddp', **more): return train(batches(), *args, mode=mode, **{**own_probe(kw), **kw, **more})
+    def cbs(): return [GradientAccumulation(12),NoSync(2)]
+    return {**{f'variant {k}': partial(run, v, N_EPOCH) for k,v in ON_RANKS.items()},  # chkstyle: ignore-node
+        **{f'no_sync {k}': (lambda v: lambda: run(v, cbs=cbs()))(ON_RANKS[k]) for k in SITUATIONS},
+        **{f'uneven {k}': partial(run, ON_RANKS[k], batches=lambda: uneven(mine(), rank, 1)) for k in SITUATIONS},
+        **{f'unused {k}': (lambda v: lambda: run(v, 2, model=Sometimes(), ddp=dict(find_unused_parameters=True)))(ON_RANKS[k]) for k in SITUATIONS}}
+
+
+def part_cases(n_ranks, rank, folder):
+    "Parameters that are held in parts"
+    mine = lambda: shards(n_ranks)[rank]
+    def by_learner(batches=None, **kwargs): return train(batches or mine(), model=on_shards(), mode='none', **{**own_probe(kwargs), **kwargs})
+    cases = dict(sharded=lambda: sharded(mine()),  # chkstyle: ignore-node
+        sharded_blocks=lambda: sharded_blocks(mine()),
+        looked_at=looked_at,
+        resumed=lambda: resumed(mine(), folder),
+        by_learner=lambda: {k: by_learner(**SHARDED[k]) for k in BY_LEARNER},
+        moved=lambda: by_learner(estimator='gnb', rho=0.3),
+        rows=lambda: by_learner(estimator='gnb', hessian_bs=3),
+        uneven=lambda: by_learner(uneven(mine(), rank), estimator='gnb'),
+        overflow=lambda: by_learner(estimator='gnb', cbs=[Overflow('loss')]))
+    return {**cases, **{k: partial(lambda kw: plain_loop(mine(), **kw), kw) for k,kw in SHARDED.items()}}
 
 
 def main(folder, rank, n_ranks):
@@ -160,14 +286,18 @@ def main(folder, rank, n_ranks):
         debiased=lambda: train(mine(), n_samples=2, debiased=True),
         noise=lambda: train(shards(n_ranks)[0][:1], 60, lr=0., block_length=1),
         first_probe=lambda: first_probe(mine()),
+        uneven_n_acc=lambda: train(uneven(mine(), rank), probe=given(), n_acc=2),
+        real_sync=lambda: train(mine(), probe=given(), update_each=2, model=mlp(norm=CpuSync), mode='ddp'),
+        accelerated=lambda: accelerated(mine(), probe=given()),
+        compiled_product=lambda: refused(lambda m: train(mine(), model=m, mode='ddp', hvp='compiled')),
         unused=lambda: train(mine(), 2, model=Sometimes(), mode='ddp', ddp=dict(find_unused_parameters=True), probe=given()),
-        static=lambda: refused(lambda m: train(mine(), model=m, mode='ddp', ddp=dict(static_graph=True))),
-        sharded_blocks=lambda: sharded_blocks(mine()),
-        sharded=lambda: sharded(mine()))
+        static=lambda: refused(lambda m: train(mine(), model=m, mode='ddp', ddp=dict(static_graph=True))))
     if n_ranks>2: cases['compiled'] = lambda: train(mine(), probe=given(), update_each=2, mode='compiled')
-    if len(sys.argv)>4: cases = variant_cases(n_ranks, rank)
-    found = {}
+    if 'variants' in sys.argv: cases = variant_cases(n_ranks, rank)
+    if 'parts' in sys.argv: cases = part_cases(n_ranks, rank, folder)
+    found,wanted = {},sys.argv[5:]
     for name,case in cases.items():
+        if wanted and name not in wanted: continue
         found[name] = case()
         torch.save(found, f'{folder}/{rank}.pt')
 

@@ -2,17 +2,18 @@
 
 Runs are killed by SIGKILL at random times and go on from their last file until they end; files and states are spoilt; trainings are interrupted at
 random lines; memory is watched over many steps; every variant trains on several processes. `--short` does a little of each."""
-import argparse,copy,os,random,resource,signal,subprocess,sys,tempfile,time,warnings
+import argparse,copy,multiprocessing,os,random,resource,signal,sys,tempfile,time,warnings
 from pathlib import Path
 import torch
 from fastai.callback.core import Callback
 from torch import nn
 from helpers_learner import data,fit,learner,mlp,state_of
 from test_resume import SPOILT,SPOILT_PENDING,spoil
-from test_threads import SURE,interrupts
+from test_threads import OPTS,interrupts
 from variants import variants
 
-python = [sys.executable, '-W', 'ignore', __file__]
+processes = multiprocessing.get_context('forkserver')
+processes.set_forkserver_preload(['helpers_learner','test_resume','test_threads','variants']) # Imported once, so that a run begins at once
 KILLED = 'default update_each3 signed debiased control ggn gnb rows n_acc3'.split()
 N_EPOCH = 60
 
@@ -20,18 +21,19 @@ N_EPOCH = 60
 # Runs that are killed
 
 class Files(Callback):
-    "A file after each epoch, which is whole or not there"
-    order = 90
+    "A file after each epoch that was trained (fastai counts skipped ones too), which is whole or not there"
+    order,trained = 90,False
+    def before_train(self): self.trained = True
     def after_epoch(self):
+        if not self.trained: return
         self.learn.save('new')
         held = torch.load(self.path/'models/new.pth', weights_only=False)
         torch.save(dict(held=held, epoch=self.epoch+1), self.path/'both')
         os.replace(self.path/'both', self.path/'last')
 
 
-def run(folder, name):
+def run(folder, name, begins):
     "One process of a run: it goes on from the last file, and writes down what it ends with"
-    folder = Path(folder)
     there = torch.load(folder/'last', weights_only=False) if (folder/'last').exists() else None
     torch.manual_seed(int.from_bytes(os.urandom(4), 'little') if there else 0)
     torch.set_num_threads(1)
@@ -40,7 +42,7 @@ def run(folder, name):
     if there:
         learn.model.load_state_dict(there['held']['model'])
         learn.opt.load_state_dict(there['held']['opt'])
-    print('start', there['epoch'] if there else 0, flush=True)
+    begins.send(True)
     fit(learn, N_EPOCH, start_epoch=there['epoch'] if there else 0)
     torch.save(learn.model.state_dict(), folder/'done')
 
@@ -48,14 +50,17 @@ def run(folder, name):
 def start(folder, name, seconds=None):
     "Run a process, and kill it so many seconds after it began to train: was it killed, and seconds of training"
     folder.mkdir(parents=True, exist_ok=True)
-    p = subprocess.Popen([*python, '--run', folder, name], stdout=subprocess.PIPE, stderr=open(folder/'log', 'a'))
-    p.stdout.readline()
-    begun = time.time()
-    try: p.wait(timeout=seconds or 300)
-    except subprocess.TimeoutExpired: p.send_signal(signal.SIGKILL)
-    code = p.wait()
-    if code not in (0,-signal.SIGKILL): raise RuntimeError(f'{name} ended with {code}: {(folder/"log").read_text()[-2000:]}')
-    return code!=0,time.time()-begun
+    began,begins = processes.Pipe(False)
+    p = processes.Process(target=run, args=(folder, name, begins))
+    p.start()
+    begins.close()
+    began.recv()
+    tic = time.time()
+    p.join(seconds or 600)
+    if p.is_alive(): os.kill(p.pid, signal.SIGKILL)
+    p.join()
+    if p.exitcode not in (0,-signal.SIGKILL): raise RuntimeError(f'{name} ended with {p.exitcode}')
+    return p.exitcode!=0,time.time()-tic
 
 
 def killed(folder, names, n_kills, seed=0):
@@ -126,33 +131,53 @@ def memory(folder, names, n_steps):
 
 # Processes
 
-def on_ranks(folder, n):
-    "Variants on `n` processes, and those whose ranks differ"
+def on_ranks(folder, n, what):
+    "Trainings on `n` processes, and those whose ranks differ"
     from test_distributed import launch
     folder.mkdir()
-    a,*others = launch(n, folder, 900, 'variants')
-    return len(a),[k for k in a for o in others if not all(torch.equal(p, q) for p,q in zip(a[k]['weights'], o[k]['weights']))]
+    a,*others = launch(n, folder, 1800, what)
+    names = [k for k,v in a.items() if isinstance(v, dict) and 'weights' in v]
+    return len(names),[k for k in names for o in others if not all(torch.equal(p, q) for p,q in zip(a[k]['weights'], o[k]['weights']))]
 
 
-def main(short):
+# Parts of the table: each prints lines by `say(what, tried, lost)`
+
+def say_kills(say, folder, short):
+    names = ['n_acc3'] if short else KILLED
+    kills,ends,other = killed(folder, names, 2 if short else 12)
+    say(f'SIGKILLs in {len(names)} variants; runs that ended', f'{kills}; {ends}', other)
+
+def say_files(say, folder, short): say('files cut off anywhere', *cut_files(folder, 20 if short else 200))
+
+def say_states(say, folder, short): say('states with a spoilt entry', *spoilt_states(folder))
+
+def say_interrupts(say, folder, short):
+    n = len(OPTS) if short else 200
+    say('interrupts at random lines', n, [f'{k}: {v}' for k,v in interrupts(n, seed=2).items()])
+
+def say_memory(say, folder, short):
+    grown = memory(folder, ['default'] if short else KILLED, 400 if short else 2000)
+    say(f'steps whose memory was watched, {len(grown)} variants', 200 if short else 1000, [f'{k} {v:.1f} MB' for k,v in grown.items() if v>5])
+    print(f'{"":44s} largest growth {max(grown.values()):.1f} MB', flush=True)
+
+def say_ranks(say, folder, short):
+    for ranks in () if short else (2,4): say(f'variants on {ranks} processes', *on_ranks(folder/f'{ranks}', ranks, 'variants'))
+
+def say_parts(say, folder, short):
+    for ranks in () if short else (2,4): say(f'parameters in parts on {ranks} processes', *on_ranks(folder/f'parts{ranks}', ranks, 'parts'))
+
+PARTS = dict(kills=say_kills, files=say_files, states=say_states, interrupts=say_interrupts, memory=say_memory, ranks=say_ranks, parts=say_parts)
+
+
+def main(short, only=None):
     warnings.simplefilter('ignore')
     torch.set_num_threads(1)
     tic,lost = time.time(),[]
     def say(what, tried, bad):
         print(f'{what:44s} {tried!s:>12s}   lost: {", ".join(map(str, bad)) or "none"}   ({time.time()-tic:.0f} s)', flush=True)
         lost.extend(bad)
-    with tempfile.TemporaryDirectory() as d:
-        d = Path(d)
-        names = ['n_acc3'] if short else KILLED
-        kills,ends,other = killed(d, names, 2 if short else 12)
-        say(f'SIGKILLs in {len(names)} variants; runs that ended', f'{kills}; {ends}', other)
-        say('files cut off anywhere', *cut_files(d, 20 if short else 200))
-        say('states with a spoilt entry', *spoilt_states(d))
-        n = len(SURE)*(1 if short else 20)
-        say('interrupts at random lines', n, [f'{k}: {v}' for k,v in interrupts(n, seed=2).items()])
-        grown = memory(d, ['default'] if short else KILLED, 400 if short else 2000)
-        say(f'steps whose memory was watched, {len(grown)} variants', 200 if short else 1000, [f'{k} {v:.1f} MB' for k,v in grown.items() if v>5])
-        for ranks in () if short else (2,4): say(f'variants on {ranks} processes', *on_ranks(d/f'{ranks}', ranks))
+    for name in only or PARTS:
+        with tempfile.TemporaryDirectory() as d: PARTS[name](say, Path(d), short)
     print(f'{len(lost)} losses in {time.time()-tic:.0f} s')
     return bool(lost)
 
@@ -160,7 +185,6 @@ def main(short):
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--short', action='store_true', help='a little of each, two minutes')
-    p.add_argument('--run', nargs=2, metavar=('FOLDER','VARIANT'), help=argparse.SUPPRESS)
+    p.add_argument('--only', nargs='+', choices=PARTS, help='these parts alone')
     a = p.parse_args()
-    if a.run: run(*a.run)
-    else: sys.exit(main(a.short))
+    sys.exit(main(a.short, a.only))

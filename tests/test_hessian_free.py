@@ -1027,7 +1027,7 @@ def test_numbers_of_numpy_and_tensors_do():
     def run(f):
         torch.manual_seed(1)
         model = mlp()
-        opt = hessian_free(model.parameters(), lr=f(.5), damping=f(.3), cg_max_iter=int(f(7)) if f is float else f(7), ls_beta=f(.7),
+        opt = hessian_free(model.parameters(), lr=f(.5), damping=f(.3), cg_max_iter=f(7) if f is torch.tensor else np.int64(7), ls_beta=f(.7),
             lm_bounds=(f(.2),f(.8)), wd=f(.01))
         steps(opt, objective(lambda: model(x), lambda z: F.cross_entropy(z, y)), 2)
         return flat(list(model.parameters()))

@@ -253,3 +253,16 @@ def test_a_move_is_no_inplace_change_to_autograd():
     move.back()
     loss.backward()
     assert torch.equal(p.detach(), torch.ones(3))
+
+
+@BOTH
+def test_autocast_is_left_as_often_as_entered(cpu_amp, along):
+    "Also where a class of the user's own stands in for `MixedPrecision`: one entry too few, and casts of old weights would be used again"
+    class Own(MixedPrecision): pass
+    def nesting():
+        n = torch.autocast_increment_nesting()
+        torch.autocast_decrement_nesting()
+        return n
+    before = nesting()
+    learn = fit(learner(mlp().float(), X.float(), Y, opt_func=partial(moved, along=along), probe=given(), cbs=[Own(init_scale=2.**6)]))
+    assert nesting()==before and learn.opt.n_steps==6

@@ -168,7 +168,8 @@ SPOILT = [  # chkstyle: ignore-node
     *[(f'curvature.{k}', v) for k in ('counts','scale','estimator','when') for v in sections.items()]]
 SPOILT_PENDING = [  # chkstyle: ignore-node
     *[('curvature.pending', v) for v in sections.items()],
-    *[(f'curvature.pending.{k}', v) for k in ('n_batches','n_items') for v in wholes.items()],
+    *[('curvature.pending.n_batches', v) for v in wholes.items()],
+    *[('curvature.pending.n_items', v) for v in wholes.items() if v[0]!='half'], # A mean over processes need not be whole
     *[(f'curvature.pending.{k}', v) for k in ('scaled','grads','diags','noises','losses') for v in dict(none=None, text='a', number=-1, gone=GONE).items()],
     *[('curvature.pending.share', v) for v in dict(text='a', negative=-1, gone=GONE).items()],
     *[(f'curvature.pending.{k}.0', (n,tensors[n])) for k in ('grads','diags') for n in ('single','short','text','scalar')]]

@@ -152,10 +152,7 @@ def put_back():
         while o.n: o.__exit__(None, None, None)
 
 
-# Dual numbers are begun beside other contexts before anybody holds them, see `test_an_interrupt_while_dual_numbers_begin`
-SURE = tuple(k for k in OPTS if k!='ride')
-
-def interrupts(n, seed=0, names=SURE):
+def interrupts(n, seed=0, names=tuple(OPTS)):
     "`n` interrupts at random lines over `names` in turn: what was left behind, where"
     rng,lines,bad = random.Random(seed),{k: n_lines(k) for k in names},{}
     for i in range(n):
@@ -168,7 +165,7 @@ def interrupts(n, seed=0, names=SURE):
 
 
 @pytest.mark.filterwarnings('ignore')
-def test_an_interrupt_anywhere_leaves_nothing_behind(): assert interrupts(len(SURE))=={}
+def test_an_interrupt_anywhere_leaves_nothing_behind(): assert interrupts(len(OPTS))=={}
 
 
 @pytest.mark.slow
