@@ -18,6 +18,7 @@ __all__ = ['send', 'autocast_of', 'targets_for', 'evaluate_batch', 'takes_part',
 import math,warnings
 from contextlib import contextmanager,nullcontext
 from types import SimpleNamespace
+from typing import Literal
 
 import torch.autograd.forward_ad as fwAD
 from fastai.basics import *
@@ -326,7 +327,7 @@ class Batches:
         n_acc:int=1, # Batches to a step
         curv_batches:int=None, # Take the curvature on the first so many of them; None: on all
         held_out:int=0, # Judge steps on the last so many of them alone, and keep these out of the gradient; raises `ValueError` for all
-        reduction:str='mean', # How the loss reduces over samples: 'mean' or 'sum'
+        reduction:Literal['mean','sum']='mean', # How the loss reduces over samples: 'mean' or 'sum'
         keep_graph:bool=True, # Keep the graph of the forward pass for the products? False saves memory and costs time
         check_deterministic:bool=False # Compare a second evaluation of each batch with the first?
     ):

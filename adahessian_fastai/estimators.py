@@ -169,7 +169,7 @@ class Preconditioner:
     "A diagonal that resembles the curvature's, to a power"
     flat = dict(fisher_exponent='exponent', fisher_probes='n_probes')
     def __init__(self,
-        diagonal:str='fisher', # 'fisher', that of the empirical Fisher matrix, or 'gnb', an estimate of the Gauss-Newton matrix's own
+        diagonal:Literal['fisher','gnb']='fisher', # That of the empirical Fisher matrix, or an estimate of the Gauss-Newton matrix's own
         exponent:float=0.75, # ξ of the preconditioner
         n_probes:int=8 # Backward passes for the diagonal; None for 'fisher': one for each sample, exact
     ):

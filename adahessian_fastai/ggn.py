@@ -19,6 +19,7 @@ __all__ = ['output_tensors', 'graph_vjp', 'reverse_jvp', 'model_forward', 'dual_
 # %% ../nbs/05_ggn.ipynb #01038b58
 import torch, torch.autograd.forward_ad as fwAD, warnings
 from contextlib import contextmanager
+from typing import Literal
 from torch import Tensor, nn
 from torch.func import functional_call, grad as func_grad, jvp as func_jvp, linearize, vjp as func_vjp
 from .hvp import SettingError,check_choice,check_count,check_twice,dual_numbers
@@ -226,7 +227,7 @@ def fisher_diagonal(
     loss:Tensor, # Scalar loss of these outputs, with its graph
     params:list, # Tensors to differentiate for
     n_probes:int=None, # Backward passes with random signs; None: one for each sample, exact
-    reduction:str='mean', # How the loss reduces over samples, 'mean' or 'sum'; raises `ValueError` for others
+    reduction:Literal['mean','sum']='mean', # How the loss reduces over samples, 'mean' or 'sum'; raises `ValueError` for others
     generator:torch.Generator=None # For the signs
 )->list: # Like `params`
     "Diagonal of the empirical Fisher matrix"

@@ -19,6 +19,7 @@ __all__ = ['groups', 'HessianFree', 'hessian_free', 'skipped', 'hyper_of', 'desc
 import functools,inspect,math,time,warnings
 from collections import deque
 from contextlib import contextmanager
+from typing import Literal
 
 from fastai.basics import *
 from .hvp import SettingError,flat,hooks_disabled,unflat
@@ -38,8 +39,8 @@ class HessianFree(Optimizer):
         params, # Parameters, or lists of them as groups
         lr:float=1., # Factor on each step
         wd:float=0., # Weight decay, ½wd‖θ‖² in the objective
-        curvature='ggn', # 'ggn', 'hessian', or a curvature such as `Hessian('forward')`
-        jvp:str='auto', # Way to Jacobian products: 'reverse', 'dual', 'linearize'; 'auto': by the model, for convolutions by time
+        curvature:Literal['ggn','hessian']='ggn', # Or a curvature such as `Hessian('forward')`
+        jvp:Literal['auto','reverse','dual','linearize']='auto', # Way to Jacobian products; 'auto': by the model, for convolutions by time
         **settings # Objects `cg`, `damping`, `line_search`, `precondition`, `batches`, or their flat keywords
     ):
         parts = grouped(settings)

@@ -59,7 +59,7 @@ class Clock(Callback):
 
 # What is trained: the optimizer, its epochs after the frozen one
 
-ENTRIES = {'Adam': (Adam, 2), 'adahessian': (adahessian, 2), 'adahessian, rho=0': (partial(adahessian, rho=0.), 2), 'Adam, longer': (Adam, 5)}
+ENTRIES = {'Adam': (Adam, 2), 'adahessian': (adahessian, 2), 'adahessian, rho=0': (partial(adahessian, rho=0.), 2), 'adahessian, rho=0.3': (partial(adahessian, rho=0.3), 2), 'Adam, longer': (Adam, 5)}
 def at(seed, *pairs): return [(entry, lr, seed) for entry,lr in pairs]
 ours = ('adahessian','adahessian, rho=0')
 RUNS = [*at(0, ('Adam',None), *[(o,None) for o in ours], ('Adam',8e-3), ('Adam',4e-3), *[(o,0.05) for o in ours]),
