@@ -12,8 +12,8 @@ batches of a large data set use Adam or AdaHessian."""
 
 # %% auto #0
 __all__ = ['groups', 'HessianFree', 'hessian_free', 'skipped', 'hyper_of', 'descended', 'decay', 'scaled', 'adapt', 'warm_start',
-           'warm', 'present_state', 'put_hypers', 'progress', 'upgraded_state', 'checked_state', 'check_own', 'grouped',
-           'made_group', 'checked_only', 'flat_signature']
+           'warm', 'present_state', 'put_hypers', 'warn_of_batch_norm', 'progress', 'upgraded_state', 'checked_state',
+           'check_own', 'grouped', 'made_group', 'checked_only', 'flat_signature']
 
 # %% ../nbs/18_hessian_free.ipynb #9cc3f5b5
 import functools,inspect,math,time,warnings
@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 from fastai.basics import *
+from torch.nn.modules.batchnorm import _BatchNorm
 from .hvp import SettingError,flat,hooks_disabled,unflat
 from .cg import CG,Damping,LineSearch
 from .problem import Trial
@@ -198,13 +199,6 @@ def skip(self:HessianFree,
     adapt(self, math.nan)
     self.record.append(dict(step=self.n_steps, reason=skipped(self, why), damping=self.hypers[-1]['damping']))
 
-def skipped(opt, why):
-    "Count a step that was not made, and tell at the 1st, 10th, 100th … time"
-    opt.n_skipped += 1
-    warn_rarely(opt.n_skipped, f"Hessian-free step {opt.n_steps} was skipped: {why}. The parameters are as before; the damping is "
-        f"{opt.hypers[-1]['damping']:.3g} now")
-    return f'skipped: {why}'
-
 # %% ../nbs/18_hessian_free.ipynb #e767f9fd
 @patch
 def step(self:HessianFree,
@@ -301,6 +295,14 @@ def backward(self:HessianFree,
 ):
     "Fill `p.grad` and remember the batch"
     self.batches.add(learn, trainable_params(self), first=not self.n_steps)
+    if not self.n_steps and len(self.batches)==1: warn_of_batch_norm(learn)
+
+def warn_of_batch_norm(learn):
+    "Warn where steps are fitted to the statistics of a small batch"
+    n = find_bs(learn.yb) if len(learn.yb) else find_bs(learn.xb)
+    if n>=512 or not any(isinstance(m, _BatchNorm) and m.training for m in learn.model.modules()): return
+    warnings.warn(f"hessian_free fits its steps to a batch of {n} and to the statistics that batch norm takes of it, which validation does "
+        f"not have: take batches of 512 or more, nn.GroupNorm or nn.LayerNorm in place of batch norm, or opt_func=adahessian")
 
 # %% ../nbs/18_hessian_free.ipynb #ba43c2a5
 @patch

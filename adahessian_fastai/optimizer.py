@@ -9,12 +9,12 @@ receive it as the keyword `diag_hessian`.
 
 # %% auto #0
 __all__ = ['estimators', 'curvatures', 'LossGuard', 'peek_seed', 'warn_rarely', 'Counts', 'remedy', 'Pending', 'norms_of', 'look',
-           'all_finite', 'bound_gradients', 'signal_to_noise', 'is_first_order', 'on_shards', 'Turn', 'turn_for',
-           'plain_turn', 'problem_for', 'signed_average', 'check_hypers', 'put_hyper', 'Perturbation', 'perturbed',
-           'work_of', 'check_seen', 'skip_step', 'smoothed', 'one_ready', 'ready_for_step', 'curvature_state',
-           'upgraded', 'check_entry', 'check_averages', 'check_part', 'check_pending', 'checked_state', 'put_state',
-           'PartOf', 'CurvatureOptimizer', 'made', 'made_estimator', 'made_schedule', 'check_together',
-           'AdaHessianWrapper']
+           'all_finite', 'flat_ones', 'bound_gradients', 'signal_to_noise', 'is_first_order', 'on_shards', 'Turn',
+           'turn_for', 'plain_turn', 'problem_for', 'signed_average', 'check_hypers', 'put_hyper', 'Perturbation',
+           'perturbed', 'work_of', 'check_seen', 'skip_step', 'smoothed', 'one_ready', 'ready_for_step',
+           'curvature_state', 'upgraded', 'check_entry', 'check_averages', 'check_part', 'check_pending',
+           'checked_state', 'put_state', 'PartOf', 'CurvatureOptimizer', 'made', 'made_estimator', 'made_schedule',
+           'check_together', 'AdaHessianWrapper']
 
 # %% ../nbs/15_optimizer.ipynb #51fcdd5f
 import inspect,itertools,math,warnings
@@ -83,7 +83,7 @@ class Counts:
     names = ('seed','n_steps','n_estimates','n_dropped','n_skipped')
     def __init__(self):
         self.seed,self.n_steps,self.n_estimates,self.n_dropped,self.n_skipped = peek_seed(),0,0,0,0
-        self.noise_record,self.guard = deque(maxlen=10_000),LossGuard()
+        self.noise_record,self.guard,self.flat_told = deque(maxlen=10_000),LossGuard(),False
 
     def rng(self,
         stream:int=0, # Another number gives other random numbers for the same estimate
@@ -106,6 +106,17 @@ class Counts:
         "Warn where the loss has grown"
         said = self.guard(sum(losses)/len(losses)) if losses else None
         if said: warnings.warn(f"{said}, after {self.n_steps} steps: {remedy()}", stacklevel=3)
+
+    def see_flat(self,
+        n:int, # Parameters with a gradient and no curvature
+        of:int, # Parameters that were estimated
+    ):
+        "Warn once of parameters without curvature"
+        if not n or self.flat_told: return
+        self.flat_told = True
+        warnings.warn(f"{n} of {of} parameters have a gradient and a curvature of exactly zero, as under a loss of straight pieces (L1, hinge, "
+            f"quantile): their steps are as long as the bounds `clip` and `cap` let them be. Take a larger eps, such as 0.1, or a smooth "
+            f"loss, such as nn.SmoothL1Loss", stacklevel=4)
 
     def state_dict(self): return {k: vars(self)[k] for k in self.names}
 
@@ -201,6 +212,18 @@ def all_finite(
 )->bool:
     "Are all entries of all `tensors` finite?"
     return not any(map(math.isnan, look([], tensors)[1]))
+
+# %% ../nbs/15_optimizer.ipynb #f90b5fa3
+def flat_ones(
+    work:dict, # From `work_of`
+    norms:list, # Of the gradients in `work`
+    due, # Parameters that were estimated
+    diags:list, # Norms of their estimates
+)->tuple: # How many have a gradient and no curvature, and how many were estimated
+    "Count the parameters that the loss is linear in, where `eps` is too small for that"
+    of = dict(zip(work, norms))
+    def small(p): return 'hessian_power' in work[p][1] and work[p][1]['eps']<0.01
+    return sum(d==0 and of.get(p, 0)>0 and small(p) for p,d in zip(due, diags)),len(diags)
 
 # %% ../nbs/15_optimizer.ipynb #692bf135
 @torch.no_grad()
@@ -778,6 +801,7 @@ def step(self:CurvatureOptimizer, closure=None):
         return skip_step(self, "The loss or its gradient is not finite: step skipped, parameters and averages untouched")
     ok = [not math.isnan(n) for n in diags]
     bound_gradients(work, grads)
+    self.counts.see_flat(*flat_ones(work, grads, due, diags))
     if self.pending.scaled: self.curvature_scale.update(all(ok)) # An overflow of half precision may hide behind finite numbers elsewhere
     if self.pending.scaled and not all(ok): ok = [False]*len(ok)
     ready = ready_for_step(self, work, {p: d for (p,d),o in zip(due.items(), ok) if o})

@@ -3,7 +3,7 @@ import math,pytest,torch,torch.nn.functional as F,warnings
 from functools import partial
 from fastai.basics import Callback,noop
 from adahessian_fastai.all import *
-from helpers_learner import learner,mlp
+from helpers_learner import fit,learner,mlp
 
 WILD = 50. # A learning rate at which every optimizer here leaves
 
@@ -111,3 +111,63 @@ def test_the_mean_goes_with_a_checkpoint():
     for k,v in (('norm_avg',math.nan),('norm_avg',-1.),('norm_step',1.5)):
         bad = {**sd, 'state': [{**sd['state'][0], k: v}]}
         with pytest.raises(ValueError, match=k): adahessian([x]).load_state_dict(bad)
+
+
+# No curvature where there is a gradient
+
+class Quantile(torch.nn.Module):
+    def forward(self, p, y): return torch.maximum(0.9*(y-p), 0.1*(p-y)).mean()
+
+class Hinge(torch.nn.Module):
+    def forward(self, p, y): return torch.relu(1-p*y.sign()).mean()
+
+class Mape(torch.nn.Module):
+    def forward(self, p, y): return ((p-y)/y.abs().clamp(min=0.1)).abs().mean()
+
+def a_regression(opt_func, loss_func, steps=40, act=torch.nn.ReLU):
+    "What was said of curvature, and the losses, of a net with one dead layer of units"
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3,8), act(), torch.nn.Linear(8,8), act(), torch.nn.Linear(8,1))
+    x = torch.randn(64, 3)
+    y = x.sum(1, keepdim=True)
+    opt,losses = opt_func([*net.parameters()]),[]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        for _ in range(steps):
+            with perturbed(opt): opt.differentiate(loss := loss_func(net(x), y))
+            opt.step()
+            opt.zero_grad()
+            losses.append(loss.item())
+    return [str(o.message) for o in said if 'exactly zero' in str(o.message)],losses
+
+@pytest.mark.parametrize('opt_func', [adahessian,adahessian_paper,sassha])
+@pytest.mark.parametrize('loss_func', [torch.nn.L1Loss(),Hinge(),Quantile(),Mape()], ids=['l1','hinge','quantile','mape'])
+def test_a_loss_of_straight_pieces_is_told_once(opt_func, loss_func):
+    said,_ = a_regression(opt_func, loss_func)
+    assert len(said)==1 and 'eps' in said[0]
+
+@pytest.mark.parametrize('loss_func', [torch.nn.L1Loss(),Quantile()], ids=['l1','quantile'])
+def test_the_advice_on_straight_pieces_helps(loss_func):
+    "A larger `eps` is silent and learns the plane"
+    said,losses = a_regression(partial(adahessian, eps=0.1), loss_func, steps=300)
+    assert said==[] and min(losses[-10:])<0.2*losses[0]
+    assert a_regression(adahessian, torch.nn.SmoothL1Loss())[0]==[]
+
+@pytest.mark.parametrize('loss_func', [torch.nn.MSELoss(),torch.nn.HuberLoss(delta=10.)], ids=['mse','huber'])
+@pytest.mark.parametrize('act', [torch.nn.ReLU,torch.nn.Tanh])
+def test_a_curved_loss_is_not_told_of(loss_func, act): assert a_regression(adahessian, loss_func, act=act)[0]==[]
+
+def test_sophia_bounds_each_entry_and_says_nothing():
+    assert a_regression(partial(sophia, estimator='hutchinson'), torch.nn.L1Loss())[0]==[]
+
+
+# Hessian-free behind batch norm
+
+@pytest.mark.parametrize('bs,norm,told', [(16,torch.nn.BatchNorm1d,True),(16,torch.nn.LayerNorm,False),(512,torch.nn.BatchNorm1d,False)])
+def test_hessian_free_tells_of_batch_norm_on_small_batches(bs, norm, told):
+    x = torch.randn(512, 5, generator=torch.Generator().manual_seed(1))
+    learn = learner(mlp(norm=norm).float(), x, x[:,:3].argmax(1), bs=bs, opt_func=hessian_free, hypers=dict(cg_max_iter=2))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        fit(learn)
+    assert [f'a batch of {bs}' in str(o.message) for o in said if 'batch norm' in str(o.message)]==[True]*told
