@@ -157,8 +157,7 @@ def test_the_advice_on_straight_pieces_helps(loss_func):
 @pytest.mark.parametrize('act', [torch.nn.ReLU,torch.nn.Tanh])
 def test_a_curved_loss_is_not_told_of(loss_func, act): assert a_regression(adahessian, loss_func, act=act)[0]==[]
 
-def test_sophia_bounds_each_entry_and_says_nothing():
-    assert a_regression(partial(sophia, estimator='hutchinson'), torch.nn.L1Loss())[0]==[]
+def test_sophia_bounds_each_entry_and_says_nothing(): assert a_regression(partial(sophia, estimator='hutchinson'), torch.nn.L1Loss())[0]==[]
 
 
 # Hessian-free behind batch norm
