@@ -16,9 +16,9 @@ from typing import Literal
 
 from fastai.basics import *
 from .hvp import check_real
-from .steppers import adahessian_step,average_diag_hessian,average_sqr_diag_hessian
+from .steppers import Perturbation,adahessian_step,average_diag_hessian,average_sqr_diag_hessian
 from .estimators import GNB
-from .optimizer import AdaHessianWrapper,Perturbation,put_hyper
+from .optimizer import AdaHessianWrapper,put_hyper
 
 # %% ../nbs/16_adahessian.ipynb #0373d378
 def adahessian(

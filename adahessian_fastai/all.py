@@ -14,8 +14,9 @@ from .curvature import GaussNewton,Hessian,twice_differentiable  # chkstyle: ign
 from .estimators import ControlVariate,Estimate,GNB,Given,Hutchinson,Preconditioner  # chkstyle: ignore
 from .batch import Batches,LearnerProblem  # chkstyle: ignore
 from .schedule import Budget,Every  # chkstyle: ignore
-from .steppers import adahessian_step,average_diag_hessian,average_sqr_diag_hessian,denominator,sophia_step  # chkstyle: ignore
-from .optimizer import AdaHessianWrapper,CurvatureOptimizer,Perturbation,perturbed  # chkstyle: ignore
+from .steppers import Perturbation,adahessian_step,average_diag_hessian,average_sqr_diag_hessian,denominator  # chkstyle: ignore
+from .steppers import perturbed,sophia_step  # chkstyle: ignore
+from .optimizer import AdaHessianWrapper,CurvatureOptimizer  # chkstyle: ignore
 from .adahessian import AdaHessian,adahessian,adahessian_paper  # chkstyle: ignore
 from .sassha import m_sassha,sassha  # chkstyle: ignore
 from .hessian_free import HessianFree,hessian_free  # chkstyle: ignore

@@ -29,7 +29,7 @@ from .learner import is_sharded,trainable_params,unwrapped
 from .replay import snapshot
 from .batch import problem_of
 from .steppers import bounded,denominator
-from .optimizer import curvatures,made
+from .estimators import curvatures,made
 
 # %% ../nbs/20_diagnostics.ipynb #8fb444fd
 @contextmanager

@@ -10,8 +10,8 @@ __all__ = ['substitutes', 'dual_substitutes', 'hvp_methods', 'check_real', 'AsCo
            'SettingError', 'check_count', 'check_number', 'check_choice', 'check_switch', 'check_pair', 'shard_mesh',
            'whole', 'sharded_like', 'grads_aside', 'sharded_gradient', 'gradient', 'graph_nodes', 'check_twice',
            'check_checkpoints', 'hooks_disabled', 'graph_product', 'Substituted', 'substituted', 'zero_tangents',
-           'dual_numbers', 'dual_backward', 'dual_gradient', 'total_norm', 'step_size', 'moved', 'difference_product',
-           'difference_error', 'hessian_product', 'asymmetry', 'check_symmetric']
+           'dual_numbers', 'dual_backward', 'dual_gradient', 'total_norm', 'step_size', 'copy_all', 'moved',
+           'difference_product', 'difference_error', 'hessian_product', 'asymmetry', 'check_symmetric']
 
 # %% ../nbs/00_hvp.ipynb #23113829
 import math,operator,re
@@ -406,6 +406,14 @@ def step_size(
     return (0.3*eps**(1/3) if central else eps**0.5)*(1+total_norm([p.detach() for p in params]).item())/norm
 
 # %% ../nbs/00_hvp.ipynb #39ac102b
+def copy_all(
+    params:list, # Tensors, changed in place; maybe in parts
+    olds:list, # Their new values
+):
+    "Copy `olds` into `params`"
+    if shard_mesh(params): params,olds = ([getattr(o, '_local_tensor', o) for o in os] for os in (params,olds)) # They have no copy of lists
+    if params: torch._foreach_copy_(list(params), list(olds))
+
 @contextmanager
 def moved(
     params:list, # Tensors, changed in place
@@ -419,9 +427,7 @@ def moved(
         if params: torch._foreach_add_(params, v, alpha=h)
     try: yield
     finally:
-        with torch.no_grad(),torch.autograd._unsafe_preserve_version_counter(tuple(params)):
-            if shard_mesh(params): params,kept = ([o.to_local() for o in ts] for ts in (params, kept)) # Sharded tensors have no such copy
-            if params: torch._foreach_copy_(params, kept)
+        with torch.no_grad(),torch.autograd._unsafe_preserve_version_counter(tuple(params)): copy_all(params, kept)
 
 def difference_product(
     loss, # Callable `() -> scalar tensor`; has to be the same function each time, dropout masks included

@@ -12,7 +12,7 @@ __all__ = ['unwrapped', 'callback_of', 'is_sharded', 'check_model', 'check_gradi
            'sync_group', 'cross_rank_mean', 'Ranks', 'drop_pending', 'lr_untouched', 'trainable_params', 'check_groups']
 
 # %% ../nbs/10_learner.ipynb #d25dec26
-import inspect,math,zipfile
+import inspect,math,warnings,zipfile
 from contextlib import nullcontext
 
 import torch.distributed as dist
@@ -213,6 +213,23 @@ def fine_tune(self:Learner,
     if base_lr is None and hasattr(self.opt, 'default_lr'): given = dict(base_lr=self.opt.default_lr/2)
     if args and not given: given = dict(base_lr=inspect.signature(self._orig_fine_tune).parameters['base_lr'].default)
     return self._orig_fine_tune(epochs, *given.values(), *args, **kwargs)
+
+# %% ../nbs/10_learner.ipynb #5132ae26
+@patch
+def lr_find(self:Learner,
+    start_lr:float=1e-7, # First rate
+    end_lr:float=10, # Last rate
+    num_it:int=100, # Batches to train on
+    stop_div:bool=True, # Stop where the loss is four times its best?
+    show_plot:bool=True, # Plot the losses?
+    suggest_funcs='auto', # Functions that suggest a rate; 'auto' is `minimum` for an optimizer with a `default_lr`, else fastai's `valley`
+): # A named tuple of suggestions
+    "fastai's `lr_find`, with a suggestion that suits the optimizer"
+    if self.opt is None: self.create_opt()
+    if isinstance(suggest_funcs, str): suggest_funcs = minimum if hasattr(self.opt, 'default_lr') else valley
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='The loss has grown') # What it is for
+        return self._orig_lr_find(start_lr, end_lr, num_it, stop_div, show_plot, suggest_funcs)
 
 # %% ../nbs/10_learner.ipynb #45933831
 class _Held:

@@ -14,7 +14,10 @@ __all__ = ['sassha', 'm_sassha']
 from typing import Literal
 from fastai.basics import *
 from .hvp import check_count
-from .optimizer import CurvatureOptimizer,Perturbation,made_estimator,made_schedule
+from .estimators import made_estimator
+from .schedule import made_schedule
+from .steppers import Perturbation
+from .optimizer import CurvatureOptimizer
 from .adahessian import AdaHessian,check_names
 
 # %% ../nbs/19_sassha.ipynb #4af58502

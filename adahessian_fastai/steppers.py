@@ -9,14 +9,18 @@ about is not their business."""
 # %% auto #0
 __all__ = ['signed_adahessian_step', 'forms', 'cpu_portion', 'average_sqr_diag_hessian', 'average_diag_hessian', 'denominator',
            'bounded', 'adahessian_step', 'sophia_step', 'Portion', 'list_forms', 'portions', 'foreach_step',
-           'loop_step', 'update']
+           'loop_step', 'update', 'Perturbation', 'perturbed']
 
 # %% ../nbs/14_steppers.ipynb #bc6ee5b2
-import itertools
+import itertools,math
+from contextlib import contextmanager
+from typing import Literal
 
-from fastai.optimizer import average_grad,debias,l2_reg,step_stat,weight_decay
+from fastai.optimizer import Optimizer,average_grad,debias,l2_reg,step_stat,weight_decay
 from fastai.torch_basics import *
-from .hvp import shard_mesh,whole
+from .hvp import copy_all,shard_mesh,total_norm,whole
+from .learner import trainable_params
+from .batch import plain_number
 
 # %% ../nbs/14_steppers.ipynb #a39c5dfe
 def average_sqr_diag_hessian(
@@ -268,3 +272,86 @@ def update(
     "Move the parameters in `work`, all at once where each of `cbs` has a form for lists"
     fs = list_forms(cbs)
     loop_step(work, cbs) if fs is None else foreach_step(work, cbs, fs)
+
+# %% ../nbs/14_steppers.ipynb #be47f732
+class Perturbation:
+    "Moves the parameters for the forward and backward pass"
+    def __init__(self,
+        rho:float=0., # How far, ρ; 0 or `None` for not at all; raises `ValueError` below 0
+        along:Literal['gradient','momentum']='momentum', # Against the momentum, or up another gradient; raises `ValueError` for others
+    ):
+        rho = plain_number(ifnone(rho, 0.))
+        if isinstance(rho, bool) or not isinstance(rho, (int,float)) or not 0<=rho<math.inf:
+            raise ValueError(f"rho must be a number >= 0, got {rho=}")
+        if along not in ('momentum','gradient'): raise ValueError(f"along must be 'momentum' or 'gradient', got {along=}")
+        self.rho,self.along,self.kept = float(rho),along,[]
+
+    @property
+    def twice(self): return self.rho>0 and self.along=='gradient'
+
+    @torch.no_grad()
+    def move(self,
+        params:list, # Changed in place
+        d:list, # Direction, like `params`
+        sign:float, # 1 along `d`, -1 against it
+    ):
+        "Move by ρ along the direction `d`"
+        on = [(p,o) for p,o in zip(params, d) if o is not None]
+        if not on or self.kept: return
+        ps,ds = zip(*on)
+        self.kept,norm = [(p, p.detach().clone()) for p in ps],total_norm(list(ds))
+        size = torch.where(norm>0, sign*self.rho/norm, 0.)
+        with torch.autograd._unsafe_preserve_version_counter(ps): torch._foreach_addcmul_(ps, ds, [size]*len(ds))
+
+    @torch.no_grad()
+    def back(self):
+        "Put the parameters back"
+        if not self.kept: return
+        ps,olds = zip(*self.kept)
+        with torch.autograd._unsafe_preserve_version_counter(ps): copy_all(ps, olds)
+        self.kept = []
+
+    def ahead(self,
+        opt:Optimizer, # About to see a batch
+    ):
+        "Move against the momentum, where that is the way"
+        if not self.rho or self.along!='momentum': return
+        ps = trainable_params(opt)
+        self.move(ps, [opt.state[p].get('grad_avg') for p in ps], -1.)
+
+    def up(self,
+        problem, # The `LearnerProblem` of the batch, with `start`
+        twice:bool, # Will its graph be differentiated twice?
+    ): # A `Problem` at the other point, or the same one where the gradient is not the way
+        "Move along the gradient, and evaluate the batch again there"
+        if not self.twice: return problem
+        grads = problem.gradient()
+        self.move(problem.params, [None if g is None else g.detach() for g in grads], 1.)
+        there = problem.again(twice=twice)
+        return there.replace(loss=there.loss*problem.scale, scale=problem.scale)
+
+# %% ../nbs/14_steppers.ipynb #bcb7a4d6
+@patch
+@contextmanager
+def unmoved(self:Perturbation):
+    "Context in which the parameters are where they belong"
+    there = [(p, p.detach().clone()) for p,_ in self.kept]
+    home,self.kept = self.kept,[]
+    def put(rows):
+        with torch.no_grad(),torch.autograd._unsafe_preserve_version_counter(tuple(p for p,_ in rows)):
+            for p,o in rows: p.copy_(o)
+    put(home)
+    try: yield
+    finally:
+        put(there)
+        self.kept = home
+
+# %% ../nbs/14_steppers.ipynb #e26ed4b6
+@contextmanager
+def perturbed(
+    opt, # `CurvatureOptimizer`; its `differentiate` is called inside
+):
+    "Context for the forward and backward pass of a plain loop"
+    opt.perturb.ahead(opt)
+    try: yield
+    finally: opt.perturb.back()

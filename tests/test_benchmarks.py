@@ -43,9 +43,11 @@ def test_defaults(load, tmp_path, monkeypatch):
     m = load('defaults')
     monkeypatch.setattr(m, 'RESULTS', tmp_path)
     m.PROBLEMS['table'].epochs = 1
-    m.fill('table', ['Adam','all'], 1, [0.01])
+    m.fill('table', ['Adam','all'], range(1), [0.01])
+    shipped = m.fill_shipped('table', ['adahessian'], [7])
     rows = m.read('table')
     assert rows.entry.tolist()==['Adam','all'] and rows.loss.map(math.isfinite).all() and 'above Adam' in m.report(rows)
+    assert shipped[['entry','lr','seed']].values.tolist()==[['adahessian','own',7]] and math.isfinite(shipped.loss[0])
 
 def test_gpu_pieces(load, capsys, monkeypatch, tmp_path):
     "What `make gpu` would run: scripts that exist, with arguments that they know"

@@ -142,7 +142,7 @@ def test_memory_is_flat_over_1000_steps(kwargs, cpu_amp):
     assert seen[900][0]-seen[100][0]<=3
 
 
-def test_importing_the_package_changes_seven_methods_and_no_default():
+def test_importing_the_package_changes_eight_methods_and_no_default():
     ours = [k for k,v in vars(Learner).items() if getattr(v, '__module__', '').startswith('adahessian_fastai')]
     replaced = {k for k in ours if getattr(getattr(Learner, f'_orig_{k}', None), '__module__', '').startswith('fastai')}
     assert replaced=={'_backward','_do_one_batch','create_opt','load','save','fine_tune','lr_find','__getstate__'}
