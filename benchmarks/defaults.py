@@ -181,7 +181,7 @@ def run(name, entry, lr, seed, entries=ENTRIES):
     learn,evaluate = PROBLEMS[name].make(seed)
     learn.opt_func,watch = entries[entry],Watch()
     loss,metric = train(name, learn, lr, watch)
-    found = dict(loss=loss, accuracy=metric, rest_loss=math.nan, rest_accuracy=math.nan, **rest_of(learn, evaluate) if math.isfinite(loss) else {})
+    found = dict(loss=loss, accuracy=metric, rest_loss=math.nan, rest_accuracy=math.nan) | (rest_of(learn, evaluate) if math.isfinite(loss) else {})
     found.update(max_loss=max(watch.losses), first_loss=watch.losses[0], last_avg=watch.avg, best_avg=watch.best)
     return dict(problem=name, entry=entry, lr='own' if lr is None else lr, seed=seed, epochs=PROBLEMS[name].epochs, **{k: float(f'{v:.5g}') for k,v in found.items()},
         diverged=watch.diverged or not math.isfinite(loss), seconds=round(watch.secs, 2), n_steps=len(watch.losses), machine=machine(), command=f'defaults.py {name}')
