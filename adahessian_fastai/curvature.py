@@ -15,10 +15,10 @@ __all__ = ['math_attention', 'plain_rnn', 'plain_cpu_rnn', 'eager', 'all_bits', 
            'own_statistics', 'switched', 'twice_differentiable', 'nonsmooth', 'nonsmooth_graph', 'Local', 'check_dense',
            'reverse', 'without_padding', 'forward', 'finite_difference', 'batch_statistics', 'ModelWithLoss',
            'compile_product', 'compiled', 'relative_error', 'trial_probes', 'asymmetry_of', 'checked_reverse',
-           'exact_way', 'against_differences', 'refuse_difference', 'choose_way', 'Hessian', 'against_reverse',
-           'refuse_wrong', 'warn_asymmetric', 'Ride', 'outputs_again', 'PlainTensors', 'Evaluated', 'closed_hessian',
-           'NoProductError', 'AgreedError', 'FirstThatWorks', 'GaussNewton', 'agreed_costs', 'evaluated', 'way_product',
-           'OverBatches', 'mean_curvature']
+           'exact_way', 'another_function', 'against_differences', 'refuse_difference', 'choose_way', 'Hessian',
+           'against_reverse', 'refuse_wrong', 'warn_asymmetric', 'Ride', 'outputs_again', 'PlainTensors', 'Evaluated',
+           'closed_hessian', 'NoProductError', 'AgreedError', 'FirstThatWorks', 'GaussNewton', 'agreed_costs',
+           'evaluated', 'way_product', 'OverBatches', 'mean_curvature']
 
 # %% ../nbs/08_curvature.ipynb #4338fba8
 import math,re,sys,threading,time,warnings,weakref
@@ -40,7 +40,7 @@ from .hvp import (asymmetry,check_checkpoints,check_choice,check_twice,differenc
 from .hutchinson import draw_like,rademacher_like
 from adahessian_fastai.ggn import (NoOutputs,adjoint_error,best_jvp,dual_jvp,ggn_product,linear_jvp,model_forward,output_tensors,
     reverse_jvp)
-from .losses import known_hessian
+from .losses import known_hessian,on_plain_tensors
 from .problem import MeanProblem
 
 # %% ../nbs/08_curvature.ipynb #341a2761
@@ -274,7 +274,7 @@ class ModelWithLoss(nn.Module):
     "The loss as a module, whose parameters are those of model and loss function"
     def __init__(self, model, loss_func):
         super().__init__()
-        self.model,self.loss_func = model,loss_func
+        self.model,self.loss_func = model,on_plain_tensors(loss_func)
 
     def forward(self, xb, yb): return self.loss_func(self.model(*xb), *yb)
 
@@ -357,24 +357,34 @@ def checked_reverse(
 def exact_way(
     problem, # The `Problem`, with `evaluate`
     params:list, # Tensors to differentiate for
-)->tuple: # Name and product, or `(None, None)` where none works
+)->tuple: # Name and `Local`, or `(None, None)` where none works
     "An exact product with the Hessian that works"
     if shard_mesh(params):
         problem.gradient(retain_graph=True) # After a backward pass FSDP gathers the parameters anew, where they have moved
         return None,None
     try:
         local,off = checked_reverse(problem.again(twice=True), params)
-        if off<=max_error: return 'reverse',local.product
+        if off<=max_error: return 'reverse',local
     except (RuntimeError,NotImplementedError): pass
-    product = forward(problem, params).product
-    try: return ('forward',product) if asymmetry_of(product, params)<=max_error else (None,None)
+    local = forward(problem, params)
+    try: return ('forward',local) if asymmetry_of(local.product, params)<=max_error else (None,None)
     except (RuntimeError,NotImplementedError): return None,None
+
+# %% ../nbs/08_curvature.ipynb #c14eee48
+def another_function(
+    problem, # The `Problem`, with its graph
+    local:Local, # Product and gradient that were made otherwise
+)->bool:
+    "Did `local` see another function than `problem`, such as other dropout masks?"
+    grads = problem.gradient(retain_graph=True),local.grads
+    g,own = ([torch.zeros_like(p) if o is None else o for p,o in zip(problem.params, gs)] for gs in grads)
+    return relative_error(own, g)>max_error
 
 # %% ../nbs/08_curvature.ipynb #1b928f6e
 def against_differences(
     problem, # The `Problem`, with `evaluate`
     params:list, # Tensors to differentiate for
-    exact=None, # Exact product to compare with; `None` where there is none
+    exact:Local=None, # Exact product to compare with; `None` where there is none
 )->str: # Empty where nothing speaks against them
     "What speaks against finite differences"
     if problem.half: return 'something is computed in half precision'
@@ -383,8 +393,8 @@ def against_differences(
     loss,v = lambda: problem.again().loss,without_padding(problem.model, params, trial_probes(params, 1)[0])
     with all_bits: hv = difference_product(loss, params)(v)
     if shard_mesh(params) and not total_norm(hv): return 'sharded parameters stay gathered when they move, see `set_reshard_after_backward`'
-    if exact is not None: error = relative_error(hv, exact(v))
-    else:
+    error = math.nan if exact is None else relative_error(hv, exact.product(v))
+    if exact is None or error>max_error and another_function(problem, exact):
         with all_bits: error = difference_error(loss, params, v)
     return '' if error<=max_error else f"a finite difference was off by {error:.2g} on the first batch"
 
@@ -457,12 +467,18 @@ class Hessian:
         if self.used=='reverse':
             local,off = checked_reverse(problem, params, n_products)
             if off>max_error and not problem.half: warn_asymmetric(off)
-        else:
-            way,exact = exact_way(problem, params)
-            local = hvp_ways[self.used](problem, params, n_products)
-            if self.used=='finite_difference': refuse_difference(against_differences(problem, params, exact))
-            elif way=='reverse' and not problem.half: refuse_wrong(self.used, against_reverse(problem, local, exact, params))
+        else: local = self.first_again(problem, params, n_products)
         self.trusted = True
+        return local
+
+    def first_again(self, problem, params, n_products):
+        "The first product of a way that evaluates the loss again, beside an exact one"
+        way,exact = exact_way(problem, params)
+        if self.used=='finite_difference': refuse_difference(against_differences(problem, params, exact))
+        local = hvp_ways[self.used](problem, params, n_products)
+        if self.used=='finite_difference' or problem.half or way!='reverse': return local
+        try: refuse_wrong(self.used, against_reverse(problem, local, exact, params))
+        except NotImplementedError as e: raise ValueError(f"hvp={self.used!r} is not possible here, use hvp='reverse': {e}") from e
         return local
 
     def state_dict(self): return dict(used=self.used)
@@ -472,16 +488,14 @@ class Hessian:
 def against_reverse(
     problem, # The `Problem`, with its graph
     local:Local, # With the product to look at
-    exact, # `v -> Hv` by double backward
+    exact:Local, # By double backward
     params:list, # Tensors that give the shapes
 )->str: # Empty where they agree, and where they cannot be compared
     "How far the product of `local` is from the double backward"
     v, = trial_probes(params, 1)
     hv = local.product(v)
-    grads = problem.gradient(retain_graph=True),local.grads
-    g,own = ([torch.zeros_like(p) if o is None else o for p,o in zip(problem.params, gs)] for gs in grads)
-    if relative_error(own, g)>max_error: return '' # Other dropout masks: another function
-    error = relative_error(hv, exact(v))
+    if another_function(problem, local): return ''
+    error = relative_error(hv, exact.product(v))
     return '' if error<=max_error else f"it is off by {error:.2g} from the double backward on the first batch"
 
 def refuse_wrong(
@@ -642,7 +656,11 @@ class GaussNewton:
         "What the graph of the loss needs, and dual numbers"
         along,self.ride = self.jvp=='along',None
         ride = Ride(params, draw(params)) if along and not half else nullcontext()
-        with twice_differentiable(model, forward=along),ride as self.ride: yield
+        try:
+            with twice_differentiable(model, forward=along),ride as self.ride: yield
+        except NotImplementedError as e:
+            if not along or 'forward' not in str(e): raise
+            raise ValueError(f"curvature='ggn' with hvp='forward' is not possible here, use hvp='reverse': {e}") from e
 
     def __call__(self,
         problem, # The `Problem`, or the `MeanProblem` of several; raises `ValueError` without outputs
