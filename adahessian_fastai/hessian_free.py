@@ -31,11 +31,13 @@ from .estimators import Preconditioner
 from .learner import trainable_params
 from .batch import Batches
 from .optimizer import check_entry,check_hypers,warn_rarely
+from .adahessian import check_names
+from ._help import describe
 
 # %% ../nbs/18_hessian_free.ipynb #bf4b3120
 class HessianFree(Optimizer):
     "Hessian-free optimizer of Martens"
-    default_lr = 1.
+    __repr__,default_lr = describe,1.
     def __init__(self,
         params, # Parameters, or lists of them as groups
         lr:float=1., # Factor on each step
@@ -399,7 +401,7 @@ def grouped(
     "The settings objects that `kwargs` describe"
     kwargs = dict(kwargs)
     res = {name: made_group(name, cls, kwargs) for name,cls in groups.items()}
-    if kwargs: raise TypeError(f"HessianFree takes no {', '.join(kwargs)}")
+    check_names(hessian_free, kwargs)
     return res
 
 def made_group(name, cls, kwargs):
@@ -431,3 +433,5 @@ def flat_signature(f):
     return inspect.Signature([*own, *flat, *objects])
 
 HessianFree.__signature__ = hessian_free.__signature__ = flat_signature(HessianFree)
+HessianFree.__init__.__flat__ = {k: (cls,own) for cls in groups.values() for k,own in cls.flat.items()} # Where help finds their notes
+hessian_free.__delwrap__ = HessianFree

@@ -83,10 +83,17 @@ def returned(node, notes):
     first,last = max(params, default=node.lineno),node.body[0].lineno
     return next((notes[i] for i in range(first+1, last) if i in notes), None)
 
+def default_values(node):
+    "The defaults of function `node` by the name of their parameter, as written"
+    a = node.args
+    pairs = [*zip([*a.posonlyargs, *a.args][::-1], a.defaults[::-1]), *zip(a.kwonlyargs, a.kw_defaults)]
+    return {o.arg: ast.unparse(d) for o,d in pairs if d}
+
 def docments_table(node, notes, skip_self=False):
     "A table of the parameters of function `node` that have a docment"
-    rows = [(f"`{nm}{f': {ast.unparse(o.annotation)}' if o.annotation else ''}`", notes[o.lineno])
-        for nm,o in parameters(node)[skip_self:] if o.lineno in notes]
+    given = default_values(node)
+    def written(nm, o): return f"`{nm}{f': {ast.unparse(o.annotation)}' if o.annotation else ''}{f' = {given[nm]}' if nm in given else ''}`"
+    rows = [(written(nm, o), notes[o.lineno]) for nm,o in parameters(node)[skip_self:] if o.lineno in notes]
     if ret := returned(node, notes): rows.append((f'returns{f" `{ast.unparse(node.returns)}`" if node.returns else ""}', ret))
     if not rows: return ''
     cells = '\n'.join(f"| {a.replace('|', chr(92)+'|')} | {linked(b).replace('|', chr(92)+'|')} |" for a,b in rows)
