@@ -31,8 +31,9 @@ def parameter_notes(
         if m := re.match(r'.*\)(?:->.*?)?:.*?\s#\s+(.*)', l): notes['returns'] = m[1].strip()
         elif m := _re_param.match(l): notes[m[1]] = m[2].strip()
     more = parameter_notes(to.__init__ if inspect.isclass(to) else to) if to else {} # Arguments that `delegates` hands on
-    more.update({k: parameter_notes(cls.__init__)[own] for k,(cls,own) in getattr(f, '__flat__', {}).items()}) # Settings of an object
-    return {**notes, **{k: v for k,v in more.items() if k not in notes and (k in inspect.signature(f).parameters or hasattr(f, '__flat__'))}}
+    takes,flat = inspect.signature(f).parameters,getattr(f, '__flat__', {}) # Settings of objects, by their flat keywords
+    more = {k: v for k,v in more.items() if k in takes} | {k: parameter_notes(cls.__init__)[own] for k,(cls,own) in flat.items()}
+    return {**notes, **{k: v for k,v in more.items() if k not in notes}}
 
 def notes_text(
     notes:dict, # Text by name

@@ -12,8 +12,8 @@ batches of a large data set use Adam or AdaHessian."""
 
 # %% auto #0
 __all__ = ['groups', 'HessianFree', 'hessian_free', 'skipped', 'hyper_of', 'descended', 'decay', 'scaled', 'adapt', 'warm_start',
-           'warm', 'present_state', 'put_hypers', 'warn_of_batch_norm', 'progress', 'upgraded_state', 'checked_state',
-           'check_own', 'grouped', 'made_group', 'checked_only', 'flat_signature']
+           'warm', 'present_state', 'note_skipped', 'put_hypers', 'warn_of_batch_norm', 'progress', 'upgraded_state',
+           'checked_state', 'check_own', 'grouped', 'made_group', 'checked_only', 'flat_signature']
 
 # %% ../nbs/18_hessian_free.ipynb #9cc3f5b5
 import functools,inspect,math,time,warnings
@@ -188,18 +188,18 @@ def update(self:HessianFree,
         back()
         b.ranks.tell(e)
         if not isinstance(e, (RuntimeError,ArithmeticError,ValueError)) or isinstance(e, SettingError): raise
-        self.skip(str(e) or type(e).__name__)
+        note_skipped(self, str(e) or type(e).__name__)
     finally: b.drop()
 
-@patch
-def skip(self:HessianFree,
+def note_skipped(
+    opt:HessianFree,
     why:str # What went wrong
 ):
     "Note a step that was not made, forget the warm start and damp more"
-    self.n_steps += 1
-    for _,_,s,_ in self.all_params(): s.pop('x0', None)
-    adapt(self, math.nan)
-    self.record.append(dict(step=self.n_steps, reason=skipped(self, why), damping=self.hypers[-1]['damping']))
+    opt.n_steps += 1
+    for _,_,s,_ in opt.all_params(): s.pop('x0', None)
+    adapt(opt, math.nan)
+    opt.record.append(dict(step=opt.n_steps, reason=skipped(opt, why), damping=opt.hypers[-1]['damping']))
 
 # %% ../nbs/18_hessian_free.ipynb #e767f9fd
 @patch
@@ -240,7 +240,7 @@ def acc_step(self:HessianFree,
     try:
         with self.batches.of_data(model, loss_func, trainable_params(self), data, grad_data, curv_data, self.damping.states_of, known):
             return self.update()
-    except ArithmeticError as e: return self.skip(str(e))
+    except ArithmeticError as e: return note_skipped(self, str(e))
 
 # %% ../nbs/18_hessian_free.ipynb #42e37cd0
 @patch
@@ -265,16 +265,18 @@ def check_reduction(self:HessianFree,
 
 # %% ../nbs/18_hessian_free.ipynb #111c5238
 @patch
-def plot_record(self:HessianFree, figsize=(10,5)):
+def plot_record(self:HessianFree, figsize=(9,4.5)):
     "Loss, damping, CG iterations and step length of each step"
     rs = [r for r in self.record if 'loss' in r]
-    panels = dict(loss=('loss',), damping=('damping',), iterations=('n_iter','best_iter'), alpha=('alpha',))
-    fig,axs = plt.subplots(2, 2, figsize=figsize, sharex=True)
+    panels = {'loss': dict(loss=''), 'damping λ': dict(damping=''),
+        'iterations of CG': dict(n_iter='run', best_iter='used'), 'step length': dict(alpha='')}
+    fig,axs = plt.subplots(2, 2, figsize=figsize, sharex=True, layout='constrained')
     for ax,(title,keys) in zip(axs.flat, panels.items()):
-        for k in keys: ax.plot([r['step'] for r in rs], [r[k] for r in rs], '.-', label=k)
-        if title in ('loss','damping'): ax.set_yscale('log')
-        ax.set(title=dict(iterations='CG iterations', alpha='step length').get(title, title))
+        for k,label in keys.items(): ax.plot([r['step'] for r in rs], [r[k] for r in rs], '.-', label=label)
+        ax.set(title=title, yscale='log' if len(keys)==1 and 'alpha' not in keys else 'linear')
         if len(keys)>1: ax.legend()
+    axs[1,1].set_ylim(0, 1.05*max([1., *(r['alpha'] for r in rs)]))
+    for ax in axs[1]: ax.set_xlabel('step')
     return fig
 
 # %% ../nbs/18_hessian_free.ipynb #aa26002a
