@@ -73,7 +73,7 @@ class Stability(NamedTuple):
         eig,on = f"largest eigenvalue {self.lambda_max:.3g} ± {self.bound:.1g}",f"{self.n_batches} batch{'es'*(self.n_batches!=1)}"
         if self.rule=='unknown': return f"No stability limit is known for this optimizer ({eig} on {on})"
         if self.limit==math.inf: return f"No positive curvature on {on}: no learning rate is too large for the quadratic model"
-        seen = '' if self.rule in ('gradient','momentum') else ' as that scales it'
+        seen = '' if self.rule in ('gradient','momentum') else ' in the scale of its steps'
         return f"{_names[self.rule]} is stable up to lr={self.limit:.3g} on {on} ({eig}{seen})"
 
 # %% ../nbs/21_stability.ipynb #f6c361e2
