@@ -235,13 +235,14 @@ def summary(nb): return next((m[1] for c in nb.cells if (m := re.search(r'^> (.+
 
 def name_row(name, about): return f"| `{name}` | {about.replace('|', chr(92)+'|')} |"
 
-def module_table(path):
-    "The section of the API overview on the notebook at `path`"
+def module_table(path, folded=False):
+    "The section of the API overview on the notebook at `path`; `folded` hides its table until somebody opens it"
     nb = read_nb(path)
     nodes = [n for c in nb.cells if is_export(c) for n in ast.parse(source(c)).body]
     rows = [name_row(shown_name(n), ast.get_docstring(n) or '') for n in nodes if isinstance(n, defs) and shown_name(n)]
     head = f"### [{module_name(nb)}]({page_name(path)})\n\n{summary(nb)}\n\n"
-    return head + (linked('{.docments}\n| Name | What it does |\n|---|---|\n' + '\n'.join(rows)) if rows else '')
+    table = linked('{.docments}\n| Name | What it does |\n|---|---|\n' + '\n'.join(rows)) if rows else ''
+    return head + (f':::{{dropdown}} {len(rows)} names\n{table}\n:::' if folded and rows else table)
 
 @lru_cache
 def described_names():
@@ -257,7 +258,7 @@ def main_table():
 def api_page():
     intro = f'# API at a glance\n\n`from {lib}.all import *` brings what notebooks usually need. These come first:\n\n{main_table()}'
     rest = 'All public names follow, by module. Each heading leads to the notebook that defines, explains and tests its module.'
-    parts = [f'## {k}\n\n'+'\n\n'.join(map(module_table, ps)) for k,ps in kinds().items()]
+    parts = [f'## {k}\n\n'+'\n\n'.join(module_table(p, k=='Inside') for p in ps) for k,ps in kinds().items()]
     (out/'api.md').write_text('\n\n'.join([intro, rest, *parts])+'\n', encoding='utf-8')
 
 def entry(name, title, about): return f"- [{title}]({name.rsplit('.', 1)[0]}.html)" + (f': {about}' if about else '')
