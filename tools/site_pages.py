@@ -83,15 +83,15 @@ def returned(node, notes):
     first,last = max(params, default=node.lineno),node.body[0].lineno
     return next((notes[i] for i in range(first+1, last) if i in notes), None)
 
-def default_values(node):
-    "The defaults of function `node` by the name of their parameter, as written"
+def default_values(node, src):
+    "The defaults of function `node` in `src` by the name of their parameter, as written"
     a = node.args
     pairs = [*zip([*a.posonlyargs, *a.args][::-1], a.defaults[::-1]), *zip(a.kwonlyargs, a.kw_defaults)]
-    return {o.arg: ast.unparse(d) for o,d in pairs if d}
+    return {o.arg: ast.get_source_segment(src, d) for o,d in pairs if d}
 
-def docments_table(node, notes, skip_self=False):
-    "A table of the parameters of function `node` that have a docment"
-    given = default_values(node)
+def docments_table(node, src, skip_self=False):
+    "A table of the parameters of function `node` in `src` that have a docment"
+    given,notes = default_values(node, src),comments(src)
     def written(nm, o): return f"`{nm}{f': {ast.unparse(o.annotation)}' if o.annotation else ''}{f' = {given[nm]}' if nm in given else ''}`"
     rows = [(written(nm, o), notes[o.lineno]) for nm,o in parameters(node)[skip_self:] if o.lineno in notes]
     if ret := returned(node, notes): rows.append((f'returns{f" `{ast.unparse(node.returns)}`" if node.returns else ""}', ret))
@@ -114,15 +114,15 @@ def directive(kind, head, body, level=4):
 
 def described(node, src, name, mod, kind='function', level=4):
     "The description of function `node` in `src` as a directive"
-    is_method,notes = kind=='method',comments(src)
-    body = '\n\n'.join(filter(None, [linked(ast.get_docstring(node) or ''), docments_table(node, notes, is_method)]))
+    is_method = kind=='method'
+    body = '\n\n'.join(filter(None, [linked(ast.get_docstring(node) or ''), docments_table(node, src, is_method)]))
     return directive(kind, f'{name}{signature(node, src, is_method)}\n:module: {mod}', body, level)
 
 def described_class(node, src, name, mod):
     "The description of class `node` in `src`, with its documented public methods"
     methods = {o.name: o for o in node.body if isinstance(o, ast.FunctionDef)}
     init = methods.get('__init__')
-    parts = [linked(ast.get_docstring(node) or ''), docments_table(init, comments(src), True) if init else '']
+    parts = [linked(ast.get_docstring(node) or ''), docments_table(init, src, True) if init else '']
     parts += [described(o, src, f'{name}.{nm}', mod, 'method', 3) for nm,o in methods.items() if nm[0]!='_' and ast.get_docstring(o)]
     return directive('class', f"{name}{signature(init, src, True) if init else ''}\n:module: {mod}", '\n\n'.join(filter(None, parts)), 5)
 
