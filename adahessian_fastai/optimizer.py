@@ -13,7 +13,7 @@ __all__ = ['LossGuard', 'peek_seed', 'warn_rarely', 'Counts', 'remedy', 'Pending
            'problem_for', 'signed_average', 'check_hypers', 'put_hyper', 'work_of', 'check_seen', 'skip_step',
            'smoothed', 'one_ready', 'ready_for_step', 'curvature_state', 'upgraded', 'check_entry', 'check_averages',
            'check_part', 'check_pending', 'checked_state', 'put_state', 'PartOf', 'CurvatureOptimizer',
-           'check_together', 'AdaHessianWrapper']
+           'enough_samples', 'check_together', 'AdaHessianWrapper']
 
 # %% ../nbs/15_optimizer.ipynb #51fcdd5f
 import itertools,math,warnings
@@ -679,6 +679,20 @@ def backward(self:CurvatureOptimizer,
     learn('after_backward')
     raise CancelBatchException
 
+# %% ../nbs/15_optimizer.ipynb #fef98526
+@contextmanager
+def enough_samples(
+    opt, # `CurvatureOptimizer`
+    due:list, # Parameters whose estimate is taken
+):
+    "Context in which the estimator draws as many samples as the schedule asks for, or more if it does so anyhow"
+    own,asks = getattr(opt.estimator, 'n_samples', 1),getattr(opt.when, 'samples', lambda age: 1)
+    n = max(asks(opt.opt.state[p].get('age', 0)) for p in due)
+    if n>own: opt.estimator.n_samples = n
+    try: yield
+    finally:
+        if n>own: opt.estimator.n_samples = own
+
 # %% ../nbs/15_optimizer.ipynb #d726a125
 @patch
 def differentiate(self:CurvatureOptimizer,
@@ -696,7 +710,7 @@ def differentiate(self:CurvatureOptimizer,
     if not turn.due or half and not math.isfinite(self.pending.losses[-1].item()): return problem.backward(weight)
     ahead,room = turn.aside or problem.scale!=1,grads_aside(problem.params) if shard_mesh(problem.params) else nullcontext()
     if ahead: problem.backward(weight, retain_graph=not turn.aside)
-    with problem_for(problem, turn, self.estimator, self.counts) as on,hooks_disabled(problem.params),room:
+    with problem_for(problem, turn, self.estimator, self.counts) as on,hooks_disabled(problem.params),room,enough_samples(self, turn.due):
         if half and on.scale!=1: on = self.curvature_scale.rescaled_for_half(on, [p.grad for p in problem.params if p.grad is not None])
         est = self.estimator(on, turn.due, self.counts.rng(), partial(signed_average, self))
     if not ahead: problem.backward(weight, est.grads)

@@ -42,7 +42,7 @@ def sassha(
     hvp:Literal['reverse','forward','compiled','finite_difference','auto']=None, # How a product is computed; 'reverse' by default
     n_samples:int=None, # Probes for each estimate; 1 by default
     hessian_bs:int|float=None, # Rows of the batch to estimate on, or a fraction; `None` for all
-    dense:int=0, # So many steps at the start have an estimate each
+    dense:int|tuple=0, # So many steps at the start have an estimate each; a pair: with so many probes
     **others # Names of other packages, which are answered with those here; raises `TypeError`
 )->CurvatureOptimizer: # Raises `ValueError` for an argument outside its range
     "Sassha as `opt_func` of a `Learner`"

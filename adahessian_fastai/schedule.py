@@ -73,11 +73,12 @@ class Every:
     def __init__(self,
         update_each:int|tuple=1, # The period k, or a pair, see `is_due`; raises `ValueError` for anything else
         hessian_bs=None, # Rows of the batch, or a fraction; `None` for all; a pair: see `rows_due`; raises `ValueError` otherwise
-        dense:int=0, # So many steps at the start have an estimate each; raises `ValueError` below 0
+        dense:int|tuple=0, # So many steps at the start have an estimate each; a pair: with so many probes; raises `ValueError` below 0
     ):
         check_period(update_each)
         check_rows(hessian_bs)
-        self.update_each,self.hessian_bs,self.dense = update_each,hessian_bs,check_count('dense', dense, 0)
+        n,m = dense if _is_pair(dense) else (dense,1)
+        self.update_each,self.hessian_bs,self.dense,self.probes = update_each,hessian_bs,check_count('dense', n, 0),check_count('dense', m)
 
     def part(self,
         age:int, # Steps that were made
@@ -86,6 +87,12 @@ class Every:
         if not is_due(age, self.update_each, self.dense): return 0
         part = rows_due(age, self.hessian_bs)
         return None if isinstance(part, float) and part==1 else part
+
+    def samples(self,
+        age:int, # Steps that were made
+    )->int: # 1 where the estimator may have its own way
+        "How many probes has the next step's estimate at least?"
+        return self.probes if age<self.dense else 1
 
     def begin(self): "An epoch begins"
     def tick(self, n_steps, part, **kwargs): "A step ended"
@@ -100,14 +107,14 @@ class Budget(Every):
         n_measured:int=None, # Steps to look at; 12, or 18 with `hessian_bs='auto'`
         clock=time.perf_counter, # Gives the time in seconds
         hessian_bs=None, # As for `Every`, or 'auto' to choose the part of the batch too
-        dense:int=0, # So many steps at the start have an estimate each
+        dense:int|tuple=0, # As for `Every`
         least_seconds:float=0.2, # Steps are looked at until they add up to this
     ):
         overhead = plain_number(overhead)
         if isinstance(overhead, bool) or not isinstance(overhead, (int,float)) or not 0<overhead<=10:
             raise ValueError(f"budget must be a number in (0,10], such as 0.25 for a quarter, got budget={overhead!r}")
         self.overhead,self.n_measured,self.clock,self.least_seconds = overhead,n_measured,clock,least_seconds
-        self.last,self.times,self.done,self.dense = None,defaultdict(lambda: defaultdict(list)),False,dense
+        self.last,self.times,self.done,self.first = None,defaultdict(lambda: defaultdict(list)),False,dense
         self.on(hessian_bs)
 
     def on(self,
@@ -115,9 +122,9 @@ class Budget(Every):
     )->'Budget': # Itself
         "Take estimates on this part of the batch"
         self.auto = isinstance(hessian_bs, str) and hessian_bs=='auto'
+        super().__init__(1, None if self.auto else hessian_bs, self.first)
         n = (self.n_measured or (18 if self.auto else 12)) + self.dense
-        super().__init__((n,2), None if self.auto else hessian_bs, self.dense)
-        self.last_measured,self.hessian_bs = n,hessian_bs
+        self.update_each,self.last_measured,self.hessian_bs = (n,2),n,hessian_bs
         return self
 
     def begin(self):
@@ -209,7 +216,7 @@ def made_schedule(
     update_each=1, # As for `Every`
     hessian_bs=None, # As for `Every`, or 'auto' with a budget
     budget=None, # A number, a `Budget`, or `None`
-    dense:int=0, # As for `Every`
+    dense:int|tuple=0, # As for `Every`
     when=None, # A schedule, in the place of all these
 ): # Raises `ValueError` for what does not go together
     "The schedule that these keywords describe"

@@ -35,7 +35,7 @@ def sophia(
     n_samples:int=None, # Probes or draws of the labels for each estimate; 1 by default
     probe:Literal['rademacher','gaussian']=None, # For 'hutchinson': by default 'rademacher'; or a callable as for `adahessian`
     hessian_bs:int|float=None, # Rows of the batch that the estimate is taken on, a number or a fraction; `None` for all
-    dense:int=0, # So many steps at the start have an estimate each
+    dense:int|tuple=0, # So many steps at the start have an estimate each; a pair: with so many draws
     when=None, # A schedule of one's own, in the place of `update_each`, `hessian_bs` and `dense`
     block_length:int=1, # Entries averaged together in a 2-D parameter; 1 for none
     average_kernels:bool=False, # Average over the kernels of convolutions?

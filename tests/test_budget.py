@@ -25,12 +25,13 @@ class RowClock(Clock):
         self.cost = 1+self.a+self.b*(rows_due(self.opt.n_steps-1, self.opt.hessian_bs) or 1)
         return super().__call__()
 
-def learner(clock=None, budget=0.25, n_measured=12, **kwargs):
+def learner(clock=None, budget=0.25, n_measured=12, cbs=(), **kwargs):
     set_seed(1)
     ds = list(zip(torch.randn(160,4), torch.randint(2, (160,))))
     dls = DataLoaders.from_dsets(ds, ds[:8], bs=8, shuffle=False, num_workers=0)
     if clock: kwargs['budget'] = Budget(budget, n_measured, clock)
-    learn = Learner(dls, nn.Sequential(nn.Linear(4,8), nn.Tanh(), nn.Linear(8,2)), CrossEntropyLossFlat(), opt_func=partial(adahessian, lr=0.05, **kwargs))
+    model,opt_func = nn.Sequential(nn.Linear(4,8), nn.Tanh(), nn.Linear(8,2)),partial(adahessian, lr=0.05, **kwargs)
+    learn = Learner(dls, model, CrossEntropyLossFlat(), opt_func=opt_func, cbs=cbs)
     learn.create_opt()
     if clock: clock.opt = learn.opt
     return learn
@@ -179,3 +180,31 @@ def test_validation_is_no_part_of_a_step(bs, capsys):
     learn.dls = DataLoaders.from_dsets(*[o.dataset for o in learn.dls.loaders], bs=bs, shuffle=False, num_workers=0)
     learn.add_cb(Validates())
     assert fit(learn, 2 if bs==8 else 8).opt.update_each==(12,8)
+
+DRAWS = dict(hutchinson={}, gnb=dict(estimator='gnb'), control=dict(estimator='control_variate', probe='gaussian', signed=True), forward=dict(hvp='forward'),
+    ride=dict(curvature='ggn', hvp='forward'), rows=dict(hessian_bs=0.5), n_acc=dict(n_acc=2))
+
+@pytest.mark.parametrize('kwargs', DRAWS.values(), ids=list(DRAWS))
+def test_a_dense_start_may_draw_more_probes(kwargs):
+    "As long as it lasts, each estimate is one with so many samples; afterwards it is as it was"
+    def ends(**more):
+        seen = []
+        class Notes(Callback):
+            def after_batch(self):
+                if self.training: seen.append(torch.cat([p.detach().flatten() for p in self.model.parameters()]))
+        fit(learner(**{**kwargs, **more}, cbs=[Notes()]), 1)
+        return seen
+    few,many,pair,one = ends(update_each=2, dense=4),ends(update_each=2, dense=4, n_samples=3),ends(update_each=2, dense=(4,3)),ends(update_each=2, dense=(4,1))
+    steps = 4*kwargs.get('n_acc', 1)
+    assert all(torch.equal(a, b) for a,b in zip(pair[:steps], many[:steps], strict=True)) and not torch.equal(pair[steps-1], few[steps-1])
+    assert not torch.equal(pair[-1], many[-1]) and torch.equal(one[-1], few[-1])
+
+def test_an_error_in_a_dense_start_leaves_the_estimator_alone():
+    def broken(p, g): 1/0
+    learn = learner(dense=(4,3), probe=broken)
+    with pytest.raises(ZeroDivisionError): fit(learn, 1)
+    assert learn.opt.estimator.n_samples==1 and learn.opt.dense==4
+
+@pytest.mark.parametrize('dense', [-1, (3,0), (-1,2), (2.,3), (1,2,3), None, '3', True])
+def test_starts_that_are_none(dense):
+    with pytest.raises(ValueError, match='dense'): adahessian([nn.Parameter(torch.ones(1))], dense=dense)
