@@ -11,8 +11,8 @@ finite differences, compiled products, Hessian-free and diagnostics all ask it, 
 # %% auto #0
 __all__ = ['send', 'autocast_of', 'targets_for', 'evaluate_batch', 'takes_part', 'noted', 'batch_of', 'loss_scale',
            'CurvatureScale', 'loss_weight', 'plain_number', 'n_rows', 'take_rows', 'check_rows_possible', 'targets_of',
-           'in_half', 'LearnerProblem', 'problem_of', 'Batches', 'versions', 'divided', 'closure_problem', 'DataBatch',
-           'accumulate']
+           'in_half', 'no_duals', 'LearnerProblem', 'problem_of', 'Batches', 'versions', 'divided', 'closure_problem',
+           'DataBatch', 'accumulate']
 
 # %% ../nbs/12_batch.ipynb #d4f4fa69
 import math,warnings
@@ -27,6 +27,7 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
 from fastai.losses import LabelSmoothingCrossEntropy
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 from .hvp import SettingError,check_checkpoints,check_choice,check_count,check_switch,unflat,zero_tangents
 from .losses import loss_count,losses,smoothed_cross_entropy_rule
 from .problem import MeanProblem,Problem,hidden_states,mean_of,modes_kept,structured,weights_of
@@ -233,6 +234,13 @@ def in_half(
     halves = (torch.float16,torch.bfloat16)
     return callback_of(learn, MixedPrecision) is not None or any(p.dtype in halves for p in learn.model.parameters())
 
+def no_duals(
+    learn:Learner, # At the start of a batch
+)->bool:
+    "Can no dual numbers come through the model as it is called?"
+    model = getattr(learn.model, '_orig_mod', learn.model)
+    return in_half(learn) or isinstance(model, DistributedDataParallel) and model.find_unused_parameters
+
 class LearnerProblem(Problem):
     "The present batch of a Learner"
     def __init__(self,
@@ -274,12 +282,12 @@ class LearnerProblem(Problem):
         learn,bs = self.learn,find_bs(self.learn.xb)
         check_rows_possible(learn, n, bs)
         idxs = torch.randperm(bs, generator=generator)[:n]
-        with preserving(self.model),batch_of(learn),without_backward_hooks(self.model):
+        with self.preserving(),batch_of(learn),without_backward_hooks(self.model):
             learn.xb,learn.yb = take_rows(learn.xb, idxs, bs),take_rows(learn.yb, idxs, bs)
             start = snapshot(self.model) if estimator.again else None
-            with estimator.surround(self.model, params, rng, self.half): evaluate_batch(learn, self.model, self.leave_out)
-            part = LearnerProblem(learn, self.params, start, self.leave_out)
-            yield part.reweighted(self.weight, self.scale)
+            with estimator.surround(self.model, params, rng, self.half):
+                evaluate_batch(learn, self.model, self.leave_out)
+                yield LearnerProblem(learn, self.params, start, self.leave_out).reweighted(self.weight, self.scale)
 
     def reweighted(self,
         weight:float, # The weight that the loss is to have

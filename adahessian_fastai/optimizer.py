@@ -35,7 +35,7 @@ from .estimators import ControlVariate,Hutchinson,made_estimator,seeded
 from .learner import (callback_of,check_gradients,check_groups,check_model,check_shards,cross_rank_mean,reshard,
     shard_group,sync_group,trainable_params,unwrapped)
 from .replay import backward_hooks,snapshot
-from .batch import CurvatureScale,LearnerProblem,in_half,n_rows,plain_number
+from .batch import CurvatureScale,LearnerProblem,n_rows,no_duals,plain_number
 from .schedule import Every,made_schedule
 from .steppers import Perturbation,average_diag_hessian,average_sqr_diag_hessian,update
 
@@ -288,7 +288,7 @@ def turn_for(
     if not due or share==0: return Turn(start=snapshot(model) if twice else None)
     rows = None if share is None or (n := n_rows(share, bs))>=bs else n
     hooked = rows is None and backward_hooks(model)
-    start = twice or rows is None and (hooked or estimator.again)
+    start = twice or hooked or rows is not None or estimator.again
     return Turn(due, rows, snapshot(model) if start else None, hooked or rows is not None, share)
 
 def plain_turn(
@@ -644,7 +644,7 @@ def forward_context(self:CurvatureOptimizer,
         self.perturb.ahead(self)
         self.turn = t = turn_for(learn, *self.due(), self.estimator, self.perturb.twice)
         plain = t.aside or not t.due or self.perturb.twice
-        around = nullcontext() if plain else self.estimator.surround(unwrapped(learn.model), t.due, self.counts.rng(), in_half(learn))
+        around = nullcontext() if plain else self.estimator.surround(unwrapped(learn.model), t.due, self.counts.rng(), no_duals(learn))
         with around: yield
         self.pending = Pending()
     except CancelBatchException: raise
