@@ -18,7 +18,7 @@ from variants import variants
 processes = multiprocessing.get_context('forkserver')
 processes.set_forkserver_preload(['helpers_learner','test_resume','test_threads','variants']) # Imported once, so that a run begins at once
 KILLED = 'default update_each3 signed debiased control ggn gnb rows n_acc3'.split()
-N_EPOCH = 60
+N_EPOCH = 30
 FLAT = 5 # MB that the allocator may add
 
 
