@@ -265,8 +265,8 @@ class LearnerProblem(Problem):
 
     def evaluate_again(self, twice=False):
         "Loss and outputs of the same batch at the present values of the parameters"
-        learn,kernels = self.learn,twice_differentiable(self.model, forward=True) if twice else nullcontext()
-        with restored(self.start),batch_of(learn, self.attrs, self.cbs),without_backward_hooks(self.model),kernels:
+        learn,around = self.learn,partial(twice_differentiable, self.model, forward=True) if twice else nullcontext
+        with restored(self.start),batch_of(learn, self.attrs, self.cbs),without_backward_hooks(self.model),around():
             evaluate_batch(learn, self.model if twice else unwrapped(learn.model, keep_compiled=True), self.leave_out)
             return learn.loss_grad.as_subclass(Tensor),learn.pred
 
@@ -313,8 +313,8 @@ def problem_of(
     "Context with the problem of the batch `b` in full precision, whose graph can be differentiated twice"
     model,leave_out = unwrapped(learn.model),(MixedPrecision,GradientAccumulation)
     full_precision = torch.autocast(params[0].device.type, enabled=False)
-    begin = restored(start) if start else nullcontext()
-    with preserving(model),batch_of(learn),begin,without_backward_hooks(model),torch.enable_grad(),full_precision:
+    begin = partial(restored, start) if start else nullcontext
+    with modes_kept(),preserving(model),batch_of(learn),begin(),without_backward_hooks(model),torch.enable_grad(),full_precision:
         if b is not None:
             model.train(train)
             learn.training = train

@@ -11,17 +11,16 @@ the forward pass (`surround`)."""
 
 # %% auto #0
 __all__ = ['math_attention', 'plain_rnn', 'plain_cpu_rnn', 'eager', 'nonsmooth_modules', 'nonsmooth_functions', 'hvp_ways',
-           'max_error', 'jvp_ways', 'max_adjoint_error', 'SharedContext', 'needs_substitutes', 'has_rnn',
-           'own_statistics', 'twice_differentiable', 'nonsmooth', 'nonsmooth_graph', 'Local', 'check_dense', 'reverse',
-           'without_padding', 'forward', 'finite_difference', 'batch_statistics', 'ModelWithLoss', 'compile_product',
-           'compiled', 'relative_error', 'trial_probes', 'asymmetry_of', 'checked_reverse', 'exact_way',
-           'against_differences', 'refuse_difference', 'choose_way', 'Hessian', 'against_reverse', 'refuse_wrong',
-           'warn_asymmetric', 'Ride', 'outputs_again', 'PlainTensors', 'Evaluated', 'closed_hessian', 'NoProductError',
-           'AgreedError', 'FirstThatWorks', 'GaussNewton', 'agreed_costs', 'evaluated', 'way_product', 'OverBatches',
-           'mean_curvature']
+           'max_error', 'jvp_ways', 'max_adjoint_error', 'needs_substitutes', 'has_rnn', 'own_statistics',
+           'twice_differentiable', 'nonsmooth', 'nonsmooth_graph', 'Local', 'check_dense', 'reverse', 'without_padding',
+           'forward', 'finite_difference', 'batch_statistics', 'ModelWithLoss', 'compile_product', 'compiled',
+           'relative_error', 'trial_probes', 'asymmetry_of', 'checked_reverse', 'exact_way', 'against_differences',
+           'refuse_difference', 'choose_way', 'Hessian', 'against_reverse', 'refuse_wrong', 'warn_asymmetric', 'Ride',
+           'outputs_again', 'PlainTensors', 'Evaluated', 'closed_hessian', 'NoProductError', 'AgreedError',
+           'FirstThatWorks', 'GaussNewton', 'agreed_costs', 'evaluated', 'way_product', 'OverBatches', 'mean_curvature']
 
 # %% ../nbs/08_curvature.ipynb #4338fba8
-import math,re,sys,threading,time,warnings,weakref
+import math,re,sys,time,warnings,weakref
 import torch, torch.autograd.forward_ad as fwAD, torch.nn.functional as F
 from contextlib import ExitStack,contextmanager,nullcontext
 from fastcore.basics import noop
@@ -41,29 +40,7 @@ from .hutchinson import draw_like,rademacher_like
 from adahessian_fastai.ggn import (NoOutputs,adjoint_error,best_jvp,dual_jvp,ggn_product,linear_jvp,model_forward,output_tensors,
     reverse_jvp)
 from .losses import known_hessian
-from .problem import MeanProblem
-
-# %% ../nbs/08_curvature.ipynb #341a2761
-class SharedContext:
-    "A context for switches of the whole process: set by the first to enter, put back by the last to leave"
-    def __init__(self,
-        make, # `() -> context`
-    ): self.make,self.lock,self.n,self.stack = make,threading.RLock(),0,ExitStack()
-
-    def __enter__(self):
-        with self.lock:
-            try:
-                if self.n==0: self.stack.enter_context(self.make())
-                self.n += 1
-            except BaseException:
-                if self.n==0: self.stack.close()
-                raise
-
-    def __exit__(self, *exc):
-        with self.lock:
-            try:
-                if self.n==1: self.stack.close()
-            finally: self.n -= 1
+from .problem import MeanProblem,SharedContext
 
 # %% ../nbs/08_curvature.ipynb #7b749980
 def needs_substitutes(
@@ -610,7 +587,10 @@ class GaussNewton:
         "What the graph of the loss needs, and dual numbers"
         along,self.ride = self.jvp=='along',None
         ride = Ride(params, draw(params)) if along and not half else nullcontext()
-        with twice_differentiable(model, forward=along),ride as self.ride: yield
+        try:
+            with twice_differentiable(model, forward=along),ride as self.ride: yield
+        finally:
+            if self.ride: self.ride.stack.close()
 
     def __call__(self,
         problem, # The `Problem`, or the `MeanProblem` of several; raises `ValueError` without outputs

@@ -643,9 +643,9 @@ def forward_context(self:CurvatureOptimizer,
         reshard(learn.model)
         self.perturb.ahead(self)
         self.turn = t = turn_for(learn, *self.due(), self.estimator, self.perturb.twice)
-        plain = t.aside or not t.due or self.perturb.twice
-        around = nullcontext() if plain else self.estimator.surround(unwrapped(learn.model), t.due, self.counts.rng(), no_duals(learn))
-        with around: yield
+        around = nullcontext if t.aside or not t.due or self.perturb.twice else partial(self.estimator.surround, unwrapped(learn.model),
+            t.due, self.counts.rng(), no_duals(learn))
+        with around(): yield
         self.pending = Pending()
     except CancelBatchException: raise
     except BaseException as e:
@@ -694,9 +694,9 @@ def differentiate(self:CurvatureOptimizer,
     self.pending.note(problem.loss, n_items, group, problem.scale)
     half = problem.scale!=1 and self.estimator.second_order
     if not turn.due or half and not math.isfinite(self.pending.losses[-1].item()): return problem.backward(weight)
-    ahead,room = turn.aside or problem.scale!=1,grads_aside(problem.params) if shard_mesh(problem.params) else nullcontext()
+    ahead,room = turn.aside or problem.scale!=1,partial(grads_aside, problem.params) if shard_mesh(problem.params) else nullcontext
     if ahead: problem.backward(weight, retain_graph=not turn.aside)
-    with problem_for(problem, turn, self.estimator, self.counts) as on,hooks_disabled(problem.params),room:
+    with problem_for(problem, turn, self.estimator, self.counts) as on,hooks_disabled(problem.params),room():
         if half and on.scale!=1: on = self.curvature_scale.rescaled_for_half(on, [p.grad for p in problem.params if p.grad is not None])
         est = self.estimator(on, turn.due, self.counts.rng(), partial(signed_average, self))
     if not ahead: problem.backward(weight, est.grads)
