@@ -15,7 +15,7 @@ __all__ = ['estimators', 'curvatures', 'Estimate', 'seeded', 'Hutchinson', 'Cont
 import inspect,torch
 from contextlib import contextmanager,nullcontext
 from typing import Literal,NamedTuple
-from .hvp import check_choice,check_count,check_number,flat
+from .hvp import check_choice,check_count,check_number,check_switch,flat
 from .hutchinson import control_variate_samples,draw_like,get_probe,hutchinson_samples,mean_and_noise,sample_mean
 from .cg import diag_preconditioner
 from .ggn import NoOutputs,fisher_diagonal,output_tensors
@@ -154,7 +154,9 @@ class Given:
     def __init__(self,
         diagonal, # `(problem, params) -> tensors like params`
         second_order:bool=False, # Does it differentiate twice?
-    ): self.diagonal,self.second_order = diagonal,second_order
+    ):
+        if not callable(diagonal): raise ValueError(f"diagonal must be a function, got {diagonal=}")
+        self.diagonal,self.second_order = diagonal,check_switch('second_order', second_order)
 
     def surround(self, model, params, rng, half=False): return twice_differentiable(model) if self.second_order else nullcontext()
 

@@ -19,7 +19,7 @@ from copy import copy
 import torch, torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from fastcore.basics import noop, store_attr
-from .hvp import gradient,unflat
+from .hvp import dual_thread,gradient,unflat
 from .ggn import NoOutputs
 
 # %% ../nbs/07_problem.ipynb #330f2148
@@ -187,10 +187,12 @@ class SharedContext:
 def modes_kept():
     "Context after which gradients are recorded as before, and no dual numbers or switches of this thread are left, whatever ended it"
     grad,level,held = torch.is_grad_enabled(),fwAD._current_level,[o.held for o in SharedContext.every]
+    n_modes = torch._C._len_torch_function_stack()
     try: yield
     finally:
         torch._C._set_grad_enabled(grad)
-        while fwAD._current_level>level: fwAD.exit_dual_level()
+        while torch._C._len_torch_function_stack()>n_modes: torch._C._pop_torch_function_stack()
+        while fwAD._current_level>level and dual_thread==[threading.get_ident()]: fwAD.exit_dual_level()
         for o,n in zip(SharedContext.every, held):
             while o.held>n: o.__exit__()
 

@@ -253,6 +253,11 @@ def own_probe(kwargs):
     along = kwargs.get('curvature')=='ggn' and kwargs.get('hvp')=='forward'
     return {} if gnb or along or kwargs.get('probe') or kwargs.get('opt_func') in (hessian_free,sassha) else dict(probe=given())
 
+# Hessian-free's rounding grows with its steps, so that few are compared with one process
+BRIEF = 8
+# A process draws signs for its own rows, or moves along the gradient of its own batch: one process cannot do the same
+APART = 'free_precondition','sassha'
+
 def n_epochs(kwargs, n_steps): return math.ceil(n_steps*kwargs.get('n_acc', 1)/4)
 
 def variant_cases(n_ranks, rank, n_steps):
@@ -260,10 +265,12 @@ def variant_cases(n_ranks, rank, n_steps):
     mine = lambda: shards(n_ranks)[rank]
     def run(kw, *args, batches=mine, mode='ddp', **more): return train(batches(), *args, mode=mode, **{**own_probe(kw), **kw, **more})
     def cbs(): return [GradientAccumulation(12),NoSync(2)]
-    def unused(kw): return run(kw, n_epochs(kw, n_steps), model=Sometimes(), ddp=dict(find_unused_parameters=True))
-    def no_sync(kw): return run(kw, 2*n_epochs(kw, n_steps), cbs=cbs())
-    def uneven_ones(kw): return run(kw, n_epochs(kw, n_steps), batches=lambda: uneven(mine(), rank, 1))
+    def epochs(kw): return n_epochs(kw, BRIEF if kw.get('opt_func') is hessian_free else n_steps)
+    def unused(kw): return run(kw, epochs(kw), model=Sometimes(), ddp=dict(find_unused_parameters=True))
+    def no_sync(kw): return run(kw, 2*epochs(kw), cbs=cbs())
+    def uneven_ones(kw): return run(kw, epochs(kw), batches=lambda: uneven(mine(), rank, 1))
     return {**{f'variant {k}': partial(run, v, n_epochs(v, n_steps)) for k,v in ON_RANKS.items()},  # chkstyle: ignore-node
+        **{f'brief {k}': partial(run, v, epochs(v)) for k,v in FREE.items()},
         **{f'{n} {k}': partial(f, ON_RANKS[k]) for n,f in (('no_sync',no_sync),('uneven',uneven_ones),('unused',unused)) for k in SITUATIONS}}
 
 

@@ -13,7 +13,8 @@ from test_leaks import hooks,settings
 def switches():
     "Those of `settings`, all kernels of attention, and oneDNN"
     fused = [getattr(torch.backends.cuda, f'{k}_sdp_enabled')() for k in ('flash','mem_efficient','math','cudnn')]
-    return (*settings(), *fused, torch.backends.mkldnn.enabled, torch.is_inference_mode_enabled(), fwAD._current_level)
+    return (*settings(), *fused, torch.backends.mkldnn.enabled, torch.is_inference_mode_enabled(), fwAD._current_level,
+        torch._C._len_torch_function_stack())
 
 
 class Net(nn.Module):
@@ -151,6 +152,7 @@ def put_back():
     for o in SharedContext.every:
         while o.held: o.__exit__(None, None, None)
     while fwAD._current_level>=0: fwAD.exit_dual_level()
+    while torch._C._len_torch_function_stack(): torch._C._pop_torch_function_stack()
 
 
 def interrupts(n, seed=0, names=tuple(OPTS)):
