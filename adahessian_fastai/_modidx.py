@@ -1072,6 +1072,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'adahessian_fastai/schedule.py'),
                                             'adahessian_fastai.schedule.Budget.tick': ( 'schedule.html#budget.tick',
                                                                                         'adahessian_fastai/schedule.py'),
+                                            'adahessian_fastai.schedule.Budget.unsure': ( 'schedule.html#budget.unsure',
+                                                                                          'adahessian_fastai/schedule.py'),
                                             'adahessian_fastai.schedule.Every': ('schedule.html#every', 'adahessian_fastai/schedule.py'),
                                             'adahessian_fastai.schedule.Every.__init__': ( 'schedule.html#every.__init__',
                                                                                            'adahessian_fastai/schedule.py'),
