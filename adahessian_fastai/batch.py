@@ -11,7 +11,7 @@ finite differences, compiled products, Hessian-free and diagnostics all ask it, 
 # %% auto #0
 __all__ = ['send', 'autocast_of', 'targets_for', 'evaluate_batch', 'takes_part', 'noted', 'batch_of', 'loss_scale',
            'CurvatureScale', 'loss_weight', 'plain_number', 'n_rows', 'take_rows', 'check_rows_possible', 'targets_of',
-           'in_half', 'no_duals', 'LearnerProblem', 'problem_of', 'Batches', 'versions', 'divided', 'closure_problem',
+           'in_half', 'LearnerProblem', 'no_duals', 'problem_of', 'Batches', 'versions', 'divided', 'closure_problem',
            'DataBatch', 'accumulate']
 
 # %% ../nbs/12_batch.ipynb #d4f4fa69
@@ -234,13 +234,6 @@ def in_half(
     halves = (torch.float16,torch.bfloat16)
     return callback_of(learn, MixedPrecision) is not None or any(p.dtype in halves for p in learn.model.parameters())
 
-def no_duals(
-    learn:Learner, # At the start of a batch
-)->bool:
-    "Can no dual numbers come through the model as it is called?"
-    model = getattr(learn.model, '_orig_mod', learn.model)
-    return in_half(learn) or isinstance(model, DistributedDataParallel) and model.find_unused_parameters
-
 class LearnerProblem(Problem):
     "The present batch of a Learner"
     def __init__(self,
@@ -300,6 +293,14 @@ class LearnerProblem(Problem):
             return loss*k,outputs
         loss = self.loss*(k*scale) if k*scale!=1 else self.loss
         return self.replace(loss=loss, weight=weight, scale=scale, evaluate=evaluate if self.start else None)
+
+# %% ../nbs/12_batch.ipynb #nodual03
+def no_duals(
+    learn:Learner, # At the start of a batch
+)->bool:
+    "Can no dual numbers come through the model as it is called?"
+    model = getattr(learn.model, '_orig_mod', learn.model)
+    return in_half(learn) or isinstance(model, DistributedDataParallel) and model.find_unused_parameters
 
 # %% ../nbs/12_batch.ipynb #b69a3015
 @contextmanager

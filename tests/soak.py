@@ -6,8 +6,7 @@ What is done is kept in `.cache/soak.jsonl`: a call that was cut off goes on whe
 import argparse,copy,hashlib,json,multiprocessing,os,random,resource,signal,sys,tempfile,time,warnings
 from functools import partial
 from pathlib import Path
-import torch
-import adahessian_fastai
+import torch,adahessian_fastai
 from fastai.callback.core import Callback
 from torch import nn
 from helpers_learner import data,fit,learner,mlp,state_of
@@ -154,8 +153,7 @@ def on_ranks(folder, n, what):
 
 # The table: what is done at a time, each a function of a folder that returns attempts, losses and what else there is to say
 
-def interrupted(folder, name, n):
-    return n,[f'{k}: {v}' for k,v in interrupts(n, 2, [name]).items()],''
+def interrupted(folder, name, n): return n,[f'{k}: {v}' for k,v in interrupts(n, 2, [name]).items()],''
 
 def pieces(short):
     "By part and name"

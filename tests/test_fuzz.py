@@ -70,8 +70,11 @@ HF = dict(lr='least0', wd='least0', damping='least0', curvature='name', jvp='nam
     held_out='held_out', cg_max_iter='maybe_count', cg_tol='least0', martens_eps='maybe_least0', x0_decay='power', neg_curv='name', check_every='maybe_count', grid='maybe_grid',
     keep_iterates='maybe_count', ls_beta='inside', ls_c='least0', ls_max_iter='count', fisher_exponent='number', fisher_probes='maybe_count',
     lm_bounds='pair', lm_factors='pair', damping_bounds='pair')
-bad.update(limit0=[o for o in [*NO_COUNT, None] if o is not inf and (isinstance(o, bool) or not isinstance(o, int) or o)], open1=[*NO_NUMBER, None, 0., 1., -1., inf], grid=[*NO_NUMBER, None, 1., 0.5, -1., inf],
-    switch=['a', '', 3, None, [], nan, torch.ones(2)], function=['a', None, 3, nan, []], maybe_positive=[*NO_NUMBER, 0., -1., inf], count6=[*NO_COUNT, None, 5], held_out=[*bad['count0'], 1], maybe_grid=[*NO_NUMBER, 1., 0.5, -1., inf],
+bad.update(  # chkstyle: ignore-node
+    limit0=[o for o in [*NO_COUNT, None] if o is not inf and (isinstance(o, bool) or not isinstance(o, int) or o)],
+    open1=[*NO_NUMBER, None, 0., 1., -1., inf], grid=[*NO_NUMBER, None, 1., 0.5, -1., inf],
+    switch=['a', '', 3, None, [], nan, torch.ones(2)], function=['a', None, 3, nan, []], maybe_positive=[*NO_NUMBER, 0., -1., inf],
+    count6=[*NO_COUNT, None, 5], held_out=[*bad['count0'], 1], maybe_grid=[*NO_NUMBER, 1., 0.5, -1., inf],
     maybe_least0=[*NO_NUMBER, -1., inf], number=[*NO_NUMBER, None, inf],
     maybe_limit=[o for o in NO_COUNT if o is not inf], inside=[*NO_NUMBER, None, 0., 1., -1., inf],
     pair=[*[o for o in NO_NUMBER if not hasattr(o, 'ndim')], None, 1., (1.,), (nan,1.), (2.,1.,3.), (-1.,-2.), ('a','b')])

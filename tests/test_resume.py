@@ -389,7 +389,8 @@ def after(how, learn, tmp_path):
     return learn
 
 
-OPTIMIZERS = dict(adahessian=adahessian, paper=adahessian_paper, sophia=sophia, sassha=sassha, free=hessian_free, each=partial(adahessian, update_each=3), adam=Adam)
+OPTIMIZERS = dict(adahessian=adahessian, paper=adahessian_paper, sophia=sophia, sassha=sassha, free=hessian_free,
+    each=partial(adahessian, update_each=3), adam=Adam)
 RATES = {**OPTIMIZERS, 'given': partial(adahessian, lr=0.07), 'adam_given': partial(Adam, lr=0.03)}
 
 @pytest.mark.filterwarnings('ignore')

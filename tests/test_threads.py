@@ -178,7 +178,7 @@ def test_two_hundred_interrupts_leave_nothing_behind(): assert interrupts(200, 1
 
 # Where a `with` begins and ends, and what stands in a `finally`: an interrupt there finds its context half entered or half left
 
-class Withs(At):
+class Edges(At):
     "Counts, and notes the numbers of the lines that begin with `with`"
     def __init__(self): super().__init__(-1), setattr(self, 'seen', {})
     def line(self, frame, event, arg):
@@ -188,12 +188,12 @@ class Withs(At):
         return self.line
 
 
-def around_withs(name, first=2, last=2):
+def edges(name, first=2, last=2):
     "The numbers of lines that enter or leave a context, the first and last times of each"
     n_lines(name) # What is done once
-    withs = Withs()
-    traced(made(name), withs)
-    return sorted({i for v in withs.seen.values() for i in (*v[:first], *v[-last:])})
+    at = Edges()
+    traced(made(name), at)
+    return sorted({i for v in at.seen.values() for i in (*v[:first], *v[-last:])})
 
 
 @pytest.mark.slow
@@ -201,7 +201,7 @@ def around_withs(name, first=2, last=2):
 @pytest.mark.parametrize('name', OPTS)
 def test_an_interrupt_at_the_edge_of_a_context_leaves_nothing_behind(name):
     bad = {}
-    for i in around_withs(name):
+    for i in edges(name):
         found,_ = interrupted(name, i)
         put_back()
         if found: bad[i] = found
