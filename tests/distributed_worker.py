@@ -1,5 +1,5 @@
 "One rank of `test_distributed.py`: runs every case and writes down what it ended with. The loaders are plain, because fastai's broadcast CUDA tensors"
-import argparse,math
+import argparse,math,warnings
 import torch,torch.distributed as dist,torch.nn.functional as F
 import fastai.callback.fp16 as fp16
 from accelerate import Accelerator
@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel,fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
-from adahessian_fastai.all import adahessian_paper as adahessian,hessian_free,sassha,sophia
+from adahessian_fastai.all import CurvatureRecorder,adahessian_paper as adahessian,hessian_free,sassha,sophia
 from adahessian_fastai.hvp import whole
 from adahessian_fastai.learner import is_sharded
 from adahessian_fastai.problem import Problem
@@ -183,6 +183,14 @@ def looked_at():
     return [*seen, is_sharded(children), is_sharded(mlp())]
 
 
+def recorded(batches):
+    "What `CurvatureRecorder` says of parameters in parts, and what it keeps"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        res = train(batches, model=on_shards(), mode='none', estimator='gnb', cbs=[recorder := CurvatureRecorder(every=2)])
+    return dict(res, said=[str(o.message) for o in said if 'CurvatureRecorder' in str(o.message)], values=list(recorder.records))
+
+
 def first_probe(batches):
     seen = []
     def draw(p, g):
@@ -284,6 +292,7 @@ def part_cases(n_ranks, rank, folder):
         resumed=lambda: resumed(mine(), folder),
         by_learner=lambda: {k: by_learner(**SHARDED[k]) for k in BY_LEARNER},
         moved=lambda: by_learner(estimator='gnb', rho=0.3),
+        recorded=lambda: recorded(mine()),
         rows=lambda: by_learner(estimator='gnb', hessian_bs=3),
         uneven=lambda: by_learner(uneven(mine(), rank), estimator='gnb'),
         overflow=lambda: by_learner(estimator='gnb', cbs=[Overflow('loss')]))

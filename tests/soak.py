@@ -15,7 +15,9 @@ from test_threads import OPTS,interrupts
 from variants import variants
 
 processes = multiprocessing.get_context('forkserver')
-processes.set_forkserver_preload(['helpers_learner','test_resume','test_threads','variants']) # Imported once, so that a run begins at once
+# Imported once, so that a run begins at once; the server that imports looks for modules as a new Python does
+os.environ['PYTHONPATH'] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get('PYTHONPATH')])])
+processes.set_forkserver_preload(['helpers_learner','test_resume','test_threads','variants'])
 KILLED = 'default update_each3 signed debiased control ggn gnb rows n_acc3'.split()
 N_EPOCH = 30
 FLAT = 5 # MB that the allocator may add

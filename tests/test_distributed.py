@@ -434,6 +434,13 @@ def test_parts_in_other_situations_are_the_same_on_all_ranks(shared_out, case):
     for o in others: assert far(first['weights'], o['weights'])==0
 
 
+def test_a_recorder_says_that_it_measures_nothing_of_parts(shared_out):
+    "On one process, and the training is the one without it"
+    for r in shared_out: assert r['recorded']['values']==[] and far(r['recorded']['weights'], r['by_learner']['gnb']['weights'])==0
+    assert [len(r['recorded']['said']) for r in shared_out]==[1]+[0]*(len(shared_out)-1)
+    assert shared_out[0]['recorded']['said'][0].startswith('CurvatureRecorder measures nothing here: the parameters are sharded')
+
+
 def test_parts_are_seen_before_and_after_a_forward_pass(shared_out):
     "After it the root holds whole parameters for a while: the third entry says that this was the case"
     for r in shared_out: assert r['looked_at']==[True,True,False,True,False]
