@@ -10,14 +10,14 @@ Modules:
 - `adahessian_fastai.curvature`: Which matrix, which way to its products, and which networks allow it
 - `adahessian_fastai.diagnostics`: Curvature of any Learner: products, and a callback that watches a training run
 - `adahessian_fastai.estimators`: How a diagonal is estimated: random probes, a control variate, sampled labels
-- `adahessian_fastai.ggn`: Products of a vector with the generalized Gauss-Newton matrix, with all cached that allows it
+- `adahessian_fastai.ggn`: Products of a vector with the generalized Gauss-Newton matrix, with everything cached that can be
 - `adahessian_fastai.hessian_free`: `opt_func=hessian_free`: Newton-type steps by conjugate gradients, for full batches and large ones
 - `adahessian_fastai.hutchinson`: The diagonal and the trace of a matrix from a few products with random vectors
 - `adahessian_fastai.hvp`: Products of a vector with the Hessian of a loss, and a look at the graph they come from
 - `adahessian_fastai.learner`: The one place where fastai's training loop learns about curvature
 - `adahessian_fastai.losses`: One table of losses whose Hessian at the outputs is known, with its products and its noise
 - `adahessian_fastai.optimizer`: Obtains the curvature that steppers ask for: the conductor of problem, estimator, schedule and steps
-- `adahessian_fastai.problem`: A loss as a function of parameters: the one thing that estimators, solvers and line searches are handed
+- `adahessian_fastai.problem`: A loss as a function of parameters, for estimators, solvers and line searches
 - `adahessian_fastai.replay`: Evaluate a module again and leave no trace of it
 - `adahessian_fastai.sassha`: Sharpness-aware AdaHessian: curvature and gradient are taken uphill
 - `adahessian_fastai.schedule`: When an estimate is taken, and on how much of the batch

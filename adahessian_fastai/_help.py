@@ -31,7 +31,9 @@ def parameter_notes(
         if m := re.match(r'.*\)(?:->.*?)?:.*?\s#\s+(.*)', l): notes['returns'] = m[1].strip()
         elif m := _re_param.match(l): notes[m[1]] = m[2].strip()
     more = parameter_notes(to.__init__ if inspect.isclass(to) else to) if to else {} # Arguments that `delegates` hands on
-    return {**notes, **{k: v for k,v in more.items() if k not in notes and k in inspect.signature(f).parameters}}
+    takes,flat = inspect.signature(f).parameters,getattr(f, '__flat__', {}) # Settings of objects, by their flat keywords
+    more = {k: v for k,v in more.items() if k in takes} | {k: parameter_notes(cls.__init__)[own] for k,(cls,own) in flat.items()}
+    return {**notes, **{k: v for k,v in more.items() if k not in notes}}
 
 def notes_text(
     notes:dict, # Text by name
@@ -103,8 +105,10 @@ def describe(
     "What `opt` is, in a few lines"
     inner = getattr(opt, 'opt', None)
     cbs = [getattr(cb, 'func', cb).__name__ for cb in getattr(inner, 'cbs', ())]
-    name = cbs[-1].removesuffix('_step') if cbs else type(opt).__name__
-    parts = {k: vars(opt)[k] for k in ('estimator','when','perturb','n_acc','damping') if k in vars(opt)}
+    name = getattr(inner, 'name', cbs[-1].removesuffix('_step') if cbs else type(opt).__name__)
+    parts = {k: vars(opt)[k] for k in ('estimator','when','perturb','n_acc','curvature') if k in vars(opt)}
+    settings = {k: vars(opt).get(k) for k in ('cg','damping','line_search','preconditioner','batches')}
+    parts.update({k: v for k,v in settings.items() if v is not None and arguments(v)})
     parts = {k: v for k,v in parts.items() if not (k=='perturb' and not v.rho or k=='n_acc' and v==1)}
     head = f"{name}: {', '.join(cbs)}" if cbs else name
     return '\n  '.join([head, *(f'{k}: {shown(v)}' for k,v in parts.items()), *described_groups(opt)])

@@ -1,4 +1,4 @@
-r"""Products of a vector with the generalized Gauss-Newton matrix, with all cached that allows it
+r"""Products of a vector with the generalized Gauss-Newton matrix, with everything cached that can be
 
 For a loss $\ell(z)$ of the outputs $z = F(\theta)$ the generalized Gauss-Newton matrix is $G = J^\top H_\ell J$ with the Jacobian $J =
 \partial z/\partial\theta$ and the Hessian $H_\ell$ of the loss at the

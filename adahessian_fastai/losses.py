@@ -16,10 +16,12 @@ All three come from one table, `losses`."""
 __all__ = ['cross_entropy_rule', 'squared_error_rule', 'binary_rule', 'smoothed_cross_entropy_rule', 'losses',
            'cross_entropy_weights', 'softmax_hessian', 'softmax_noise', 'squared_error_weight', 'squared_error_noise',
            'binary_weights', 'binary_hessian', 'binary_noise', 'Rule', 'row_rule', 'entry_rule',
-           'smoothed_cross_entropy_weights', 'bare_loss', 'known_hessian', 'label_noise', 'loss_count', 'gnb_samples']
+           'smoothed_cross_entropy_weights', 'bare_loss', 'on_plain_tensors', 'known_hessian', 'label_noise',
+           'loss_count', 'gnb_samples']
 
 # %% ../nbs/06_losses.ipynb #2095bcd0
 import math,torch,torch.nn.functional as F
+from copy import copy
 from functools import partial
 from torch import Tensor,nn
 from types import BuiltinFunctionType,FunctionType,MethodType
@@ -203,6 +205,16 @@ def bare_loss(
     if not _is_flattened(loss_func): return _as_module(loss_func),1
     if loss_func.flatten: return loss_func.func,loss_func.axis
     return (loss_func.func if loss_func.axis==-1 else loss_func),1
+
+# %% ../nbs/06_losses.ipynb #5fc80db2
+def on_plain_tensors(
+    loss_func, # Any loss
+): # The same loss
+    "A flattened loss of fastai without fastai's class of tensors, any other as it is"
+    if not _is_flattened(loss_func): return loss_func
+    loss = copy(loss_func)
+    loss._contiguous = lambda x: x.transpose(loss.axis, -1).contiguous() if isinstance(x, Tensor) else x
+    return loss
 
 # %% ../nbs/06_losses.ipynb #0eccff17
 def _paired(z, y, axis):

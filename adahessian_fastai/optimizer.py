@@ -1,6 +1,6 @@
 """Obtains the curvature that steppers ask for: the conductor of problem, estimator, schedule and steps
 
-`CurvatureOptimizer` wraps an optimizer of steppers as `Lookahead` wraps `RAdam`. It conducts and knows no method: a schedule says when
+`CurvatureOptimizer` wraps an optimizer of steppers as `Lookahead` wraps `RAdam`. It brings the parts together: a schedule says when
 an estimate is due, a `LearnerProblem` is the loss of the batch, an estimator makes the diagonal, averaging smooths it, and the steppers
 receive it as the keyword `diag_hessian`.
 `AdaHessianWrapper` is the same with flat keywords."""

@@ -1,4 +1,4 @@
-"""A loss as a function of parameters: the one thing that estimators, solvers and line searches are handed
+"""A loss as a function of parameters, for estimators, solvers and line searches
 
 Everything that is built on curvature asks the same questions about the loss of a batch: what is its value here, its gradient, its value
 at other parameters?

@@ -1,5 +1,5 @@
 "What the benchmarks share: where results go, what machine and versions they are of, a file that grows row by row"
-import csv,importlib.metadata,os,platform,re,tempfile
+import csv,fcntl,importlib.metadata,os,platform,re,tempfile
 from pathlib import Path
 
 import torch
@@ -23,9 +23,9 @@ def machine(device='cpu', packages=('torch','fastai')):
 def threads(): return int(os.environ.get('OMP_NUM_THREADS', 1))
 
 def append(path, row):
-    "Add `row`, a dict, to the CSV file at `path`"
-    new = not path.exists()
+    "Add `row`, a dict, to the CSV file at `path`, which several processes may do at once"
     with path.open('a', newline='') as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
         out = csv.DictWriter(f, list(row), lineterminator='\n')
-        if new: out.writeheader()
+        if not f.seek(0, os.SEEK_END): out.writeheader()
         out.writerow(row)

@@ -15,7 +15,7 @@ root = Path(__file__).resolve().parents[1]
 results = root/'benchmarks/results'
 python,cuda = [sys.executable, '-W', 'ignore'],['--device', 'cuda']
 speed = [*python, 'benchmarks/speed.py', *cuda, '--rounds', '5']
-pieces = dict(cuda_tests=[*python, '-m', 'pytest', '-q', '-m', 'cuda', 'tests'], digits=[*python, '-m', 'adahessian_fastai', '--seeds', '3'],
+pieces = dict(cuda_tests=[*python, '-m', 'pytest', '-q', '-m', 'cuda', '-n', 'auto', '--maxprocesses', '12', '--continue-on-collection-errors', 'tests'], digits=[*python, '-m', 'adahessian_fastai', '--seeds', '3'],
     speed=[*speed, '--skip', 'scale', 'products'],
     speed_compiled=[*speed, '--models', 'resnet18', '--only', 'ours paper', 'ours compiled', '--compile', '--skip', 'scale', 'products', 'budget', '--name', 'compiled'],
     speed_scale=[*speed, '--models', 'mlp', '--name', 'scale'], forum=[*python, 'benchmarks/forum.py', *cuda, '--minutes', '8'],

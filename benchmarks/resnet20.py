@@ -2,6 +2,7 @@
 
     python benchmarks/resnet20.py                         # shortened: a third of the pictures, halved to 16 pixels, few epochs; an hour on one core
     python benchmarks/resnet20.py --full --device cuda    # as in the paper: 50,000 pictures, 160 epochs
+    python benchmarks/resnet20.py --full --epochs 40 --device cuda    # a shorter schedule, in a file of its own
     python benchmarks/resnet20.py --full --device cuda --minutes 9    # stop in time, go on with the same command
     python benchmarks/resnet20.py --report                # the table of what the file holds
     python benchmarks/resnet20.py --smoke                 # does it run? Seconds, and nothing is kept
@@ -11,7 +12,7 @@ Nothing is searched for: SGD, AdamW and `adahessian_paper` have the paper's rate
 are those of all 10,000 test pictures. `results/resnet20.csv` (`resnet20_full.csv`) has a row for each epoch; seconds are those of training alone, CPU time of one thread, or of the clock on a GPU.
 Two entries differ where their mean accuracies lie further apart than the sum of their standard deviations; otherwise they tie, and so do all of which there is one seed."""
 import argparse,time
-from dataclasses import dataclass
+from dataclasses import dataclass,replace
 
 import pandas as pd,torch.nn.functional as F
 from _common import append,machine,results_dir,threads
@@ -179,6 +180,7 @@ def verdict(a, b):
 def parse(args):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--full', action='store_true', help='all pictures at 32 pixels, 160 epochs')
+    p.add_argument('--epochs', type=int, help='fewer epochs, and a schedule that is as long')
     p.add_argument('--entries', nargs='*', default=list(ENTRIES), choices=list(ENTRIES))
     p.add_argument('--seeds', type=int, default=3)
     p.add_argument('--device', default='cpu', choices=['cpu','cuda'])
@@ -191,16 +193,17 @@ def main(args=None):
     args = parse(args)
     name = 'smoke' if args.smoke else 'full' if args.full else 'short'
     form,deadline = FORMS[name],time.perf_counter()+60*args.minutes
+    if args.epochs: form = replace(form, epochs=args.epochs, turn=min(form.turn, args.epochs), file=form.file.replace('.', f'_{args.epochs}.'))
     path = results_dir(args.smoke)/form.file
     torch.set_num_threads(threads())
     if args.report: return print(report(path))
     read = made_up if args.smoke else pictures
     train_data = [o[:round(form.part*len(o))] for o in read('train')]
     data = prepared(*train_data, args.device, form.halved),prepared(*read('test'), args.device, form.halved)
-    command = 'python benchmarks/resnet20.py'+' --full'*args.full+f' --device {args.device}'*(args.device!='cpu')
+    command = 'python benchmarks/resnet20.py'+' --full'*args.full+f' --epochs {args.epochs}'*bool(args.epochs)+f' --device {args.device}'*(args.device!='cpu')
     for seed,epochs,entry in itertools.product(range(1 if args.smoke else args.seeds), range(form.turn, form.epochs+form.turn, form.turn), args.entries):
         if time.perf_counter()>deadline: return print('to be continued')
-        saved = None if args.smoke else CACHE/f'{name}_{entry}_{seed}.pt'
+        saved = None if args.smoke else CACHE/f'{name}_{form.epochs}_{entry}_{seed}.pt'
         if done(path, entry, seed)<min(epochs, form.epochs): train(entry, seed, form, data, args.device, path, saved, deadline, command, epochs)
     print(report(path))
 

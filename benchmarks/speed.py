@@ -49,9 +49,9 @@ def smoothed(m):
         else: smoothed(child)
     return m
 
-def xresnet():
-    from fastai.vision.models.xresnet import xresnet18
-    return xresnet18(n_out=10)
+def xresnet(name='xresnet18'):
+    from fastai.vision.models import xresnet
+    return getattr(xresnet, name)(n_out=10)
 
 class Translator(nn.Module):
     "2+2 layers of `nn.Transformer`, d=256"
@@ -68,10 +68,12 @@ def tokens(n=16, length=32): return torch.randint(1000, (n,length)),torch.randin
 TINY = {'tiny': (lambda: mlp(2, 16), lambda: (torch.randn(8,16),), (8,10))} # For a smoke run
 MODELS = {'resnet18': (resnet, images, (32,10)), 'resnet18-smooth': (partial(resnet, True), images, (32,10)), 'xresnet18': (xresnet, images, (32,10)),
     'transformer': (Translator, tokens, (512,1000)), 'mlp': (mlp, lambda: (torch.randn(128,512),), (128,10))}
+LARGE = {'xresnet34, 128 px': (partial(xresnet, 'xresnet34'), partial(images, 64, 128), (64,10)), # What keeps a GPU busy
+    'transformer, d=512': (partial(Translator, 8000, 512), partial(tokens, 64, 64), (64*64,8000))}
 
 def problem(name, device):
     torch.manual_seed(0)
-    make,inputs,(n,classes) = {**MODELS, **TINY}[name]
+    make,inputs,(n,classes) = {**MODELS, **LARGE, **TINY}[name]
     return make().to(device),tuple(o.to(device) for o in inputs()),torch.randint(classes, (n,), device=device)
 
 # Contenders: a step is `kind -> None`, where kind is 'estimate' or 'other'
@@ -152,7 +154,7 @@ def first_order():
 def own(name, compiled):
     kinds = {'ours paper': {}, 'ours forward': dict(hvp='forward'), 'ours ggn': dict(curvature='ggn', hvp='forward'),
         'ours ggn, reverse': dict(curvature='ggn'), 'ours gnb': dict(estimator='gnb')}
-    if name not in ('resnet18','xresnet18'): kinds['ours finite_difference'] = dict(hvp='finite_difference')
+    if 'resnet' not in name or 'smooth' in name: kinds['ours finite_difference'] = dict(hvp='finite_difference')
     if compiled and name=='resnet18': kinds['ours compiled'] = dict(hvp='compiled')
     found = {k: partial(Ours, opt_func=partial(adahessian_paper, lr=LR, **kw)) for k,kw in kinds.items()}
     return {'ours': partial(Ours, opt_func=partial(adahessian, lr=LR)), **found}
@@ -456,7 +458,7 @@ def write_goals(path, table, line, extra):
 def plot(path, rows, line):
     "Ratios to Adam as bars, a panel for each model"
     import matplotlib.pyplot as plt
-    models = [m for m in {**MODELS, **TINY} if any(r['model']==m and r['kind']!='product' for r in rows)]
+    models = [m for m in {**MODELS, **LARGE, **TINY} if any(r['model']==m and r['kind']!='product' for r in rows)]
     fig,axs = plt.subplots(1, len(models), figsize=(4.2*len(models),4.5), squeeze=False)
     for ax,m in zip(axs[0], models):
         rs = [r for r in rows if r['model']==m and r['kind']!='product'][::-1]
@@ -470,7 +472,7 @@ def plot(path, rows, line):
 
 def parse(args):
     ap = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    ap.add_argument('--models', nargs='*', default=list(MODELS), choices=[*MODELS,*TINY], help='models to measure')
+    ap.add_argument('--models', nargs='*', choices=[*MODELS,*LARGE,*TINY], help='models to measure; on a GPU large ones too')
     ap.add_argument('--only', nargs='*', default=[], help='contenders to measure, beside Adam')
     ap.add_argument('--compile', action='store_true', help="hvp='compiled' too, on ResNet-18: compiling takes minutes")
     ap.add_argument('--rounds', type=int, default=5, help='interleaved rounds')
@@ -482,6 +484,7 @@ def parse(args):
     ap.add_argument('--skip', nargs='*', default=[], choices=['products','scale','budget'], help='what not to measure')
     ap.add_argument('--smoke', action='store_true', help='a tiny network, one round; nothing is kept')
     args = ap.parse_args(args)
+    args.models = args.models or [*MODELS, *(LARGE if args.device=='cuda' else [])]
     if args.smoke: args.models,args.rounds,args.scale = ['tiny'],1,args.scale[:1]
     if args.device=='cuda' and not torch.cuda.is_available(): ap.error('there is no CUDA device here')
     return args

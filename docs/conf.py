@@ -17,7 +17,6 @@ myst_dmath_double_inline = True
 
 add_module_names = False
 toc_object_entries_show_parents = 'hide'
-python_maximum_signature_line_length = 88
 
 html_theme = 'furo'
 html_title = f'{project} {release}'

@@ -703,10 +703,10 @@ def dense_scaling(opt, params):
                 else s['avg_diag_hessian'].abs()/(1-h['sqr_mom']**s['hess_step']))
             d = d**h['hessian_power']+h['eps']
             m = s['grad_avg']/(1-h['mom']**s['step'])
-            u = m/d
+            u = (m/d).abs()
             rms = u.square().mean().sqrt()
-            if h['clip']: u = u.clamp(-h['clip']*rms, h['clip']*rms)
-            return m/(u*(h['cap']/rms) if h['cap'] and rms>h['cap'] else u)
+            if h['clip']: d = d*(u/(h['clip']*rms)).clamp_min(1)
+            return d*(rms/h['cap']).clamp_min(1) if h['cap'] else d
         d = (h['rho']*s['avg_diag_hessian']).clamp_min(h['eps'])
         return torch.where(s['grad_avg'].abs()<d, d, math.inf)
     of = {p: one(p, s, h) for p,_,s,h in opt.all_params()}

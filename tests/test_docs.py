@@ -123,6 +123,26 @@ def test_a_variant_is_seen(kwargs, want):
 
 def test_groups_alike_are_one_line(): assert 'groups 0 to 1: 4 tensors, 13 of 13 weights' in _help.describe(hessian_free([list(m.parameters()) for m in nets()]))
 
+FIRST_WORDS = dict(adahessian='adahessian:', adahessian_paper='adahessian_paper:', sophia='sophia:', sassha='sassha:', m_sassha='m_sassha:',
+    hessian_free='HessianFree')
+
+@pytest.mark.parametrize('name', FIRST_WORDS)
+def test_repr_begins_with_the_name(name):
+    opt = getattr(everything, name)(nn.Linear(2,3).parameters())
+    assert repr(opt).split()[0]==FIRST_WORDS[name] and 'group 0: 2 tensors, 9 of 9 weights train' in repr(opt)
+
+@pytest.mark.parametrize('name,given,said', [('adahessian','num_samples','use n_samples'), ('adahessian','bugdet','use budget'),
+    ('sophia','betas','use mom and sqr_mom'), ('m_sassha','weight_decay','use wd'), ('hessian_free','weight_decay','use wd'),
+    ('hessian_free','cg_maxiter','use cg_max_iter'), ('adahessian_paper','update_period','use update_each')])
+def test_a_name_from_elsewhere_is_answered(name, given, said):
+    with pytest.raises(TypeError, match=f"has no argument '{given}': {said}"): getattr(everything, name)(nn.Linear(2,3).parameters(), **{given: 1})
+
+def test_hessian_free_suggests_nothing_that_it_lacks():
+    with pytest.raises(TypeError, match="has no argument 'betas'$"): hessian_free(nn.Linear(2,3).parameters(), betas=(.9,.99))
+
+def test_help_lists_the_settings_of_objects():
+    for o in ('cg_max_iter', 'damping', 'ls_beta', 'fisher_probes', 'n_acc'): assert f'  {o} ' in hessian_free.__doc__, o
+
 # The site
 
 def test_colab_is_offered_only_where_there_is_an_address():

@@ -288,7 +288,7 @@ def test_tabular_learner_with_export(table, tmp_path):
         warnings.simplefilter('ignore')
         loaded = load_learner(tmp_path/'model.pkl')
     x = torch.zeros(1,1).long(),torch.ones(1,2)
-    assert torch.equal(loaded.model.eval()(*x), learn.model.eval()(*x))
+    assert torch.equal(loaded.model.eval()(*x), learn.model.cpu().eval()(*x))
 
 
 def test_one_row_is_refused_by_a_batch_norm_and_not_chosen_for_it():

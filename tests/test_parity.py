@@ -5,7 +5,7 @@ from fastai.basics import nn
 from adahessian_fastai.adahessian import adahessian_paper as adahessian
 
 # The formulas are the same, the order of operations is not: one unit in the last place of float32 (1e-7) of what moved, amplified by 50 steps
-FLOAT32 = 2e-5
+FLOAT32 = 1e-4
 # Exact in real numbers, computed in float32
 ROUNDING = 1e-5
 SCALE = 65536.      # where fastai's and PyTorch's loss scale starts
@@ -229,7 +229,7 @@ def test_torch_optimizer_gives_a_3d_parameter_the_curvature_of_another_one():
     a,b = nn.Parameter(torch.ones(1)),nn.Parameter(torch.ones(1,1,2))
     own = adahessian([a,b], lr=0.1)
     own.differentiate((7*a**2).sum()/2 + (2*b**2).sum()/2)
-    assert torch.equal(own.usable()[b], torch.full((1,1,2), 2.))
+    assert torch.equal(own.pending.diags[b], torch.full((1,1,2), 2.))
     with pytest.raises(UnboundLocalError):
         opt = make([conv], lr=0.1)
         conv.grad = None

