@@ -1,6 +1,6 @@
 "Everything a notebook needs: `from adahessian_fastai.all import *`. What only other modules need is left in its own"
 from .hvp import check_symmetric,difference_error,difference_product,flat,gradient,graph_product,hessian_product  # chkstyle: ignore
-from .hvp import hvp_methods,real_parameters,substituted,unflat  # chkstyle: ignore
+from .hvp import hvp_methods,real_parameters,substituted,twice_differentiable,unflat  # chkstyle: ignore
 from .hutchinson import *
 from .averaging import *
 from .spectrum import *
@@ -10,7 +10,7 @@ from .ggn import best_jvp,dual_jvp,fisher_diagonal,fresh_ggn_product,ggn_product
 from .ggn import loss_hessian,model_forward,reverse_jvp  # chkstyle: ignore
 from .losses import Rule,gnb_samples,known_hessian,label_noise,losses  # chkstyle: ignore
 from .problem import MeanProblem,Problem  # chkstyle: ignore
-from .curvature import GaussNewton,Hessian,twice_differentiable  # chkstyle: ignore
+from .curvature import GaussNewton,Hessian  # chkstyle: ignore
 from .estimators import ControlVariate,Estimate,GNB,Given,Hutchinson,Preconditioner  # chkstyle: ignore
 from .batch import Batches,LearnerProblem  # chkstyle: ignore
 from .schedule import Budget,Every  # chkstyle: ignore

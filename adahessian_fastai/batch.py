@@ -28,10 +28,9 @@ from fastai.callback.training import GradientAccumulation
 from fastai.losses import LabelSmoothingCrossEntropy
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from .hvp import SettingError,check_checkpoints,check_choice,check_count,check_switch,unflat,zero_tangents
+from .hvp import SettingError,check_checkpoints,check_choice,check_count,check_switch,twice_differentiable,unflat,zero_tangents
 from .losses import loss_count,losses,smoothed_cross_entropy_rule
 from .problem import MeanProblem,Problem,hidden_states,mean_of,modes_kept,structured,weights_of
-from .curvature import twice_differentiable
 from .learner import Ranks,callback_of,check_gradients,check_model,sync_group,unwrapped
 from .replay import backward_hooks,preserving,restored,snapshot,without_backward_hooks
 

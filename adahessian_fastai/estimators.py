@@ -15,12 +15,12 @@ __all__ = ['estimators', 'curvatures', 'Estimate', 'seeded', 'Hutchinson', 'Cont
 import inspect,torch
 from contextlib import contextmanager,nullcontext
 from typing import Literal,NamedTuple
-from .hvp import check_choice,check_count,check_number,check_switch,flat
+from .hvp import check_choice,check_count,check_number,check_switch,flat,twice_differentiable
 from .hutchinson import control_variate_samples,draw_like,get_probe,hutchinson_samples,mean_and_noise,sample_mean
 from .cg import diag_preconditioner
 from .ggn import NoOutputs,fisher_diagonal,output_tensors
 from .losses import gnb_samples,label_noise
-from .curvature import GaussNewton,Hessian,hvp_ways,twice_differentiable
+from .curvature import GaussNewton,Hessian,hvp_ways
 
 # %% ../nbs/09_estimators.ipynb #6dd1de9b
 class Estimate(NamedTuple):

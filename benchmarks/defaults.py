@@ -1,7 +1,8 @@
-"""Seven problems at learning rates that nobody searched for: what each setting gains or costs there, and whether anything diverges.
+"""Nine problems at learning rates that nobody searched for: what each setting gains or costs there, and whether anything diverges.
 
     python benchmarks/defaults.py digits                 # minutes on one core, as table, captions and unet
     python benchmarks/defaults.py multi30k_quarter       # an hour on one core, as imagenette_quarter and transfer
+    python benchmarks/defaults.py multi30k --shipped --first_seed 3 --entries Adam adahessian  # the whole of it, as imagenette: hours
     python benchmarks/defaults.py unet --shipped --first_seed 3  # nothing but the names: the package's own optimizers and variants at their own rates
     python benchmarks/defaults.py digits --lr_find       # what `lr_find` suggests, beside the best of some rates
     python benchmarks/defaults.py digits --report        # the table of what the CSV file holds
@@ -121,6 +122,7 @@ PROBLEMS = dict(  # chkstyle: ignore-node
     captions=Problem(captions, 2, (3e-3,1e-2,3e-2,1e-1)),
     imagenette_quarter=Problem(partial(imagenette, part=0.25, bs=32), 2, (9.5e-4,3e-3,9.5e-3,3e-2)),
     multi30k_quarter=Problem(partial(multi30k, n_train=2500, decode=False), 4, (9.5e-4,3e-3,9.5e-3,3e-2)),
+    imagenette=Problem(imagenette, 1, (9.5e-4,3e-3,9.5e-3,3e-2)), multi30k=Problem(multi30k, 3, (9.5e-4,3e-3,9.5e-3,3e-2)),
     transfer=Problem(transfer, 2, (2e-3,4e-3,8e-3,1.6e-2), fine_tune=True))
 
 # What is trained

@@ -24,9 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from _common import cpu_name,results_dir,threads
 
 from adahessian_fastai.adahessian import adahessian,adahessian_paper
-from adahessian_fastai.curvature import twice_differentiable
 from adahessian_fastai.estimators import Given
-from adahessian_fastai.hvp import hessian_product
+from adahessian_fastai.hvp import hessian_product,twice_differentiable
 from adahessian_fastai.schedule import Budget,Every
 from adahessian_fastai.sophia import sophia
 

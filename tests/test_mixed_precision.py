@@ -5,7 +5,7 @@ from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation,GradientClip
 from torch import nn
 from adahessian_fastai.batch import CurvatureScale
-from adahessian_fastai.curvature import twice_differentiable
+from adahessian_fastai.hvp import twice_differentiable
 from helpers_learner import HYPERS,Noted,convnet,data,distance,fit,given,learner,mlp,plain,relative,split,state_of
 from twin import hessian_times
 

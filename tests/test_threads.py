@@ -5,7 +5,7 @@ from fastai.basics import DataLoader,DataLoaders,Learner
 from functools import partial
 from torch import nn
 from adahessian_fastai.all import AdaHessian,AdaHessianWrapper,adahessian,sophia
-from adahessian_fastai.problem import SharedContext
+from adahessian_fastai.hvp import SharedContext
 from adahessian_fastai.optimizer import Perturbation
 from helpers_learner import data
 from test_leaks import hooks,settings
@@ -82,7 +82,7 @@ def loop(learn, n):
 
 def test_contexts_that_overlap_and_are_left_in_the_order_of_entry():
     "First in, first out is what restored wrongly; and the same context twice in one thread"
-    from adahessian_fastai.curvature import twice_differentiable
+    from adahessian_fastai.hvp import twice_differentiable
     before,net = switches(),Net()
     a,b = twice_differentiable(net),twice_differentiable(net, forward=True)
     a.__enter__(), b.__enter__()

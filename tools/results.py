@@ -70,9 +70,16 @@ def where(rs, k='machine'):
     names = dict.fromkeys(r[k] for r in rs if r.get(k))
     return f"\n\n{'; '.join(names)}." if names else ''
 
-def speed(val):
-    "The column `val` of speed.csv: an estimate, a mean over steps, or an optimizer without estimate"
-    rs = [r for r in rows('speed') if not math.isnan(num(r[val])) and r['kind']!='product' and not r['model'].startswith('step ')]
+def forum():
+    "Each optimizer of forum.csv"
+    rs = rows('forum')
+    body = [[k, shown(num(o[0]['lr'])), mean_sd([100*v for v in nums(o, 'accuracy')]), mean_sd(nums(o, 'loss')), mean_sd(nums(o, 'seconds')), len(o)]
+        for (k,),o in grouped(rs, 'entry').items()]
+    return table(['optimizer', 'lr', 'accuracy, %', 'loss', 'seconds', 'runs'], body)+where(rs)
+
+def speed(val, name='speed'):
+    "The column `val` of `name`.csv: an estimate, a mean over steps, or an optimizer without estimate"
+    rs = [r for r in rows(name) if not math.isnan(num(r[val])) and r['kind']!='product' and not r['model'].startswith('step ')]
     rs = [r for r in rs if r['kind']!='other' or ' ' not in r['contender'] or 'torch' in r['contender']]
     name = lambda r: re.sub('^ours', 'adahessian', r['contender'])+(', no estimate' if (r['contender'],r['kind'])==('ours','other') else '')
     return pivot(rs, name, 'model', val, 'optimizer')
@@ -113,7 +120,7 @@ def text(name):
     path = folder/name
     return re.sub('^#', '##', re.sub(r'\A# .*\n+', '', path.read_text(encoding='utf-8')), flags=re.M) if path.exists() else ''
 
-tables = {f.__name__: f for f in (training, speed, scaling, autoencoder, resnet20, products, plain, text)}
+tables = {f.__name__: f for f in (training, forum, speed, scaling, autoencoder, resnet20, products, plain, text)}
 
 # Filling in
 
