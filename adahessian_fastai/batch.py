@@ -11,8 +11,8 @@ finite differences, compiled products, Hessian-free and diagnostics all use it, 
 # %% auto #0
 __all__ = ['send', 'autocast_of', 'targets_for', 'evaluate_batch', 'takes_part', 'noted', 'batch_of', 'loss_scale',
            'CurvatureScale', 'loss_weight', 'plain_number', 'n_rows', 'take_rows', 'check_rows_possible', 'targets_of',
-           'in_half', 'LearnerProblem', 'problem_of', 'Batches', 'versions', 'divided', 'closure_problem', 'DataBatch',
-           'accumulate']
+           'in_half', 'LearnerProblem', 'no_duals', 'problem_of', 'Batches', 'versions', 'divided', 'closure_problem',
+           'DataBatch', 'accumulate']
 
 # %% ../nbs/12_batch.ipynb #d4f4fa69
 import math,warnings
@@ -27,6 +27,7 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
 from fastai.losses import LabelSmoothingCrossEntropy
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 from .hvp import SettingError,check_checkpoints,check_choice,check_count,check_switch,twice_differentiable,unflat,zero_tangents
 from .losses import loss_count,losses,smoothed_cross_entropy_rule
 from .problem import MeanProblem,Problem,hidden_states,mean_of,modes_kept,structured,weights_of
@@ -256,8 +257,8 @@ class LearnerProblem(Problem):
 
     def evaluate_again(self, twice=False):
         "Loss and outputs of the same batch at the present values of the parameters"
-        learn,kernels = self.learn,twice_differentiable(self.model, forward=True) if twice else nullcontext()
-        with restored(self.start),batch_of(learn, self.attrs, self.cbs),without_backward_hooks(self.model),kernels:
+        learn,around = self.learn,partial(twice_differentiable, self.model, forward=True) if twice else nullcontext
+        with restored(self.start),batch_of(learn, self.attrs, self.cbs),without_backward_hooks(self.model),around():
             evaluate_batch(learn, self.model if twice else unwrapped(learn.model, keep_compiled=True), self.leave_out)
             return learn.loss_grad.as_subclass(Tensor),learn.pred
 
@@ -273,12 +274,12 @@ class LearnerProblem(Problem):
         learn,bs = self.learn,find_bs(self.learn.xb)
         check_rows_possible(learn, n, bs)
         idxs = torch.randperm(bs, generator=generator)[:n]
-        with preserving(self.model),batch_of(learn),without_backward_hooks(self.model):
+        with self.preserving(),batch_of(learn),without_backward_hooks(self.model):
             learn.xb,learn.yb = take_rows(learn.xb, idxs, bs),take_rows(learn.yb, idxs, bs)
             start = snapshot(self.model) if estimator.again else None
-            with estimator.surround(self.model, params, rng, self.half): evaluate_batch(learn, self.model, self.leave_out)
-            part = LearnerProblem(learn, self.params, start, self.leave_out)
-            yield part.reweighted(self.weight, self.scale)
+            with estimator.surround(self.model, params, rng, self.half):
+                evaluate_batch(learn, self.model, self.leave_out)
+                yield LearnerProblem(learn, self.params, start, self.leave_out).reweighted(self.weight, self.scale)
 
     def reweighted(self,
         weight:float, # The weight that the loss is to have
@@ -292,6 +293,14 @@ class LearnerProblem(Problem):
         loss = self.loss*(k*scale) if k*scale!=1 else self.loss
         return self.replace(loss=loss, weight=weight, scale=scale, evaluate=evaluate if self.start else None)
 
+# %% ../nbs/12_batch.ipynb #nodual03
+def no_duals(
+    learn:Learner, # At the start of a batch
+)->bool:
+    "Can no dual numbers come through the model as it is called?"
+    model = getattr(learn.model, '_orig_mod', learn.model)
+    return in_half(learn) or isinstance(model, DistributedDataParallel) and model.find_unused_parameters
+
 # %% ../nbs/12_batch.ipynb #b69a3015
 @contextmanager
 def problem_of(
@@ -304,8 +313,8 @@ def problem_of(
     "Context with the problem of the batch `b` in full precision, whose graph can be differentiated twice"
     model,leave_out = unwrapped(learn.model),(MixedPrecision,GradientAccumulation)
     full_precision = torch.autocast(params[0].device.type, enabled=False)
-    begin = restored(start) if start else nullcontext()
-    with preserving(model),batch_of(learn),begin,without_backward_hooks(model),torch.enable_grad(),full_precision:
+    begin = partial(restored, start) if start else nullcontext
+    with modes_kept(),preserving(model),batch_of(learn),begin(),without_backward_hooks(model),torch.enable_grad(),full_precision:
         if b is not None:
             model.train(train)
             learn.training = train

@@ -18,6 +18,7 @@ import math, torch
 from torch import Tensor, nn
 from typing import Literal,NamedTuple
 from fastcore.basics import ifnone, noop
+from fastcore.foundation import L
 from .hvp import check_choice, check_count, check_number, check_pair, check_switch, flat, unflat
 
 # %% ../nbs/04_cg.ipynb #f9d40d6f
@@ -54,7 +55,7 @@ def grid_iterations(
 )->list: # Increasing, from 0; without a limit up to 2⁵³
     "Iterations whose iterate is kept for backtracking"
     check_number('base', base, above=1)
-    last = min(max_iter, 2**53)
+    last = 2**53 if max_iter is math.inf else min(check_count('max_iter', max_iter, 0), 2**53)
     js = range(math.ceil(math.log(last+1, base))+1)
     return sorted({i for j in js if (i := math.ceil(base**j)-1) <= last})
 
@@ -312,6 +313,8 @@ class Damping:
         structural:float=0., # μ: hold the hidden states with the strength μλ
         hidden=None # `model -> modules` whose outputs are the hidden states; by default the recurrent layers of PyTorch
     ):
+        each = (start or [None]) if isinstance(start, (list,tuple,L)) else [] if isinstance(start, slice) else [start]
+        for o in each: check_number('damping', o, least=0)
         self.start,self.adapt = start,check_switch('adapt', adapt)
         self.bounds,self.limits = check_pair('bounds', bounds, rising=True),check_pair('limits', limits, rising=True, least=0)
         up,down = check_pair('factors', factors)

@@ -23,6 +23,7 @@ from fastcore.imports import IN_NOTEBOOK
 from fastcore.script import call_parse
 from sklearn.datasets import load_digits
 from torch.profiler import ProfilerActivity,profile
+from .hvp import check_count
 from .adahessian import adahessian,adahessian_paper
 from .sophia import sophia
 from .hessian_free import hessian_free
@@ -121,6 +122,7 @@ def compare_optimizers(
     seeds=(0,), # One run of each optimizer for each seed
 )->pd.DataFrame: # One row for each run; `losses`, `valid_losses` and `seconds` hold lists by batch and by epoch
     "Train with each of `opts` from each of `seeds`, everything else equal"
+    check_count('n_epoch', n_epoch)
     rows = []
     for seed,(name,opt_func) in itertools.product(seeds, opts.items()):
         for one in L(lr.get(name) if isinstance(lr, dict) else lr) or [None]:

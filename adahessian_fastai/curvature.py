@@ -416,18 +416,23 @@ class Ride:
     def __init__(self,
         params:list, # Parameters
         z:list, # The probe, shaped like `params`
-    ): self.params,self.z,self.stack = params,z,ExitStack()
+    ): self.params,self.z,self.stack,self.on = params,z,ExitStack(),False
 
-    def __enter__(self): return self.stack.enter_context(dual_numbers(self.params, self.z)) or self
-    def __exit__(self, *args): self.stack.close()
+    def __enter__(self):
+        self.on = True
+        return self.stack.enter_context(dual_numbers(self.params, self.z)) or self
+    def __exit__(self, *args):
+        self.on = False
+        self.stack.close()
 
     def read(self,
         outputs, # What the model returned
-    ): # `params -> (v -> Jv)`; its first `v` has to be the probe
+    ): # `params -> (v -> Jv)`; its first `v` has to be the probe where this is called inside the context
         "Take `Jz` from `outputs`, and end the dual numbers"
         zs = output_tensors(outputs)
         duals = [fwAD.unpack_dual(o) for o in zs]
         known = [[torch.zeros_like(d.primal) if d.tangent is None else d.tangent.detach().as_subclass(Tensor) for d in duals]]
+        if not self.on: known.clear() # They have ended, and their tangents with them
         self.stack.close()
         return lambda params: lambda v: known.pop() if known else reverse_jvp(zs, params)(v)
 
@@ -557,6 +562,8 @@ class GaussNewton:
         except NotImplementedError as e:
             if not along or 'forward' not in str(e): raise
             raise ValueError(f"curvature='ggn' with hvp='forward' is not possible here, use hvp='reverse': {e}") from e
+        finally:
+            if self.ride: self.ride.stack.close()
 
     def __call__(self,
         problem, # The `Problem`, or the `MeanProblem` of several; raises `ValueError` without outputs

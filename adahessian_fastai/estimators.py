@@ -13,9 +13,9 @@ __all__ = ['estimators', 'curvatures', 'Estimate', 'seeded', 'Hutchinson', 'Cont
 
 # %% ../nbs/09_estimators.ipynb #18af7d7a
 import inspect,torch
-from contextlib import nullcontext
+from contextlib import contextmanager,nullcontext
 from typing import Literal,NamedTuple
-from .hvp import check_choice,check_count,check_number,flat,twice_differentiable
+from .hvp import check_choice,check_count,check_number,check_switch,flat,twice_differentiable
 from .hutchinson import control_variate_samples,draw_like,get_probe,hutchinson_samples,mean_and_noise,sample_mean
 from .cg import diag_preconditioner
 from .ggn import NoOutputs,fisher_diagonal,output_tensors
@@ -49,24 +49,32 @@ class Hutchinson:
         probe:Literal['rademacher','gaussian']='rademacher', # Or a callable `(p, generator) -> tensor like p`
     ):
         self.curvature,self.n_samples,self.probe = curvature or Hessian(),check_count('n_samples', n_samples),get_probe(probe)
+        self.ahead = []
 
     @property
     def again(self): return self.curvature.again
 
-    def draw(self, rng):
-        "A probe function `(p, generator) -> tensor` on the generators of `rng`"
-        def drawn(p, _): return self.probe(p, rng(p.device))
+    def draw(self, rng, ahead=False):
+        "A probe function `(p, generator) -> tensor` on the generators of `rng`; what is drawn `ahead` comes again"
+        def drawn(p, _):
+            z = self.probe(p, rng(p.device))
+            if ahead: self.ahead.append(z)
+            return z if ahead or not self.ahead else self.ahead.pop(0)
         drawn.flat = getattr(self.probe, 'flat', False)
         return drawn
 
+    @contextmanager
     def surround(self,
         model, # `nn.Module` that is about to be called
         params:list, # Parameters of the estimate that comes
         rng, # `device -> generator`, as that estimate will get it anew
         half:bool=False, # In half precision?
-    ): # A context for the forward pass
+    ): # A context for the forward pass and the estimate
         "What the graph of the loss needs"
-        return self.curvature.surround(model, params, lambda ps: draw_like(ps, self.draw(rng)), half)
+        def first(ps): return draw_like(ps, self.draw(rng, ahead=True))
+        try:
+            with self.curvature.surround(model, params, first, half): yield
+        finally: self.ahead = []
 
     def samples(self, product, params, draw, center): return hutchinson_samples(product, params, self.n_samples, draw)
 
@@ -146,7 +154,9 @@ class Given:
     def __init__(self,
         diagonal, # `(problem, params) -> tensors like params`
         second_order:bool=False, # Does it differentiate twice?
-    ): self.diagonal,self.second_order = diagonal,second_order
+    ):
+        if not callable(diagonal): raise ValueError(f"diagonal must be a function, got {diagonal=}")
+        self.diagonal,self.second_order = diagonal,check_switch('second_order', second_order)
 
     def surround(self, model, params, rng, half=False): return twice_differentiable(model) if self.second_order else nullcontext()
 

@@ -12,7 +12,7 @@ __all__ = ['unwrapped', 'callback_of', 'is_sharded', 'check_model', 'check_gradi
            'sync_group', 'cross_rank_mean', 'Ranks', 'drop_pending', 'lr_untouched', 'trainable_params', 'check_groups']
 
 # %% ../nbs/10_learner.ipynb #d25dec26
-import inspect,math,warnings,zipfile
+import inspect,math,pickle,traceback,warnings,zipfile
 from contextlib import nullcontext
 
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from fastai.basics import *
 from fastai.callback.schedule import *
 from fastai.learner import load_model,save_model
 from .hvp import shard_mesh
+from .problem import modes_kept
 from .curvature import AgreedError
 
 # %% ../nbs/10_learner.ipynb #c598e581
@@ -38,7 +39,7 @@ def _do_one_batch(self:Learner):
     "fastai's batch, inside `opt.forward_context(self)` where the optimizer has one and trains"
     context = getattr(self.opt, 'forward_context', None) if self.training else None
     if context is None: return self._orig__do_one_batch()
-    with context(self): self._orig__do_one_batch()
+    with modes_kept(),context(self): self._orig__do_one_batch()
 
 # %% ../nbs/10_learner.ipynb #eef705a7
 def unwrapped(
@@ -187,11 +188,13 @@ def lr_untouched(
 @patch
 def create_opt(self:Learner):
     "fastai's `create_opt`; a learning rate that nobody gave becomes the optimizer's own `default_lr`"
-    old,untouched = self.opt,lr_untouched(self)
+    old,untouched,of_partial = self.opt,lr_untouched(self),vars(self).get('lr_of_partial')==self.lr
     if untouched: self.lr = _fastai_lr
     self._orig_create_opt()
     if old is not None: drop_pending(self.opt)
-    if self.lr is not _fastai_lr: return # Given to the Learner or by `partial`
+    own,given = hasattr(self.opt, 'default_lr'),'lr' in getattr(self.opt_func, 'keywords', {})
+    if given and (untouched or of_partial): setattr(self, 'lr_untouched' if own else 'lr_of_partial', self.lr)
+    if given or self.lr is not _fastai_lr and not (own and of_partial): return # Given to the Learner or by `partial`
     self.lr = self.lr_untouched = getattr(self.opt, 'default_lr', _fastai_lr)
     self.opt.set_hyper('lr', self.lr)
 
@@ -237,21 +240,33 @@ class _Held:
     sd = None
     def load_state_dict(self, sd): self.sd = sd
 
+def _unread(file, path, e):
+    "What to say where `torch.load` raised `e`, `None` where the error says more"
+    where = [frame.f_globals.get('__name__') for frame,_ in traceback.walk_tb(e.__traceback__)]
+    if 'torch.serialization' not in where or isinstance(e, MemoryError) or getattr(e, 'filename', None) or not isinstance(e, Exception):
+        return None
+    name = path if isinstance(path, Path) else f"{file=}"
+    if not zipfile.is_zipfile(path): return f"{name} is not a whole checkpoint, it may have been cut off while it was written: {e}"
+    return None if isinstance(e, pickle.UnpicklingError) else f"{name} cannot be read as a checkpoint: {e}"
+
+# %% ../nbs/10_learner.ipynb #soakload2
 @patch
 @delegates(load_model)
 def load(self:Learner, file, device=None, **kwargs):
-    "fastai's `load`; a second-order optimizer says why it refuses a state"
+    "fastai's `load`; a second-order optimizer says why it refuses a state, and nothing has changed"
     if self.opt is None: self.create_opt()
     if not hasattr(self.opt, 'backward'): return self._orig_load(file, device=device, **kwargs)
-    opt,held = self.opt,_Held()
+    opt,held,kept = self.opt,_Held(),{k: v.clone() if isinstance(v, Tensor) else v for k,v in self.model.state_dict().items()}
     self.opt = held
-    try: self._orig_load(file, device=device, **kwargs)
-    except Exception as e:
-        path = join_path_file(file, self.path/self.model_dir, ext='.pth')
-        if not isinstance(path, Path) or zipfile.is_zipfile(path) or not path.exists(): raise
-        raise ValueError(f"{path} is not a whole checkpoint, it may have been cut off while it was written") from e
+    try:
+        self._orig_load(file, device=device, **kwargs)
+        opt.load_state_dict(held.sd) if held.sd is not None else drop_pending(opt)
+    except BaseException as e:
+        self.model.load_state_dict(kept)
+        said = _unread(file, join_path_file(file, self.path/self.model_dir, ext='.pth'), e)
+        if said is None: raise
+        raise ValueError(said) from e
     finally: self.opt = opt
-    opt.load_state_dict(held.sd) if held.sd is not None else drop_pending(opt)
     return self
 
 # %% ../nbs/10_learner.ipynb #a901796b

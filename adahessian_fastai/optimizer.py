@@ -12,8 +12,8 @@ __all__ = ['LossGuard', 'peek_seed', 'warn_rarely', 'Counts', 'remedy', 'Pending
            'bound_gradients', 'signal_to_noise', 'is_first_order', 'on_shards', 'Turn', 'turn_for', 'plain_turn',
            'problem_for', 'signed_average', 'check_hypers', 'put_hyper', 'work_of', 'check_seen', 'skip_step',
            'smoothed', 'one_ready', 'ready_for_step', 'curvature_state', 'upgraded', 'check_entry', 'check_averages',
-           'check_part', 'check_pending', 'checked_state', 'put_state', 'PartOf', 'CurvatureOptimizer',
-           'enough_samples', 'check_together', 'AdaHessianWrapper']
+           'check_part', 'check_pending', 'checked_state', 'put_state', 'PartOf', 'CurvatureOptimizer', 'sampling',
+           'check_together', 'AdaHessianWrapper']
 
 # %% ../nbs/15_optimizer.ipynb #51fcdd5f
 import itertools,math,warnings
@@ -35,7 +35,7 @@ from .estimators import ControlVariate,Hutchinson,made_estimator,seeded
 from .learner import (callback_of,check_gradients,check_groups,check_model,check_shards,cross_rank_mean,reshard,
     shard_group,sync_group,trainable_params,unwrapped)
 from .replay import backward_hooks,snapshot
-from .batch import CurvatureScale,LearnerProblem,in_half,n_rows,plain_number
+from .batch import CurvatureScale,LearnerProblem,n_rows,no_duals,plain_number
 from .schedule import Every,made_schedule
 from .steppers import Perturbation,average_diag_hessian,average_sqr_diag_hessian,update
 
@@ -288,7 +288,7 @@ def turn_for(
     if not due or share==0: return Turn(start=snapshot(model) if twice else None)
     rows = None if share is None or (n := n_rows(share, bs))>=bs else n
     hooked = rows is None and backward_hooks(model)
-    start = twice or rows is None and (hooked or estimator.again)
+    start = twice or hooked or rows is not None or estimator.again
     return Turn(due, rows, snapshot(model) if start else None, hooked or rows is not None, share)
 
 def plain_turn(
@@ -643,9 +643,9 @@ def forward_context(self:CurvatureOptimizer,
         reshard(learn.model)
         self.perturb.ahead(self)
         self.turn = t = turn_for(learn, *self.due(), self.estimator, self.perturb.twice)
-        plain = t.aside or not t.due or self.perturb.twice
-        around = nullcontext() if plain else self.estimator.surround(unwrapped(learn.model), t.due, self.counts.rng(), in_half(learn))
-        with around: yield
+        around = nullcontext if t.aside or not t.due or self.perturb.twice else partial(self.estimator.surround, unwrapped(learn.model),
+            t.due, self.counts.rng(), no_duals(learn))
+        with around(): yield
         self.pending = Pending()
     except CancelBatchException: raise
     except BaseException as e:
@@ -680,18 +680,17 @@ def backward(self:CurvatureOptimizer,
     raise CancelBatchException
 
 # %% ../nbs/15_optimizer.ipynb #fef98526
-@contextmanager
-def enough_samples(
+def sampling(
     opt, # `CurvatureOptimizer`
     due:list, # Parameters whose estimate is taken
-):
-    "Context in which the estimator draws as many samples as the schedule asks for, or more if it does so anyhow"
-    own,asks = getattr(opt.estimator, 'n_samples', 1),getattr(opt.when, 'samples', lambda age: 1)
+): # The estimator of `opt`, or a copy of it
+    "The estimator, with as many samples as the schedule asks for at least"
+    asks = getattr(opt.when, 'samples', lambda age: 1)
     n = max(asks(opt.opt.state[p].get('age', 0)) for p in due)
-    if n>own: opt.estimator.n_samples = n
-    try: yield
-    finally:
-        if n>own: opt.estimator.n_samples = own
+    if n<=getattr(opt.estimator, 'n_samples', 1): return opt.estimator
+    est = copy(opt.estimator)
+    est.n_samples = n
+    return est
 
 # %% ../nbs/15_optimizer.ipynb #d726a125
 @patch
@@ -708,11 +707,11 @@ def differentiate(self:CurvatureOptimizer,
     self.pending.note(problem.loss, n_items, group, problem.scale)
     half = problem.scale!=1 and self.estimator.second_order
     if not turn.due or half and not math.isfinite(self.pending.losses[-1].item()): return problem.backward(weight)
-    ahead,room = turn.aside or problem.scale!=1,grads_aside(problem.params) if shard_mesh(problem.params) else nullcontext()
+    ahead,room = turn.aside or problem.scale!=1,partial(grads_aside, problem.params) if shard_mesh(problem.params) else nullcontext
     if ahead: problem.backward(weight, retain_graph=not turn.aside)
-    with problem_for(problem, turn, self.estimator, self.counts) as on,hooks_disabled(problem.params),room,enough_samples(self, turn.due):
+    with problem_for(problem, turn, self.estimator, self.counts) as on,hooks_disabled(problem.params),room():
         if half and on.scale!=1: on = self.curvature_scale.rescaled_for_half(on, [p.grad for p in problem.params if p.grad is not None])
-        est = self.estimator(on, turn.due, self.counts.rng(), partial(signed_average, self))
+        est = sampling(self, turn.due)(on, turn.due, self.counts.rng(), partial(signed_average, self))
     if not ahead: problem.backward(weight, est.grads)
     self.pending.scaled,self.pending.share = half,turn.share
     self.counts.n_estimates += 1

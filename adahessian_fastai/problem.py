@@ -13,12 +13,13 @@ __all__ = ['Problem', 'MeanProblem', 'NothingCounts', 'weights_of', 'mean_of', '
            'with_states', 'structured']
 
 # %% ../nbs/07_problem.ipynb #1e399ad3
+import threading
 from contextlib import contextmanager,nullcontext
 from copy import copy
 import torch, torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from fastcore.basics import noop, store_attr
-from .hvp import gradient,unflat
+from .hvp import SharedContext,dual_thread,gradient,unflat
 from .ggn import NoOutputs
 
 # %% ../nbs/07_problem.ipynb #330f2148
@@ -152,16 +153,21 @@ def mean_of(
     pairs = [(w,p) for w,r in zip(ws, rounds) for p in r if w]
     return MeanProblem([p for _,p in pairs], [w for w,_ in pairs], reduce)
 
-# %% ../nbs/07_problem.ipynb #6f6bc03e
+# %% ../nbs/07_problem.ipynb #modekep2
 @contextmanager
 def modes_kept():
-    "Context after which gradients are recorded as before and no dual numbers are left, whatever ended it"
-    grad,level = torch.is_grad_enabled(),fwAD._current_level
+    "Context after which gradients are recorded as before, and no dual numbers or switches of this thread are left, whatever ended it"
+    grad,level,held = torch.is_grad_enabled(),fwAD._current_level,[o.held for o in SharedContext.every]
+    n_modes = torch._C._len_torch_function_stack()
     try: yield
     finally:
         torch._C._set_grad_enabled(grad)
-        while fwAD._current_level>level: fwAD.exit_dual_level()
+        while torch._C._len_torch_function_stack()>n_modes: torch._C._pop_torch_function_stack()
+        while fwAD._current_level>level and dual_thread==[threading.get_ident()]: fwAD.exit_dual_level()
+        for o,n in zip(SharedContext.every, held):
+            while o.held>n: o.__exit__()
 
+# %% ../nbs/07_problem.ipynb #6f6bc03e
 class Trial:
     "The loss at points around the parameters; as a context it puts them back where something is raised"
     def __init__(self,

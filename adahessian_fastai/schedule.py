@@ -177,17 +177,27 @@ def choose(self:Budget, n_steps, device=None, group=None):
     self.update_each,self.done = (n_steps,self.period(ratio)),True
     if self.auto: self.hessian_bs = (n_steps,part)
     said,repeat = (f" on {part:g} of the batch",f", hessian_bs={self.hessian_bs}") if self.auto else ('','')
-    print(f"budget={self.overhead}: an estimate{said} costs {ratio:.2f} steps, so the period is {self.update_each[1]}; "
+    care = ' at worst, as steps are short or differ' if self.unsure() else ''
+    print(f"budget={self.overhead}: an estimate{said} costs {ratio:.2f} steps{care}, so the period is {self.update_each[1]}; "
         f"update_each={self.update_each}{repeat} repeats this run")
 
 # %% ../nbs/13_schedule.ipynb #c5d69e19
+@patch
+def unsure(self:Budget)->bool:
+    "Are steps shorter than 5 ms, or do like ones differ by half and more?"
+    def spread(o):
+        q = statistics.quantiles(o, n=4, method='inclusive')
+        return q[2]/q[0]
+    plain = sum((t[0] for t in self.times.values()), [])
+    return statistics.median(plain)<0.005 or any(spread(o)>1.5 for t in self.times.values() for o in t.values() if len(o)>3)
+
 @patch
 def ratio(self:Budget,
     part:float=1., # Of the batch
 )->float: # t₁/t₀ - 1
     "Overhead of a step with an estimate over one without"
     pairs = [(t[part],t[0]) for t in self.times.values() if t[part] and t[0]]
-    unsure = statistics.median(sum((b for _,b in pairs), [])) < 0.005
+    unsure = self.unsure()
     def cost(a, b):
         if not unsure or min(len(a), len(b))<4: return statistics.median(a)/statistics.median(b)-1
         return statistics.quantiles(a, n=4)[2]/statistics.quantiles(b, n=4)[0]-1

@@ -239,7 +239,7 @@ def confidence_interval(
     level:float=0.95, # Share of repetitions in which the interval covers the truth
 )->tuple: # Lower and upper end
     "Interval around a mean of `n_samples` samples by Student's distribution"
-    if not 0<level<1: raise ValueError(f"level must lie between 0 and 1, got {level=}")
+    check_number('level', level, above=0, below=1)
     if check_count('n_samples', n_samples)<2: return -math.inf,math.inf
     half = error*student_t.ppf((1+level)/2, n_samples-1).item()
     return estimate-half,estimate+half

@@ -13,6 +13,7 @@ import math
 
 import matplotlib.pyplot as plt, torch
 from torch import Tensor,nn
+from .hvp import check_count,check_number
 
 # %% ../nbs/23_toys.ipynb #ed2b687b
 def rosenbrock(
@@ -47,9 +48,10 @@ def descend(
     clip:float=None, # Largest norm of the gradient; `None` for no bound
 )->Tensor: # `n_steps+1` points
     "The points that an optimizer passes on its way down `f`"
+    check_number('clip', clip, above=0, optional=True)
     x = nn.Parameter(torch.tensor(x0))
     opt,path = opt_func([x]),[x.detach().clone()]
-    for _ in range(n_steps):
+    for _ in range(check_count('n_steps', n_steps, 0)):
         getattr(opt, 'differentiate', torch.autograd.backward)(f(x))
         if clip is not None: nn.utils.clip_grad_norm_([x], clip)
         opt.step()

@@ -10,3 +10,9 @@ def cpu_amp(monkeypatch):
     "`learn.to_fp16()` and `learn.to_bf16()` as they are, with autocast and `GradScaler` of the CPU"
     monkeypatch.setattr(fp16, 'autocast', lambda device,**kw: torch.amp.autocast('cpu', **kw))
     monkeypatch.setattr(fp16, 'GradScaler', lambda device,**kw: torch.amp.GradScaler('cpu', **kw))
+
+
+def pytest_addoption(parser): parser.addoption('--steps', type=int, default=50, help='steps of each variant on several processes')
+
+@pytest.fixture(scope='session')
+def n_steps(request): return request.config.getoption('--steps')

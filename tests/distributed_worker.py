@@ -1,5 +1,5 @@
 "One rank of `test_distributed.py`: runs every case and writes down what it ended with. The loaders are plain, because fastai's broadcast CUDA tensors"
-import sys
+import argparse,math,warnings
 import torch,torch.distributed as dist,torch.nn.functional as F
 import fastai.callback.fp16 as fp16
 from accelerate import Accelerator
@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel,fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
-from adahessian_fastai.all import adahessian_paper as adahessian
+from adahessian_fastai.all import CurvatureRecorder,adahessian_paper as adahessian,hessian_free,sassha,sophia
 from adahessian_fastai.hvp import whole
 from adahessian_fastai.learner import is_sharded
 from adahessian_fastai.problem import Problem
@@ -74,9 +74,9 @@ def broken_probe():
     return draw
 
 
-def train(batches, n_epoch=1, model=None, cbs=(), mode='accelerate', sync_bn=False, amp=False, ddp={}, **kwargs):
+def train(batches, n_epoch=1, model=None, cbs=(), mode='accelerate', sync_bn=False, amp=False, ddp={}, opt_func=None, **kwargs):
     model = model or mlp()
-    opt_func = partial(adahessian, **{**HYPERS, **kwargs})
+    opt_func = partial(opt_func, **kwargs) if opt_func else partial(adahessian, **{**HYPERS, **kwargs})
     dls = DataLoaders(batches, [])
     torch.manual_seed(5)
     learn = Learner(dls, model, F.cross_entropy, opt_func=opt_func, cbs=[Seeded(),*cbs])
@@ -97,7 +97,7 @@ def found_in(opt):
     states = [opt.state[p] for p in opt.all_params().itemgot(0)]
     parts = all(isinstance(v, DTensor) for s in states for v in s.values() if isinstance(v, torch.Tensor))
     averages = [whole(s[k]) for s in states for k in ('sqr_avg_diag_hessian','avg_diag_hessian') if k in s]
-    counts = {k: getattr(opt.counts, k) for k in ('seed','n_steps','n_estimates','n_skipped','n_dropped')}
+    counts = {k: getattr(opt, k) for k in ('seed','n_steps','n_estimates','n_skipped','n_dropped') if hasattr(opt, k)}
     return dict(weights=[whole(p.detach()) for p in opt.all_params().itemgot(0)], averages=averages, parts=parts, **counts)
 
 
@@ -183,6 +183,14 @@ def looked_at():
     return [*seen, is_sharded(children), is_sharded(mlp())]
 
 
+def recorded(batches):
+    "What `CurvatureRecorder` says of parameters in parts, and what it keeps"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        res = train(batches, model=on_shards(), mode='none', estimator='gnb', cbs=[recorder := CurvatureRecorder(every=2)])
+    return dict(res, said=[str(o.message) for o in said if 'CurvatureRecorder' in str(o.message)], values=list(recorder.records))
+
+
 def first_probe(batches):
     seen = []
     def draw(p, g):
@@ -230,24 +238,48 @@ def refused(f):
     except Exception as e: return f'{type(e).__name__}: {e}',len(calls)
 
 
-def own_probe(kwargs): return {} if 'gnb' in kwargs.get('estimator', '') or kwargs.get('probe') else dict(probe=given())
-
-# Beside those of the table: parameters that are moved, steps with bounds
+# Beside AdaHessian's variants: parameters that are moved, steps with bounds, and the other optimizers
 ALSO = dict(rho=dict(rho=0.3), rho_each=dict(rho=0.3, update_each=3), rho_gnb=dict(rho=0.3, estimator='gnb'), rho_n_acc=dict(rho=0.3, n_acc=2),
     bounded=dict(clip=1., cap=0.1), rho_bounded=dict(rho=0.3, clip=3., cap=0.1, update_each=10, dense=20))
-ON_RANKS = {**{k: v for k,v in variants.items() if k!='compiled'}, **ALSO}
-SITUATIONS = 'default forward difference ggn ride gnb rows rho'.split()
-N_EPOCH = 13
+SOPHIA = dict(opt_func=sophia, lr=0.02, update_each=3)
+HF = dict(opt_func=hessian_free, cg_max_iter=12, jvp='reverse')
+OTHERS = dict(  # chkstyle: ignore-node
+    sophia=SOPHIA, sophia_hutchinson=dict(SOPHIA, estimator='hutchinson'), sophia_n_acc=dict(SOPHIA, n_acc=2), sophia_rows=dict(SOPHIA, hessian_bs=0.5),
+    sophia_control=dict(SOPHIA, estimator='control_variate', probe='gaussian'), sassha=dict(opt_func=sassha, lr=0.02, update_each=3))
+FREE = dict(  # chkstyle: ignore-node
+    free=HF, free_hessian=dict(HF, curvature='hessian'), free_dual=dict(HF, jvp='dual'), free_linearize=dict(HF, jvp='linearize'),
+    free_auto=dict(HF, jvp='auto'), free_precondition=dict(HF, precondition=True), free_exact=dict(HF, precondition=True, fisher_probes=None),
+    free_no_graph=dict(HF, keep_graph=False), free_decay=dict(HF, wd=0.1), free_fixed=dict(HF, adapt_damping=False, damping=0.3),
+    free_no_search=dict(HF, line_search=False, backtracking=False), free_n_acc=dict(HF, n_acc=2), free_held_out=dict(HF, n_acc=3, held_out=1),
+    free_curv=dict(HF, n_acc=3, curv_batches=1, curvature='hessian'))
+ON_RANKS = {**{k: v for k,v in variants.items() if k!='compiled'}, **ALSO, **OTHERS, **FREE}
+SITUATIONS = 'default forward difference ggn ride gnb rows debiased control rho sophia free'.split()
 
-def variant_cases(n_ranks, rank):
-    "Every variant, 52 batches, with the same probes on every rank; some of them in other situations; compiling is a case of its own"
+def own_probe(kwargs):
+    "Given probes, where the variant has none of its own; one that runs along with the forward pass draws twice, and keeps to its generator"
+    gnb = kwargs.get('estimator', 'gnb' if kwargs.get('opt_func') is sophia else '')=='gnb'
+    along = kwargs.get('curvature')=='ggn' and kwargs.get('hvp')=='forward'
+    return {} if gnb or along or kwargs.get('probe') or kwargs.get('opt_func') in (hessian_free,sassha) else dict(probe=given())
+
+# Hessian-free's rounding grows with its steps, so that few are compared with one process
+BRIEF = 8
+# A process draws signs for its own rows, or moves along the gradient of its own batch: one process cannot do the same
+APART = 'free_precondition','sassha'
+
+def n_epochs(kwargs, n_steps): return math.ceil(n_steps*kwargs.get('n_acc', 1)/4)
+
+def variant_cases(n_ranks, rank, n_steps):
+    "Every variant, with the same probes on every rank where it draws none; some of them in other situations; compiling is a case of its own"
     mine = lambda: shards(n_ranks)[rank]
     def run(kw, *args, batches=mine, mode='ddp', **more): return train(batches(), *args, mode=mode, **{**own_probe(kw), **kw, **more})
     def cbs(): return [GradientAccumulation(12),NoSync(2)]
-    return {**{f'variant {k}': partial(run, v, N_EPOCH) for k,v in ON_RANKS.items()},  # chkstyle: ignore-node
-        **{f'no_sync {k}': (lambda v: lambda: run(v, cbs=cbs()))(ON_RANKS[k]) for k in SITUATIONS},
-        **{f'uneven {k}': partial(run, ON_RANKS[k], batches=lambda: uneven(mine(), rank, 1)) for k in SITUATIONS},
-        **{f'unused {k}': (lambda v: lambda: run(v, 2, model=Sometimes(), ddp=dict(find_unused_parameters=True)))(ON_RANKS[k]) for k in SITUATIONS}}
+    def epochs(kw): return n_epochs(kw, BRIEF if kw.get('opt_func') is hessian_free else n_steps)
+    def unused(kw): return run(kw, epochs(kw), model=Sometimes(), ddp=dict(find_unused_parameters=True))
+    def no_sync(kw): return run(kw, 2*epochs(kw), cbs=cbs())
+    def uneven_ones(kw): return run(kw, epochs(kw), batches=lambda: uneven(mine(), rank, 1))
+    return {**{f'variant {k}': partial(run, v, n_epochs(v, n_steps)) for k,v in ON_RANKS.items()},  # chkstyle: ignore-node
+        **{f'brief {k}': partial(run, v, epochs(v)) for k,v in FREE.items()},
+        **{f'{n} {k}': partial(f, ON_RANKS[k]) for n,f in (('no_sync',no_sync),('uneven',uneven_ones),('unused',unused)) for k in SITUATIONS}}
 
 
 def part_cases(n_ranks, rank, folder):
@@ -260,13 +292,14 @@ def part_cases(n_ranks, rank, folder):
         resumed=lambda: resumed(mine(), folder),
         by_learner=lambda: {k: by_learner(**SHARDED[k]) for k in BY_LEARNER},
         moved=lambda: by_learner(estimator='gnb', rho=0.3),
+        recorded=lambda: recorded(mine()),
         rows=lambda: by_learner(estimator='gnb', hessian_bs=3),
         uneven=lambda: by_learner(uneven(mine(), rank), estimator='gnb'),
         overflow=lambda: by_learner(estimator='gnb', cbs=[Overflow('loss')]))
     return {**cases, **{k: partial(lambda kw: plain_loop(mine(), **kw), kw) for k,kw in SHARDED.items()}}
 
 
-def main(folder, rank, n_ranks):
+def main(folder, rank, n_ranks, what='usual', n_steps=50, wanted=()):
     mine = lambda: shards(n_ranks)[rank]
     cases = dict(fifty=lambda: train(shards(n_ranks, 10)[rank], 5),  # chkstyle: ignore-node
         given=lambda: train(mine(), probe=given()),
@@ -293,9 +326,9 @@ def main(folder, rank, n_ranks):
         unused=lambda: train(mine(), 2, model=Sometimes(), mode='ddp', ddp=dict(find_unused_parameters=True), probe=given()),
         static=lambda: refused(lambda m: train(mine(), model=m, mode='ddp', ddp=dict(static_graph=True))))
     if n_ranks>2: cases['compiled'] = lambda: train(mine(), probe=given(), update_each=2, mode='compiled')
-    if 'variants' in sys.argv: cases = variant_cases(n_ranks, rank)
-    if 'parts' in sys.argv: cases = part_cases(n_ranks, rank, folder)
-    found,wanted = {},sys.argv[5:]
+    if what=='variants': cases = variant_cases(n_ranks, rank, n_steps)
+    if what=='parts': cases = part_cases(n_ranks, rank, folder)
+    found = {}
     for name,case in cases.items():
         if wanted and name not in wanted: continue
         found[name] = case()
@@ -303,8 +336,14 @@ def main(folder, rank, n_ranks):
 
 
 if __name__=='__main__':
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument('folder', help='where to write what is found')
+    for o in ('rank','n_ranks'): p.add_argument(o, type=int)
+    p.add_argument('what', nargs='?', default='usual', choices=['usual','variants','parts'])
+    p.add_argument('--n_steps', type=int, default=50, help='of each variant')
+    p.add_argument('--wanted', nargs='*', default=(), help='names of cases; all by default')
+    a = p.parse_args()
     torch.set_num_threads(1)
-    rank,n_ranks = int(sys.argv[2]),int(sys.argv[3])
-    dist.init_process_group('gloo', rank=rank, world_size=n_ranks)
-    main(sys.argv[1], rank, n_ranks)
+    dist.init_process_group('gloo', rank=a.rank, world_size=a.n_ranks)
+    main(**vars(a))
     dist.destroy_process_group()

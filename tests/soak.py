@@ -1,10 +1,12 @@
 """Kill, spoil and outlast training runs: `python tests/soak.py` prints a table of what was tried and what was lost
 
 Runs are killed by SIGKILL at random times and go on from their last file until they end; files and states are spoilt; trainings are interrupted at
-random lines; memory is watched over many steps; every variant trains on several processes. `--short` does a little of each."""
-import argparse,copy,multiprocessing,os,random,resource,signal,sys,tempfile,time,warnings
+random lines; memory is watched over many steps; every variant trains on several processes. `--short` does a little of each.
+What is done is kept in `.cache/soak.jsonl`: a call that was cut off goes on where it stood, as long as the code is the same."""
+import argparse,copy,hashlib,json,multiprocessing,os,random,resource,signal,sys,tempfile,time,warnings
+from functools import partial
 from pathlib import Path
-import torch
+import torch,adahessian_fastai
 from fastai.callback.core import Callback
 from torch import nn
 from helpers_learner import data,fit,learner,mlp,state_of
@@ -13,9 +15,12 @@ from test_threads import OPTS,interrupts
 from variants import variants
 
 processes = multiprocessing.get_context('forkserver')
-processes.set_forkserver_preload(['helpers_learner','test_resume','test_threads','variants']) # Imported once, so that a run begins at once
+# Imported once, so that a run begins at once; the server that imports looks for modules as a new Python does
+os.environ['PYTHONPATH'] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get('PYTHONPATH')])])
+processes.set_forkserver_preload(['helpers_learner','test_resume','test_threads','variants'])
 KILLED = 'default update_each3 signed debiased control ggn gnb rows n_acc3'.split()
-N_EPOCH = 60
+N_EPOCH = 30
+FLAT = 5 # MB that the allocator may add
 
 
 # Runs that are killed
@@ -63,21 +68,19 @@ def start(folder, name, seconds=None):
     return p.exitcode!=0,time.time()-tic
 
 
-def killed(folder, names, n_kills, seed=0):
-    "Kills, runs that ended, and runs that ended with other weights than the run nobody killed"
-    rng,kills,ends,other = random.Random(seed),0,0,[]
-    for name in names:
-        seconds = start(folder/f'{name}-whole', name)[1]
-        want,left,k = torch.load(folder/f'{name}-whole'/'done'),n_kills,0
-        while left>0:
-            there,k = folder/f'{name}-{k}',k+1
-            while not (there/'done').exists():
-                was_killed,_ = start(there, name, rng.uniform(0.05, 0.7)*seconds if left>0 else None)
-                kills,left = kills+was_killed,left-was_killed
-            ends += 1
-            got = torch.load(there/'done')
-            if not all(torch.equal(got[o], want[o]) for o in want): other.append(there.name)
-    return kills,ends,other
+def killed(folder, name, n_kills, seed=0):
+    "Kills, and runs that ended with other weights than the run nobody killed"
+    rng,other = random.Random(f'{name} {seed}'),[]
+    seconds = start(folder/'whole', name)[1]
+    want,left,k = torch.load(folder/'whole'/'done'),n_kills,0
+    while left>0:
+        there,k = folder/f'{k}',k+1
+        while not (there/'done').exists():
+            was_killed,_ = start(there, name, rng.uniform(0.05, 0.7)*seconds if left>0 else None)
+            left -= was_killed
+        got = torch.load(there/'done')
+        if not all(torch.equal(got[o], want[o]) for o in want): other.append(f'{name} {k}')
+    return n_kills-left,other,f'{k} runs that ended'
 
 
 # Files that are spoilt
@@ -94,7 +97,7 @@ def cut_files(folder, n):
         except Exception: ok = str(state_of(learn))==before
         else: ok = False
         if not ok: bad.append(i)
-    return n,bad
+    return n,bad,''
 
 
 def spoilt_states(folder):
@@ -110,23 +113,34 @@ def spoilt_states(folder):
         except Exception: ok = False
         else: ok = False
         if not ok: bad.append(f'{path} {name}')
-    return tried,bad
+    return tried,bad,''
 
 
 # Memory
 
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
 
-def memory(folder, names, n_steps):
-    "Growth of the largest memory, in MB, over the second half of `n_steps`, by variant"
-    found = {}
-    for name in names:
-        learn = learner(mlp(), *data(60), path=folder, **variants[name])
-        fit(learn, n_steps//20)
-        half = peak()
-        fit(learn, n_steps//20)
-        found[name] = peak()-half
-    return found
+def grown(folder, name, n_steps, told):
+    "Growth of the largest memory of this process, in MB, over the second half of `n_steps`"
+    torch.set_num_threads(1)
+    warnings.simplefilter('ignore')
+    learn = learner(mlp(), *data(60), path=folder, **variants[name])
+    n_epoch = n_steps*variants[name].get('n_acc', 1)//20
+    fit(learn, n_epoch)
+    half = peak()
+    fit(learn, n_epoch)
+    told.send(peak()-half)
+
+
+def memory(folder, name, n_steps):
+    "Steps that were watched, in a process of their own, and whether they took more memory"
+    told,tells = processes.Pipe(False)
+    p = processes.Process(target=grown, args=(folder, name, n_steps, tells))
+    p.start()
+    tells.close()
+    mb = told.recv()
+    p.join()
+    return n_steps//2,[f'{name} {mb:.1f} MB'] if mb>FLAT else [],f'{mb:.1f} MB more'
 
 
 # Processes
@@ -134,51 +148,69 @@ def memory(folder, names, n_steps):
 def on_ranks(folder, n, what):
     "Trainings on `n` processes, and those whose ranks differ"
     from test_distributed import launch
-    folder.mkdir()
     a,*others = launch(n, folder, 1800, what)
     names = [k for k,v in a.items() if isinstance(v, dict) and 'weights' in v]
-    return len(names),[k for k in names for o in others if not all(torch.equal(p, q) for p,q in zip(a[k]['weights'], o[k]['weights']))]
+    return len(names),[k for k in names for o in others if not all(torch.equal(p, q) for p,q in zip(a[k]['weights'], o[k]['weights']))],''
 
 
-# Parts of the table: each prints lines by `say(what, tried, lost)`
+# The table: what is done at a time, each a function of a folder that returns attempts, losses and what else there is to say
 
-def say_kills(say, folder, short):
-    names = ['n_acc3'] if short else KILLED
-    kills,ends,other = killed(folder, names, 2 if short else 12)
-    say(f'SIGKILLs in {len(names)} variants; runs that ended', f'{kills}; {ends}', other)
+def interrupted(folder, name, n): return n,[f'{k}: {v}' for k,v in interrupts(n, 2, [name]).items()],''
 
-def say_files(say, folder, short): say('files cut off anywhere', *cut_files(folder, 20 if short else 200))
+def pieces(short):
+    "By part and name"
+    kills,some = (['n_acc3'],1) if short else (KILLED,None)
+    return dict(  # chkstyle: ignore-node
+        kills={k: partial(killed, name=k, n_kills=2 if short else 12) for k in kills},
+        files=dict(cut=partial(cut_files, n=20 if short else 200)), states=dict(spoilt=spoilt_states),
+        interrupts={k: partial(interrupted, name=k, n=1 if short else 20) for k in OPTS},
+        memory={k: partial(memory, name=k, n_steps=400 if short else 2000) for k in KILLED[:some]},
+        ranks={f'{r}': partial(on_ranks, n=r, what='variants') for r in (() if short else (2,4))},
+        parts={f'{r}': partial(on_ranks, n=r, what='parts') for r in (() if short else (2,4))})
 
-def say_states(say, folder, short): say('states with a spoilt entry', *spoilt_states(folder))
-
-def say_interrupts(say, folder, short):
-    n = len(OPTS) if short else 200
-    say('interrupts at random lines', n, [f'{k}: {v}' for k,v in interrupts(n, seed=2).items()])
-
-def say_memory(say, folder, short):
-    grown = memory(folder, ['default'] if short else KILLED, 400 if short else 2000)
-    say(f'steps whose memory was watched, {len(grown)} variants', 200 if short else 1000, [f'{k} {v:.1f} MB' for k,v in grown.items() if v>5])
-    print(f'{"":44s} largest growth {max(grown.values()):.1f} MB', flush=True)
-
-def say_ranks(say, folder, short):
-    for ranks in () if short else (2,4): say(f'variants on {ranks} processes', *on_ranks(folder/f'{ranks}', ranks, 'variants'))
-
-def say_parts(say, folder, short):
-    for ranks in () if short else (2,4): say(f'parameters in parts on {ranks} processes', *on_ranks(folder/f'parts{ranks}', ranks, 'parts'))
-
-PARTS = dict(kills=say_kills, files=say_files, states=say_states, interrupts=say_interrupts, memory=say_memory, ranks=say_ranks, parts=say_parts)
+PARTS = dict(kills='SIGKILLs', files='files cut off anywhere', states='states with a spoilt entry', interrupts='interrupts at random lines',
+    memory='steps whose memory was watched', ranks='variants on several processes', parts='parameters in parts on several processes')
 
 
-def main(short, only=None):
+class Kept:
+    "What is done, in a file; nothing of it counts when the code has changed"
+    def __init__(self, file, short):
+        folders = [Path(__file__).parent, Path(adahessian_fastai.__file__).parent]
+        content = b''.join(f.read_bytes() for d in folders for f in sorted(d.glob('*.py')))
+        self.file,self.code = file,hashlib.sha256(content).hexdigest()[:12]+('-short' if short else '')
+        lines = file.read_text().splitlines() if file.exists() else []
+        self.done = {o['piece']: o for o in map(json.loads, lines) if o['code']==self.code}
+
+    def __call__(self, piece, f):
+        "What `f` found, now or before"
+        if piece in self.done: return self.done[piece]
+        tic = time.time()
+        with tempfile.TemporaryDirectory() as d: tried,lost,said = f(Path(d))
+        found = dict(piece=piece, code=self.code, tried=tried, lost=[str(o) for o in lost], said=said, seconds=round(time.time()-tic))
+        self.file.parent.mkdir(exist_ok=True)
+        with open(self.file, 'a') as o: o.write(json.dumps(found)+'\n')
+        return found
+
+
+def line(name, found, said=''):
+    n,lost,seconds = sum(o['tried'] for o in found),sum((o['lost'] for o in found), []),sum(o['seconds'] for o in found)
+    print(f'{name:40s} {n:6d}   lost: {", ".join(lost) or "none"}   {said} ({seconds} s)', flush=True)
+    return lost
+
+
+def main(short, only=None, file=None):
     warnings.simplefilter('ignore')
     torch.set_num_threads(1)
-    tic,lost = time.time(),[]
-    def say(what, tried, bad):
-        print(f'{what:44s} {tried!s:>12s}   lost: {", ".join(map(str, bad)) or "none"}   ({time.time()-tic:.0f} s)', flush=True)
-        lost.extend(bad)
-    for name in only or PARTS:
-        with tempfile.TemporaryDirectory() as d: PARTS[name](say, Path(d), short)
-    print(f'{len(lost)} losses in {time.time()-tic:.0f} s')
+    kept,table = Kept(Path(file or Path(__file__).parents[1]/'.cache/soak.jsonl'), short),[]
+    for part in only or PARTS:
+        found = {}
+        for name,f in pieces(short)[part].items():
+            found[name] = kept(f'{part} {name}', f)
+            line(f'  {part} {name}', [found[name]], found[name]['said'])
+        if found: table.append((f'{PARTS[part]}, {len(found)} pieces', list(found.values())))
+    print()
+    lost = [o for row in table for o in line(*row)]
+    print(f'{len(lost)} losses')
     return bool(lost)
 
 
@@ -186,5 +218,6 @@ if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--short', action='store_true', help='a little of each, two minutes')
     p.add_argument('--only', nargs='+', choices=PARTS, help='these parts alone')
+    p.add_argument('--file', help='where to keep what is done')
     a = p.parse_args()
-    sys.exit(main(a.short, a.only))
+    sys.exit(main(a.short, a.only, a.file))

@@ -62,6 +62,14 @@ def test_repeats_bit_by_bit():
     same = lambda a,b: all(map(torch.equal, a.model.parameters(), b.model.parameters()))
     assert same(first, again) and not same(first, other)
 
+@pytest.mark.parametrize('noise', [lambda n: (n%3)*1.5, lambda n: -0.999 if n%2 else 0.], ids=['busy','short'])
+def test_steps_that_differ_or_are_short_are_met_with_care(noise, capsys):
+    "A period at least as long as that of steady steps, and the message says why"
+    learn = fit(learner(Clock(3., noise)))
+    assert 'at worst, as steps are short or differ' in capsys.readouterr().out and learn.opt.update_each[1]>=8
+    fit(learner(Clock(3.)))
+    assert 'at worst' not in capsys.readouterr().out
+
 def test_measures_only_once():
     clock = Clock(3.)
     learn = fit(learner(clock), 3)

@@ -1,8 +1,9 @@
 "What no public function can use is refused by an error that names the argument, and nothing has changed; a number is a number, whoever made it"
-import math
+import itertools,math
 import numpy as np,pytest,torch
 from functools import partial
 from torch import nn
+import adahessian_fastai.all as package
 from adahessian_fastai.all import *
 from fastai.callback.core import Callback,CancelFitException
 from fastai.callback.schedule import ParamScheduler
@@ -52,6 +53,10 @@ def gnb_of_curved(**kwargs):
     _,ps,(out,_) = curved()
     return list(gnb_samples(out, ps, lambda g: torch.ones(2, dtype=torch.double), **kwargs))
 
+def differences(**kwargs):
+    p = nn.Parameter(torch.ones(2, dtype=torch.double))
+    return difference_product(lambda: (p**3).sum(), [p], **kwargs)(P)
+
 def double(v): return [2*o for o in v]
 
 def symmetric(v): return torch.tensor([[2.,1.],[1.,3.]], dtype=torch.double)@v
@@ -65,7 +70,11 @@ HF = dict(lr='least0', wd='least0', damping='least0', curvature='name', jvp='nam
     held_out='held_out', cg_max_iter='maybe_count', cg_tol='least0', martens_eps='maybe_least0', x0_decay='power', neg_curv='name', check_every='maybe_count', grid='maybe_grid',
     keep_iterates='maybe_count', ls_beta='inside', ls_c='least0', ls_max_iter='count', fisher_exponent='number', fisher_probes='maybe_count',
     lm_bounds='pair', lm_factors='pair', damping_bounds='pair')
-bad.update(count6=[*NO_COUNT, None, 5], held_out=[*bad['count0'], 1], maybe_grid=[*NO_NUMBER, 1., 0.5, -1., inf],
+bad.update(  # chkstyle: ignore-node
+    limit0=[o for o in [*NO_COUNT, None] if o is not inf and (isinstance(o, bool) or not isinstance(o, int) or o)],
+    open1=[*NO_NUMBER, None, 0., 1., -1., inf], grid=[*NO_NUMBER, None, 1., 0.5, -1., inf],
+    switch=['a', '', 3, None, [], nan, torch.ones(2)], function=['a', None, 3, nan, []], maybe_positive=[*NO_NUMBER, 0., -1., inf],
+    count6=[*NO_COUNT, None, 5], held_out=[*bad['count0'], 1], maybe_grid=[*NO_NUMBER, 1., 0.5, -1., inf],
     maybe_least0=[*NO_NUMBER, -1., inf], number=[*NO_NUMBER, None, inf],
     maybe_limit=[o for o in NO_COUNT if o is not inf], inside=[*NO_NUMBER, None, 0., 1., -1., inf],
     pair=[*[o for o in NO_NUMBER if not hasattr(o, 'ndim')], None, 1., (1.,), (nan,1.), (2.,1.,3.), (-1.,-2.), ('a','b')])
@@ -104,10 +113,43 @@ functions = dict(  # chkstyle: ignore-node
     armijo=(lambda **k: armijo(lambda a: 1-a, 1., -1., **k), dict(alpha='positive', beta='inside', c='least0', max_iter='count')),
     lm_damping=(lambda damping=1., **k: lm_damping(damping, 0.5, **k), dict(damping='least0')),
     fisher_diagonal=(lambda **k: fisher_diagonal(curved()[2], *curved()[:2], **k), dict(n_probes='maybe_count', reduction='name')),
-    gnb_samples=(gnb_of_curved, dict(n_samples='count')))
+    gnb_samples=(gnb_of_curved, dict(n_samples='count')),
+    adahessian_paper=(lambda **k: adahessian_paper(weights(), **k), dict(STEP, rho='bound', budget='budget', **CURVED)),
+    AdaHessianWrapper=(lambda **k: AdaHessianWrapper(AdaHessian(weights(), 0.1), **k), dict(CURVED, budget='budget')),
+    m_sassha=(lambda **k: m_sassha(weights(), **k), dict(STEP, rho='bound', update_each='period', n_acc='count')),
+    CG=(CG, dict(max_iter='maybe_count', tol='least0', martens_eps='maybe_least0', x0_decay='power', neg_curv='name', check_every='maybe_count',
+        backtracking='switch', grid='maybe_grid', keep_iterates='maybe_count')),
+    Damping=(Damping, dict(start='least0', adapt='switch', bounds='pair', factors='pair', limits='pair', structural='least0')),
+    LineSearch=(LineSearch, dict(beta='inside', c='least0', max_iter='count')),
+    Preconditioner=(Preconditioner, dict(diagonal='name', exponent='number', n_probes='maybe_count')),
+    Batches=(Batches, dict(n_acc='count', curv_batches='maybe_count', held_out='held_out', reduction='name', keep_graph='switch',
+        check_deterministic='switch')),
+    Given=(lambda diagonal=double, **k: Given(diagonal, **k), dict(diagonal='function', second_order='switch')),
+    check_symmetric=(lambda **k: check_symmetric(double, P, **k), dict(tol='least0')),
+    curvature_stats=(lambda **k: curvature_stats(double, P, **k), dict(n_samples='count', max_iter='count', tol='least0')),
+    grid_iterations=(lambda max_iter=3, **k: grid_iterations(max_iter, **k), dict(max_iter='limit0', base='grid')),
+    lanczos=(lambda **k: list(itertools.islice(lanczos(double, P, **k), 1)), dict(probe='probe')),
+    confidence_interval=(lambda estimate=1., error=0.1, n_samples=4, **k: confidence_interval(estimate, error, n_samples, **k),
+        dict(n_samples='count', level='open1')),
+    descend=(lambda **k: descend(rosenbrock, partial(adahessian, lr=0.1), (0.,0.), **{'n_steps': 2, **k}), dict(n_steps='count0', clip='maybe_positive')),
+    difference_product=(differences, dict(factor='positive')),
+    compare_optimizers=(lambda **k: compare_optimizers(None, {}, **{'n_epoch': 1, **k}), dict(n_epoch='count')))
+
+# What takes tensors, functions and states alone, is handed on as it is, or is a record that others fill
+OF_OTHERS = '''CGResult Eigenpairs Estimate LearnerProblem MeanProblem Problem Rule Solution SpectralDensity Stability adahessian_step average_diag_hessian
+    average_sqr_diag_hessian backtrack best_jvp block_product cg_steps check_block_length comparison_table denominator difference_error draw_like dual_jvp
+    edge_of_stability flat flat_product fresh_ggn_product gaussian_like ggn_product gradient graph_product hessian_times_gradient known_hessian label_noise
+    linear_jvp loss_hessian martens_stop mean_and_noise mean_product model_forward overestimate own_diagonal perturbed plot_comparison plot_noise
+    plot_paths quadratic rademacher_like rastrigin real_parameters recurrent_layers reduction_ratio reverse_jvp rosenbrock sample_mean sophia_step substituted
+    through_saddle trained_lr twice_differentiable unflat win_rate'''.split()
+
+def test_every_public_function_is_looked_at():
+    "A new one has to be put into one of the two lists"
+    public = {k for k,v in vars(package).items() if callable(v) and not k.startswith('_') and getattr(v, '__module__', '').startswith('adahessian_fastai')}
+    assert public=={*functions, *OF_OTHERS} and not set(functions)&set(OF_OTHERS)
 
 
-also_named = {('Budget','overhead'): 'budget', ('Hessian','method'): 'hvp'}
+also_named = {('Budget','overhead'): 'budget', ('Hessian','method'): 'hvp', ('Preconditioner','diagonal'): 'precondition', ('Damping','start'): 'damping'}
 ARGUMENTS = [(f,a,k) for f,(_,kinds) in functions.items() for a,k in kinds.items()]
 
 def refused(f, name, **kwargs):

@@ -1,15 +1,16 @@
 "A run that was interrupted and continued is the run that was not, bit for bit; what does not fit is refused and changes nothing"
-import copy,io,json,math,os,pickle,random,signal,subprocess,sys,time
+import copy,io,itertools,json,math,os,pickle,random,signal,subprocess,sys,time,zipfile
 from pathlib import Path
-import pytest,torch,torch.nn.functional as F
+import numpy as np,pytest,torch,torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.tracker import SaveModelCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner,load_learner
 from fastai.optimizer import Adam
+from functools import partial
 from torch import nn
-from adahessian_fastai.all import adahessian,sophia
+from adahessian_fastai.all import adahessian,adahessian_paper,hessian_free,sassha,sophia
 from helpers_learner import ROUNDING,data,fit,learner,mlp,state_of
 
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')
@@ -263,6 +264,74 @@ def test_a_stream_shows_what_was_wrong(tmp_path):
     unchanged(learn, lambda: learn.load(broken), 'parameters, the model has')
 
 
+def zipped(_):
+    file = io.BytesIO()
+    np.savez(file, a=np.ones(2))
+    return file.getvalue()
+
+
+def turned(content):
+    "The pickled part is spoilt, the archive around it is whole"
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(made := io.BytesIO(), 'w') as new:
+        for o in old.namelist(): new.writestr(o, old.read(o)[::-1] if o.endswith('data.pkl') else old.read(o))
+    return made.getvalue()
+
+
+def legacy(_, what=None):
+    torch.save(dict(model={}, opt={}) if what is None else what, file := io.BytesIO(), _use_new_zipfile_serialization=False)
+    return file.getvalue()
+
+
+BROKEN = dict(  # chkstyle: ignore-node
+    cut=lambda c: c[:900], cut_late=lambda c: c[:-9], empty=lambda c: b'', text=lambda c: b'weights and biases', npz=zipped, turned=turned,
+    cut_legacy=lambda c: legacy(c)[:-20])
+
+@pytest.mark.parametrize('weights_only', [True,False])
+@pytest.mark.parametrize('how', BROKEN)
+def test_what_is_no_checkpoint_is_named(how, weights_only, tmp_path):
+    "A file by its path, a stream by the name of the argument; what PyTorch says comes along, and nothing has changed"
+    learn = fit(made(tmp_path, n_acc=4))
+    content = BROKEN[how](learn.save('whole').read_bytes())
+    (tmp_path/'models/part.pth').write_bytes(content)
+    before = state_of(learn)
+    for file,name in (('part','part.pth'), (io.BytesIO(content),'file=<_io.BytesIO')):
+        with pytest.raises((ValueError,pickle.UnpicklingError)) as e: learn.load(file, weights_only=weights_only)
+        if isinstance(e.value, ValueError):
+            said,why = str(e.value),str(e.value.__cause__)
+            assert name in said and ('whole checkpoint' in said or 'as a checkpoint' in said) and why in said
+        else: assert how=='turned' # What may not be unpickled is PyTorch's to say
+    assert state_of(learn)==before
+
+
+def test_errors_that_say_enough_are_left_as_they_are(tmp_path):
+    "A file that is not there, what may not be unpickled, weights that do not fit; the model keeps its weights, also those that would fit"
+    learn = fit(made(tmp_path))
+    before = state_of(learn)
+    for e,file in ((FileNotFoundError,'nowhere'), (pickle.UnpicklingError,io.BytesIO(pickled(print))), (RuntimeError,io.BytesIO(legacy(None, mlp(3).state_dict())))):
+        with pytest.raises(e): learn.load(file)
+        assert state_of(learn)==before
+
+
+def pickled(o):
+    torch.save(dict(model=o, opt={}), file := io.BytesIO())
+    return file.getvalue()
+
+
+@pytest.mark.parametrize('spoilt', [('opt','curvature','counts'), ('opt','state'), ('model','3.bias')])
+@pytest.mark.parametrize('stream', [True,False])
+def test_a_refused_checkpoint_leaves_the_weights_too(spoilt, stream, tmp_path):
+    learn = fit(made(tmp_path, n_acc=4))
+    file = fit(made(tmp_path, seed=3, model=mlp(3, norm=nn.BatchNorm1d), n_acc=4)).save('other')
+    held = torch.load(file, weights_only=False)
+    at = held
+    for k in spoilt[:-1]: at = at[k]
+    at[spoilt[-1]] = at[spoilt[-1]][:1] if isinstance(at[spoilt[-1]], (list,torch.Tensor)) else None
+    torch.save(held, file)
+    before = state_of(learn)
+    with pytest.raises((ValueError,RuntimeError)): learn.load(io.BytesIO(file.read_bytes()) if stream else 'other')
+    assert state_of(learn)==before
+
+
 class Items(list):
     "What can be exported"
     def new_empty(self): return Items()
@@ -297,6 +366,69 @@ def test_the_rate_that_nobody_gave_survives_copies_and_another_optimizer(how, fi
             learn.opt_func = opt
             learn.create_opt()
             assert learn.lr==(rate or default[opt]) and {h['lr'] for h in learn.opt.hypers}=={learn.lr}
+
+
+def rate_learner(opt, tmp_path, **kwargs):
+    ds = Items(zip(*data(12)))
+    dls = DataLoaders(DataLoader(ds, bs=6), DataLoader(ds, bs=6), device=torch.device('cpu'))
+    learn = Learner(dls, mlp(), F.cross_entropy, opt_func=opt, path=tmp_path, **kwargs)
+    learn.remove_cb(learn.recorder) # It wants a loss of float32
+    return learn
+
+
+def after(how, learn, tmp_path):
+    "`learn` after more trips than `trip` knows"
+    if how=='fit': return fit(learn)
+    if how=='export, kept': learn.export('a.pkl')
+    if how=='fit, export': return trip('export', fit(learn), tmp_path)
+    if how=='twice': return trip('pickle', trip('export', learn, tmp_path), tmp_path)
+    if how=='load':
+        learn.create_opt()
+        learn.save('a')
+        return rate_learner(learn.opt_func, tmp_path).load('a')
+    return learn
+
+
+OPTIMIZERS = dict(adahessian=adahessian, paper=adahessian_paper, sophia=sophia, sassha=sassha, free=hessian_free,
+    each=partial(adahessian, update_each=3), adam=Adam)
+RATES = {**OPTIMIZERS, 'given': partial(adahessian, lr=0.07), 'adam_given': partial(Adam, lr=0.03)}
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('how', ['pickle','deepcopy','export','export, kept','fit','fit, export','twice','load'])
+@pytest.mark.parametrize('created', [True,False])
+def test_every_optimizer_finds_its_own_rate_after_every_trip(how, created, tmp_path):
+    "There, to any other, and back; a rate that came with an optimizer goes with it"
+    own = {k: (o.keywords if isinstance(o, partial) else {}).get('lr') or getattr(o([nn.Parameter(torch.ones(2))], **({'lr': 1e-3} if o is Adam else {})),
+        'default_lr', 1e-3) for k,o in RATES.items()}
+    assert len(set(own.values()))>=5
+    for a,b in itertools.product(RATES, RATES):
+        if {a,b}=={'adam','adam_given'}: continue # fastai's own affair
+        learn = rate_learner(RATES[a], tmp_path)
+        if created: learn.create_opt()
+        learn = trip(how, learn, tmp_path) if how in ('pickle','deepcopy','export') else after(how, learn, tmp_path)
+        for o in (a,b,a):
+            learn.opt_func = RATES[o]
+            learn.create_opt()
+            assert (learn.lr,{h['lr'] for h in learn.opt.hypers})==(own[o],{own[o]}), (a,b,o)
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('how', ['load','export','pickle'])
+@pytest.mark.parametrize('name', ['adahessian','sophia','free'])
+def test_fine_tuning_after_a_file_finds_the_optimizers_rate(how, name, tmp_path):
+    "Half of its default with the head alone, half of that with all layers; a rate that is given counts"
+    first = fit(rate_learner(OPTIMIZERS[name], tmp_path))
+    default,dls = first.opt.default_lr,first.dls
+    learn = after('load', first, tmp_path) if how=='load' else trip(how, first, tmp_path)
+    learn.dls,one_cycle = dls,learn.fit_one_cycle
+    def noted(n, lr, **kwargs):
+        seen.append(lr.stop)
+        one_cycle(n, lr, **kwargs)
+    learn.fit_one_cycle = noted
+    for given,top in (((),default/2), ((0.01,),0.01)):
+        seen = []
+        with learn.no_bar(),learn.no_logging(): learn.fine_tune(1, *given)
+        assert seen==[top,top/2] and learn.opt.default_lr==default
 
 
 @pytest.mark.cuda

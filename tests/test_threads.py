@@ -1,11 +1,11 @@
 "Threads and interrupts: no switch of the process, no hook, no graph and no moved parameter is left behind"
-import random,sys,threading
-import pytest,torch,torch.nn.functional as F
+import linecache,random,sys,threading
+import pytest,torch,torch.autograd.forward_ad as fwAD,torch.nn.functional as F
 from fastai.basics import DataLoader,DataLoaders,Learner
 from functools import partial
 from torch import nn
 from adahessian_fastai.all import AdaHessian,AdaHessianWrapper,adahessian,sophia
-from adahessian_fastai.hvp import SharedContext,eager,math_attention,plain_cpu_rnn,plain_rnn
+from adahessian_fastai.hvp import SharedContext
 from adahessian_fastai.optimizer import Perturbation
 from helpers_learner import data
 from test_leaks import hooks,settings
@@ -13,7 +13,8 @@ from test_leaks import hooks,settings
 def switches():
     "Those of `settings`, all kernels of attention, and oneDNN"
     fused = [getattr(torch.backends.cuda, f'{k}_sdp_enabled')() for k in ('flash','mem_efficient','math','cudnn')]
-    return (*settings(), *fused, torch.backends.mkldnn.enabled, torch.is_inference_mode_enabled())
+    return (*settings(), *fused, torch.backends.mkldnn.enabled, torch.is_inference_mode_enabled(), fwAD._current_level,
+        torch._C._len_torch_function_stack())
 
 
 class Net(nn.Module):
@@ -148,8 +149,10 @@ def n_lines(name):
 
 def put_back():
     "Leave every switch that is held, so that one fault is found once"
-    for o in (math_attention,plain_rnn,plain_cpu_rnn,eager):
-        while o.n: o.__exit__(None, None, None)
+    for o in SharedContext.every:
+        while o.held: o.__exit__(None, None, None)
+    while fwAD._current_level>=0: fwAD.exit_dual_level()
+    while torch._C._len_torch_function_stack(): torch._C._pop_torch_function_stack()
 
 
 def interrupts(n, seed=0, names=tuple(OPTS)):
@@ -171,6 +174,38 @@ def test_an_interrupt_anywhere_leaves_nothing_behind(): assert interrupts(len(OP
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')
 def test_two_hundred_interrupts_leave_nothing_behind(): assert interrupts(200, 1)=={}
+
+
+# Where a `with` begins and ends, and what stands in a `finally`: an interrupt there finds its context half entered or half left
+
+class Edges(At):
+    "Counts, and notes the numbers of the lines that begin with `with`"
+    def __init__(self): super().__init__(-1), setattr(self, 'seen', {})
+    def line(self, frame, event, arg):
+        super().line(frame, event, arg)
+        at = frame.f_code.co_filename,frame.f_lineno
+        if event=='line' and linecache.getline(*at).lstrip().startswith('with '): self.seen.setdefault(at, []).append(self.i)
+        return self.line
+
+
+def edges(name, first=2, last=2):
+    "The numbers of lines that enter or leave a context, the first and last times of each"
+    n_lines(name) # What is done once
+    at = Edges()
+    traced(made(name), at)
+    return sorted({i for v in at.seen.values() for i in (*v[:first], *v[-last:])})
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name', OPTS)
+def test_an_interrupt_at_the_edge_of_a_context_leaves_nothing_behind(name):
+    bad = {}
+    for i in edges(name):
+        found,_ = interrupted(name, i)
+        put_back()
+        if found: bad[i] = found
+    assert bad=={}
 
 
 @pytest.mark.filterwarnings('ignore')
