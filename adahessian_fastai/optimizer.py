@@ -28,8 +28,8 @@ from torch.utils.checkpoint import CheckpointError
 from fastai.basics import *
 from fastai.callback.training import GradientAccumulation
 from ._help import describe
-from .hvp import check_count,grads_aside,hooks_disabled,shard_mesh,sharded_like,total_norm,whole
-from .averaging import average_diag,check_block_length
+from .hvp import check_count,grads_aside,hooks_disabled,shard_mesh,sharded_like,total_norm
+from .averaging import average_all,average_diag,check_block_length
 from .problem import Problem
 from .estimators import ControlVariate,Hutchinson,made_estimator,seeded
 from .learner import (callback_of,check_gradients,check_groups,check_model,check_shards,cross_rank_mean,reshard,
@@ -379,20 +379,18 @@ def skip_step(
 # %% ../nbs/15_optimizer.ipynb #3284f847
 def smoothed(
     opt, # `CurvatureOptimizer`
-    d:Tensor, # An estimate; a sharded one is gathered, as blocks and kernels lie across the parts
-)->Tensor: # Like `d`
-    "What `opt` makes of an estimate"
-    return sharded_like(opt.smooth(whole(d)), d)
+    ds:dict, # Estimates by parameter
+)->dict: # Like `ds`
+    "What `opt` makes of estimates"
+    return dict(zip(ds, average_all(list(ds.values()), opt.smooth)))
 
 def one_ready(
-    opt, # `CurvatureOptimizer`
     p:Tensor, # Parameter with a gradient
     state:dict, # Its state
-    d:Tensor, # Its finite estimate, or `None`
+    d:Tensor, # Its finite estimate, smoothed, or `None`
 ): # The diagonal for the steppers, `None` for a step without; 'waits' where there is nothing to step with
-    "Smooth the estimate of a parameter, and note its age"
+    "Choose the diagonal of a parameter, and note its age"
     if not state.get('do_hessian', True): d = p.grad.abs()
-    elif d is not None: d = smoothed(opt, d)
     if d is None and 'hess_step' not in state:
         state['late'] = True
         return 'waits'
@@ -412,9 +410,9 @@ def ready_for_step(
         if p not in work: opt.state[p]['asked'] = opt.state[p].get('age', 0)
     noises = {p: e for p,e in opt.noises.items() if p in diags}
     if noises: opt.noise_record.append((opt.n_steps, signal_to_noise(opt.param_lists, diags, noises)))
-    ready = [(p, s, h, one_ready(opt, p, s, diags.get(p))) for p,(s,h) in work.items()]
-    def noise(p): return smoothed(opt, noises[p]) if opt.debiased and p in noises else None
-    return [(p, s, h, d, noise(p)) for p,s,h,d in ready if not isinstance(d, str)]
+    diags,noises = (smoothed(opt, {p: d for p,d in o.items() if p in work}) for o in (diags, noises if opt.debiased else {}))
+    ready = [(p, s, h, one_ready(p, s, diags.get(p))) for p,(s,h) in work.items()]
+    return [(p, s, h, d, noises.get(p)) for p,s,h,d in ready if not isinstance(d, str)]
 
 # %% ../nbs/15_optimizer.ipynb #5665e816
 def _pending_state(o, ps):

@@ -84,7 +84,7 @@ def test_fit_one_cycle_equals_the_twin():
     ours,theirs = net(),net()
     data = batches(25)
     dls = DataLoaders(data, data[:2])
-    dls.device = torch.device('cpu')
+    dls._device = torch.device('cpu')
     diary = Diary()
     loss_func = lambda pred,y: F.cross_entropy(pred,y).float()   # fastai's Recorder averages float32
     learn = Learner(dls, ours, loss_func, opt_func=partial(adahessian, **HYPERS, probe=prober()), wd_bn_bias=True, cbs=diary)

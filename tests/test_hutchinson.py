@@ -1,12 +1,13 @@
 "Hutchinson's estimators against the dense Hessian, in float64"
 import math
+from functools import partial
 
 import pytest,torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call,hessian
 from torch.nn.attention import SDPBackend,sdpa_kernel
-from adahessian_fastai.averaging import average_diag,block_mean,check_block_length
+from adahessian_fastai.averaging import average_all,average_diag,block_mean,check_block_length
 from adahessian_fastai.hutchinson import *
 from adahessian_fastai.hvp import gradient,graph_product,hessian_product
 
@@ -224,3 +225,17 @@ def test_samples_are_drawn_one_at_a_time():
     assert not seen
     next(samples)
     assert len(seen)==1 and len(list(samples))==4
+
+
+AVERAGES = [{}, dict(signed=True), dict(block_length=7), dict(block_length='row'), dict(block_length={1: 3, 3: 'kernel'}), dict(average_kernels=False)]
+
+@pytest.mark.parametrize('kwargs', AVERAGES, ids=str)
+def test_many_diagonals_are_averaged_as_one_by_one(kwargs):
+    "Small and large ones, several of one shape or one, of two types, and by a function of one's own"
+    g = torch.Generator().manual_seed(0)
+    shapes = [(9,70), (4,3,3,3), (5,), (9,70), (4,3,3,3), (4,2,3), (5,), (300,300), (300,300), (9,70), (1,)]
+    ds = [torch.randn(*o, generator=g, dtype=torch.double if i%4==3 else torch.float) for i,o in enumerate(shapes)]
+    of = partial(average_diag, **kwargs)
+    for average in (of, lambda d: of(d)+1):
+        for got,d in zip(average_all(ds, average), ds, strict=True): assert torch.equal(got, average(d)) and got.dtype==d.dtype
+    assert average_all([], of)==[]
