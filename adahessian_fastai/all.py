@@ -2,7 +2,7 @@
 from .hvp import check_symmetric,difference_error,difference_product,flat,gradient,graph_product,hessian_product  # chkstyle: ignore
 from .hvp import hvp_methods,real_parameters,substituted,twice_differentiable,unflat  # chkstyle: ignore
 from .hutchinson import *
-from .averaging import *
+from .averaging import average_diag,block_mean,check_block_length  # chkstyle: ignore
 from .spectrum import *
 from .cg import *
 from .toys import *

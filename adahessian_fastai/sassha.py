@@ -35,7 +35,7 @@ def sassha(
     n_acc:int=1, # Batches accumulated before each step
     clip:float=0., # Largest entry of a step, in root mean squares of its tensor; 0 for no bound
     cap:float=0., # Largest root mean square of a tensor's step before it is multiplied by `lr`; 0 for no bound
-    spike:float=0., # Largest length of the gradient, in running means of that length; 0 for no bound
+    spike:float=2., # Largest length of the gradient, in running means of that length; 0 for no bound, as in the paper
     along:Literal['gradient','momentum']='gradient', # Against the momentum, or up another gradient; raises `ValueError` for others
     estimator:Literal['hutchinson','control_variate','gnb']='hutchinson', # How the diagonal is estimated; or an object such as `GNB(2)`
     curvature:Literal['hessian','ggn']=None, # The matrix, the Hessian by default
