@@ -588,9 +588,8 @@ def twice_differentiable(
 def _full_precision():
     "Context without TF32; PyTorch refuses to name a switch by its old name where somebody has set a new one"
     cudnn,name = torch.backends.cudnn,torch.get_float32_matmul_precision()
-    parts = [o for o in (getattr(cudnn, 'conv', None), getattr(cudnn, 'rnn', None)) if o]
-    try: old,parts = [(cudnn,'allow_tf32',cudnn.allow_tf32)],[]
-    except RuntimeError: old = [(o,'fp32_precision',o.fp32_precision) for o in parts]
+    try: old = [(cudnn,'allow_tf32',cudnn.allow_tf32)]
+    except RuntimeError: old = [(o,'fp32_precision',o.fp32_precision) for o in (cudnn.conv,cudnn.rnn)]
     cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision('highest')
     try: yield

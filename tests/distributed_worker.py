@@ -18,7 +18,7 @@ from adahessian_fastai.all import CurvatureRecorder,adahessian_paper as adahessi
 from adahessian_fastai.hvp import whole
 from adahessian_fastai.learner import is_sharded
 from adahessian_fastai.problem import Problem
-from helpers_learner import HYPERS,Seeded,data,given,mlp
+from helpers_learner import HYPERS,InTurn,Seeded,data,given,mlp
 from variants import variants
 
 DistributedTrainer._wrap_dl = lambda self,dl: dl
@@ -200,17 +200,6 @@ def first_probe(batches):
     return seen[0]
 
 
-class Sometimes(nn.Module):
-    "One head in even batches, the other in odd ones"
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.body,self.heads,self.n = nn.Linear(5,7).double(),nn.ModuleList([nn.Linear(7,3).double() for _ in range(2)]),0
-    def forward(self, x):
-        if self.training: self.n += 1
-        return self.heads[self.n%2](self.body(x).tanh())
-
-
 class CpuSync(nn.SyncBatchNorm):
     "What `nn.SyncBatchNorm` does on a GPU: the mean and variance are those of all ranks, and are differentiated across them"
     def forward(self, x):
@@ -274,7 +263,7 @@ def variant_cases(n_ranks, rank, n_steps):
     def run(kw, *args, batches=mine, mode='ddp', **more): return train(batches(), *args, mode=mode, **{**own_probe(kw), **kw, **more})
     def cbs(): return [GradientAccumulation(12),NoSync(2)]
     def epochs(kw): return n_epochs(kw, BRIEF if kw.get('opt_func') is hessian_free else n_steps)
-    def unused(kw): return run(kw, epochs(kw), model=Sometimes(), ddp=dict(find_unused_parameters=True))
+    def unused(kw): return run(kw, epochs(kw), model=InTurn(), ddp=dict(find_unused_parameters=True))
     def no_sync(kw): return run(kw, 2*epochs(kw), cbs=cbs())
     def uneven_ones(kw): return run(kw, epochs(kw), batches=lambda: uneven(mine(), rank, 1))
     return {**{f'variant {k}': partial(run, v, n_epochs(v, n_steps)) for k,v in ON_RANKS.items()},  # chkstyle: ignore-node
@@ -323,7 +312,7 @@ def main(folder, rank, n_ranks, what='usual', n_steps=50, wanted=()):
         real_sync=lambda: train(mine(), probe=given(), update_each=2, model=mlp(norm=CpuSync), mode='ddp'),
         accelerated=lambda: accelerated(mine(), probe=given()),
         compiled_product=lambda: refused(lambda m: train(mine(), model=m, mode='ddp', hvp='compiled')),
-        unused=lambda: train(mine(), 2, model=Sometimes(), mode='ddp', ddp=dict(find_unused_parameters=True), probe=given()),
+        unused=lambda: train(mine(), 2, model=InTurn(), mode='ddp', ddp=dict(find_unused_parameters=True), probe=given()),
         static=lambda: refused(lambda m: train(mine(), model=m, mode='ddp', ddp=dict(static_graph=True))))
     if n_ranks>2: cases['compiled'] = lambda: train(mine(), probe=given(), update_each=2, mode='compiled')
     if what=='variants': cases = variant_cases(n_ranks, rank, n_steps)

@@ -26,6 +26,17 @@ def data(n=36, shape=(5,), n_out=3, seed=1, dtype=torch.double):
     return torch.randn(n, *shape, generator=g).to(dtype),torch.randint(n_out, (n,), generator=g)
 
 
+class InTurn(nn.Module):
+    "One head in even batches, the other in odd ones"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body,self.heads,self.n = nn.Linear(5,7).double(),nn.ModuleList([nn.Linear(7,3).double() for _ in range(2)]),0
+    def forward(self, x):
+        if self.training: self.n += 1
+        return self.heads[self.n%2](self.body(x).tanh())
+
+
 def mlp(seed=0, n_in=5, n_out=3, norm=nn.LayerNorm):
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(n_in,7), norm(7), nn.Tanh(), nn.Linear(7,n_out)).double()

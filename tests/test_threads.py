@@ -5,7 +5,7 @@ from fastai.basics import DataLoader,DataLoaders,Learner
 from functools import partial
 from torch import nn
 from adahessian_fastai.all import AdaHessian,AdaHessianWrapper,adahessian,sophia
-from adahessian_fastai.hvp import SharedContext
+from adahessian_fastai.hvp import SharedContext,all_bits
 from adahessian_fastai.optimizer import Perturbation
 from helpers_learner import data
 from test_leaks import hooks,settings
@@ -219,3 +219,18 @@ def test_an_interrupt_while_dual_numbers_begin():
     after = held and switches() # A notebook too keeps the traceback
     put_back()
     assert after==before
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, 'conv'), reason='older PyTorch has one switch for all')
+def test_precision_by_its_new_names_comes_back():
+    "Where somebody has set one of the new switches, PyTorch refuses to name the old one"
+    cudnn = torch.backends.cudnn
+    old = cudnn.conv.fp32_precision
+    try:
+        cudnn.conv.fp32_precision = 'ieee'
+        with pytest.raises(RuntimeError): cudnn.allow_tf32
+        before = cudnn.conv.fp32_precision,cudnn.rnn.fp32_precision
+        with all_bits: assert (cudnn.conv.fp32_precision,cudnn.rnn.fp32_precision)==('ieee','ieee') and not cudnn.allow_tf32
+        assert (cudnn.conv.fp32_precision,cudnn.rnn.fp32_precision)==before==('ieee','tf32')
+    finally: cudnn.conv.fp32_precision = old
+    assert cudnn.allow_tf32

@@ -16,7 +16,7 @@ FLOAT,FLOAT_DIFFERENCE = 2e-3,2e-2
 # float16 and bfloat16 inside: by up to 1e-5, on one processor; another one may do these convolutions in its own way
 HALF = 2e-2
 # Rounding in half precision decides about some of the labels that are drawn: by up to 1 where overflows come at other steps too
-LABELS = dict(half=0.2, overflow=2.)
+LABELS = dict(half=0.1, overflow=1.5)
 # Weights of different variants are further apart than this
 APART = 1e-3
 

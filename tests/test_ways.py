@@ -1,8 +1,7 @@
 "Every way to a product ends with the weights of the double backward, in every setting that it can be combined with"
 import pytest,torch
 from fastai.callback.core import Callback
-from torch import nn
-from helpers_learner import HYPERS,ROUNDING,data,distance,fit,learner,mlp
+from helpers_learner import HYPERS,InTurn,ROUNDING,data,distance,fit,learner,mlp
 
 SETTINGS = dict(  # chkstyle: ignore-node
     whole={}, rows=dict(hessian_bs=0.5), rows4=dict(hessian_bs=4), rows_changed=dict(hessian_bs=(3,0.5)), each=dict(update_each=2), samples=dict(n_samples=2),
@@ -48,16 +47,11 @@ def test_a_probe_that_comes_from_no_generator_is_drawn_once(kwargs):
 
 heads = [] # What was called; the memory of a module is put back
 
-class InTurn(nn.Module):
-    "One head in even batches, the other in odd ones"
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.body,self.heads,self.n = nn.Linear(5,7).double(),nn.ModuleList([nn.Linear(7,3).double() for _ in range(2)]),0
+class Noted(InTurn):
     def forward(self, x):
-        if self.training: self.n += 1
+        out = super().forward(x)
         heads.append(self.n%2)
-        return self.heads[self.n%2](self.body(x).tanh())
+        return out
 
 
 class Trained(Callback):
@@ -68,7 +62,7 @@ class Trained(Callback):
 @pytest.mark.parametrize('kwargs', [dict(),dict(curvature='ggn'),dict(estimator='gnb')], ids=str)
 def test_rows_are_evaluated_with_the_memory_of_their_batch(kwargs):
     "Here, which head is next; and the count goes on where the batch left it"
-    model = InTurn()
+    model = Noted()
     heads.clear()
     learn = fit(learner(model, *data(36), hypers={**HYPERS, **kwargs}, hessian_bs=3, cbs=[Trained()]), 2)
     assert heads==[o for i in range(12) for o in [(i+1)%2]*2] and model.n==12 and learn.opt.n_estimates==12
