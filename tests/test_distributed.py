@@ -14,8 +14,8 @@ from adahessian_fastai.estimators import Estimate,Given,made_estimator,seeded
 from adahessian_fastai.losses import label_noise
 from adahessian_fastai.problem import Problem
 from adahessian_fastai.schedule import rows_due
-from distributed_worker import APART,BRIEF,FREE,ON_RANKS,SHARDED,SITUATIONS,Sometimes,n_epochs,own_probe
-from helpers_learner import HYPERS,ROUNDING,Seeded,adahessian,data,distance,fit,given,learner,mlp,plain,split
+from distributed_worker import APART,BRIEF,FREE,ON_RANKS,SHARDED,SITUATIONS,n_epochs,own_probe
+from helpers_learner import HYPERS,InTurn,ROUNDING,Seeded,adahessian,data,distance,fit,given,learner,mlp,plain,split
 from twin import Twin
 
 # A one-sided difference in float64 has half of the digits
@@ -212,7 +212,7 @@ def test_parameters_that_only_some_batches_use(ranks):
     "`find_unused_parameters`, two heads in turn: as one process"
     a,*others = [r['unused']['weights'] for r in ranks]
     assert all(torch.equal(p, q) for o in others for p,q in zip(a, o))
-    alone = fit(learner(Sometimes(), *joined(len(ranks)), bs=6*len(ranks), probe=given(), loss_func=F.cross_entropy), 2)
+    alone = fit(learner(InTurn(), *joined(len(ranks)), bs=6*len(ranks), probe=given(), loss_func=F.cross_entropy), 2)
     assert far(a, alone.model.parameters())<ROUNDING
 
 
@@ -309,7 +309,7 @@ def alone(n_ranks, n_epoch, seed, model=None, cbs=(), uneven=False, opt_func=ada
 def compared(n_ranks, name, n_steps, found, situation='variant'):
     "Largest difference from one process that sees the batches of all, and how large it may be"
     kwargs,n_steps = ON_RANKS[name],BRIEF if name in FREE else n_steps
-    n_epoch,model,cbs = n_epochs(kwargs, n_steps)*(2 if situation=='no_sync' else 1),Sometimes() if situation=='unused' else mlp(),[]
+    n_epoch,model,cbs = n_epochs(kwargs, n_steps)*(2 if situation=='no_sync' else 1),InTurn() if situation=='unused' else mlp(),[]
     if situation=='no_sync': cbs = [GradientAccumulation(12*n_ranks)]
     learn = alone(n_ranks, n_epoch, found.get('seed'), model, cbs, situation=='uneven', **kwargs)
     bound = ROUNDING_FREE if name in FREE else DIFFERENCE_50 if by_difference(kwargs) else ROUNDING_50
