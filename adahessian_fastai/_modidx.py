@@ -528,6 +528,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'adahessian_fastai/estimators.py'),
                                               'adahessian_fastai.estimators.Preconditioner.inverse': ( 'estimators.html#preconditioner.inverse',
                                                                                                        'adahessian_fastai/estimators.py'),
+                                              'adahessian_fastai.estimators.gauss_newton': ( 'estimators.html#gauss_newton',
+                                                                                             'adahessian_fastai/estimators.py'),
                                               'adahessian_fastai.estimators.made': ( 'estimators.html#made',
                                                                                      'adahessian_fastai/estimators.py'),
                                               'adahessian_fastai.estimators.made_estimator': ( 'estimators.html#made_estimator',

@@ -193,7 +193,7 @@ def n_rows(
     hessian_bs = plain_number(hessian_bs)
     whole = isinstance(hessian_bs, int) and not isinstance(hessian_bs, bool) and hessian_bs>=1
     if not whole and not (isinstance(hessian_bs, float) and 0<hessian_bs<=1):
-        raise ValueError(f"hessian_bs must be a whole number >= 1 or a fraction in (0,1], got {hessian_bs=}")
+        raise ValueError(f"hessian_bs must be a whole number >= 1, a fraction in (0,1] or, with budget=0.25, say, 'auto', got {hessian_bs=}")
     return min(hessian_bs if whole else max(2, round(hessian_bs*bs)), bs)
 
 def take_rows(

@@ -381,12 +381,14 @@ def check_machine(fp16, bf16, out):
 def prepare(data, arch, size, bs, epochs, opts, lr, rates, seeds, fp16, bf16, out):
     "Arguments for `compare_optimizers` from those of the command line; raises `ValueError` or `OSError`"
     check_sizes(size=size, bs=bs, epochs=epochs, seeds=seeds)
-    if rates<0 or rates>1 and lr: raise ValueError(f"give rates >= 1, or lr, got {rates=}, {lr=}")
+    if rates<0: raise ValueError(f"rates must be >= 0, got {rates=}")
     check_machine(fp16, bf16, out)
     cbs = [MixedPrecision(AMPMode.FP16 if fp16 else AMPMode.BF16)] if fp16 or bf16 else []
     opts,n = parse_opts(opts),rates or (5 if data=='digits' and not lr else 1)
-    def around(k): return rates_around(opts[k], n, None if 'lr=' in k else middles.get(k.split(':')[0]))
-    lrs = {k: around(k) for k in opts} if n>1 else parse_lr(lr, list(opts))
+    given = parse_lr(lr, list(opts))
+    of = given if isinstance(given, dict) else dict.fromkeys(opts, given)
+    def around(k): return rates_around(opts[k], n, None if 'lr=' in k else of.get(k) or middles.get(k.split(':')[0]))
+    lrs = {k: around(k) for k in opts} if n>1 else given
     make = get_make_learner(get_dls(data, size, bs), arch or ('cnn' if data=='digits' else 'xresnet18'), cbs)
     return dict(make_learner=make, opts=opts, n_epoch=epochs, lr=lrs, seeds=range(seeds))
 
@@ -399,7 +401,7 @@ def main(
     bs:int=64, # Batch size
     epochs:int=4, # Epochs of each run
     opts:str='adam,adahessian,adahessian_paper', # Optimizers with commas between, maybe with arguments; the first is the reference
-    lr:str='', # Learning rate for all, or adam=1e-3,adahessian=0.1
+    lr:str='', # Learning rate for all, or adam=1e-3,adahessian=0.1; with rates their middle
     rates:int=0, # Learning rates over two decades for each optimizer; default 5 for digits, and 1, the optimizer's own, for images
     seeds:int=1, # Number of runs of each optimizer at each rate
     fp16:bool=False, # Train in float16 mixed precision

@@ -9,13 +9,14 @@ There are three: `Hutchinson` (`z ⊙ Bz` with random probes, for any curvature)
 
 # %% auto #0
 __all__ = ['estimators', 'curvatures', 'Estimate', 'seeded', 'Hutchinson', 'ControlVariate', 'GNB', 'Given', 'Preconditioner',
-           'made', 'made_estimator']
+           'made', 'gauss_newton', 'made_estimator']
 
 # %% ../nbs/09_estimators.ipynb #18af7d7a
 import inspect,torch
 from contextlib import contextmanager,nullcontext
 from typing import Literal,NamedTuple
-from .hvp import check_choice,check_count,check_number,check_switch,flat,twice_differentiable
+from fastcore.basics import ifnone
+from .hvp import SettingError,check_choice,check_count,check_number,check_switch,flat,twice_differentiable
 from .hutchinson import control_variate_samples,draw_like,get_probe,hutchinson_samples,mean_and_noise,sample_mean
 from .cg import diag_preconditioner
 from .ggn import NoOutputs,fisher_diagonal,output_tensors
@@ -229,7 +230,7 @@ class Preconditioner:
 # %% ../nbs/09_estimators.ipynb #f2953c35
 estimators = dict(hutchinson=Hutchinson, control_variate=ControlVariate, gnb=GNB)
 curvatures = dict(hessian=Hessian, ggn=GaussNewton)
-_usual = dict(curvature='hessian', hvp='reverse', method='reverse', jvp='reverse', probe='rademacher', n_samples=1)
+_usual = dict(curvature='hessian', hvp='reverse', method='reverse', probe='rademacher', n_samples=1)
 
 def made(
     what:str, # Name of the argument, for errors
@@ -249,6 +250,13 @@ def made(
     return table[name](**{k: v for k,v in given.items() if k in takes}) if isinstance(name, str) else name
 
 # %% ../nbs/09_estimators.ipynb #f32b376d
+def gauss_newton(
+    hvp:Literal['reverse','forward','auto']=None, # In the words for a Hessian; raises `SettingError` for others
+)->GaussNewton:
+    "The Gauss-Newton matrix for an estimate, whose first probe may run along with the forward pass"
+    try: return GaussNewton({None: 'reverse', 'auto': 'reverse', 'forward': 'along'}.get(hvp, hvp))
+    except SettingError: raise SettingError('hvp', "'reverse' or 'forward' for curvature='ggn'", hvp) from None
+
 def made_estimator(
     estimator:Literal['hutchinson','control_variate','gnb']='hutchinson', # A key of `estimators`, or an estimator
     curvature:Literal['hessian','ggn']=None, # A key of `curvatures`, or a curvature
@@ -259,12 +267,8 @@ def made_estimator(
     "The estimator that these keywords describe"
     if hvp is not None and not isinstance(hvp, str): raise ValueError(f"hvp must be one of {list(hvp_ways)}, got {hvp=}")
     if isinstance(estimator, str) and estimator in ('hutchinson','control_variate'):
-        jvp = dict(forward='along', auto='reverse').get(hvp, hvp)
-        name = 'hessian' if curvature is None else curvature
-        if isinstance(name, str) and name=='hessian': curvature = made('curvature', name, curvatures, method=hvp)
-        elif isinstance(name, str) and name=='ggn' and hvp in ('finite_difference','compiled'):
-            raise ValueError(f"hvp={hvp!r} is for products with the Hessian: use hvp='reverse' or 'forward' with curvature='ggn'")
-        else: curvature = made('curvature', name, curvatures, jvp=jvp)
+        ggn = isinstance(curvature, str) and curvature=='ggn'
+        curvature = gauss_newton(hvp) if ggn else made('curvature', ifnone(curvature, 'hessian'), curvatures, method=hvp)
         return made('estimator', estimator, estimators, curvature=curvature, probe=probe, n_samples=n_samples)
     hvp = None if hvp=='auto' else hvp
     return made('estimator', estimator, estimators, curvature=curvature, hvp=hvp, probe=probe, n_samples=n_samples)

@@ -46,14 +46,10 @@ def is_due(
 least_part = 1/8 # Of a batch, that a budget goes down to
 
 def check_rows(
-    hessian_bs, # `None`, rows or a fraction, a pair of a whole number and one of these, or 'auto'; raises `ValueError` for anything else
-    budget=None, # What chooses in the case of 'auto'
+    hessian_bs, # `None`, rows or a fraction, or a pair of a whole number and one of these; raises `ValueError` for anything else
 ):
     "Raise an error for what is no part of a batch"
-    auto = isinstance(hessian_bs, str) and hessian_bs=='auto'
-    if auto and budget is None:
-        raise ValueError(f"hessian_bs='auto' is chosen by a budget: give budget=0.25, say, or a fraction as hessian_bs, got {budget=}")
-    if hessian_bs is None or auto: return
+    if hessian_bs is None: return
     n,part = hessian_bs if _is_pair(hessian_bs) else (1,hessian_bs)
     try: check_count('hessian_bs', n)
     except ValueError: raise ValueError(f"a pair hessian_bs must begin with a whole number of steps >= 1, got {hessian_bs=}") from None
@@ -61,7 +57,7 @@ def check_rows(
 
 def rows_due(
     age:int, # Steps that were made
-    hessian_bs, # As in `check_rows`
+    hessian_bs, # As in `check_rows`, or 'auto'
 ): # `None`, rows or a fraction
     "What part of its batch does the next step take an estimate on?"
     n,part = (math.inf,None) if hessian_bs=='auto' else hessian_bs if _is_pair(hessian_bs) else (0,hessian_bs)
@@ -162,7 +158,7 @@ class Budget(Every):
         "Go on from `sd`; measure anew where it is of another schedule"
         if not {'update_each','hessian_bs','done'}<=set(sd): return
         check_period(sd['update_each'])
-        check_rows(sd['hessian_bs'], self.overhead)
+        if sd['hessian_bs']!='auto': check_rows(sd['hessian_bs'])
         if not isinstance(sd['done'], bool): raise ValueError(f"done must be True or False, got done={sd['done']!r}")
         self.update_each,self.done = sd['update_each'],sd['done']
         if self.auto: self.hessian_bs = sd['hessian_bs']
