@@ -16,8 +16,8 @@ from .batch import Batches,LearnerProblem  # chkstyle: ignore
 from .schedule import Budget,Every  # chkstyle: ignore
 from .steppers import Perturbation,adahessian_step,average_diag_hessian,average_sqr_diag_hessian,denominator  # chkstyle: ignore
 from .steppers import perturbed,sophia_step  # chkstyle: ignore
-from .optimizer import AdaHessianWrapper,CurvatureOptimizer  # chkstyle: ignore
-from .adahessian import AdaHessian,adahessian,adahessian_paper  # chkstyle: ignore
+from .optimizer import CurvatureOptimizer  # chkstyle: ignore
+from .adahessian import AdaHessian,AdaHessianWrapper,adahessian,adahessian_paper  # chkstyle: ignore
 from .sassha import m_sassha,sassha  # chkstyle: ignore
 from .hessian_free import HessianFree,hessian_free  # chkstyle: ignore
 from .sophia import Sophia,sophia,win_rate  # chkstyle: ignore

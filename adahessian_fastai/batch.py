@@ -11,14 +11,14 @@ finite differences, compiled products, Hessian-free and diagnostics all use it, 
 # %% auto #0
 __all__ = ['send', 'autocast_of', 'targets_for', 'evaluate_batch', 'takes_part', 'noted', 'batch_of', 'loss_scale',
            'CurvatureScale', 'loss_weight', 'plain_number', 'n_rows', 'take_rows', 'check_rows_possible', 'targets_of',
-           'in_half', 'LearnerProblem', 'no_duals', 'problem_of', 'Batches', 'versions', 'divided', 'closure_problem',
-           'DataBatch', 'accumulate']
+           'in_half', 'LearnerProblem', 'no_duals', 'Turn', 'trained_problem', 'problem_of', 'Batches', 'versions',
+           'divided', 'closure_problem', 'DataBatch', 'accumulate']
 
 # %% ../nbs/12_batch.ipynb #d4f4fa69
 import math,warnings
 from contextlib import contextmanager,nullcontext
 from types import SimpleNamespace
-from typing import Literal
+from typing import Literal,NamedTuple
 
 import torch.autograd.forward_ad as fwAD
 from fastai.basics import *
@@ -28,10 +28,13 @@ from fastai.callback.training import GradientAccumulation
 from fastai.losses import LabelSmoothingCrossEntropy
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from .hvp import SettingError,check_checkpoints,check_choice,check_count,check_switch,twice_differentiable,unflat,zero_tangents
+from .hvp import (SettingError,check_checkpoints,check_choice,check_count,check_switch,grads_aside,hooks_disabled,shard_mesh,
+    twice_differentiable,unflat,zero_tangents)
 from .losses import loss_count,losses,smoothed_cross_entropy_rule
 from .problem import MeanProblem,Problem,hidden_states,mean_of,modes_kept,structured,weights_of
-from .learner import Ranks,callback_of,check_gradients,check_model,sync_group,unwrapped
+from .estimators import is_first_order,with_samples
+from adahessian_fastai.learner import (Ranks,callback_of,check_gradients,check_model,check_shards,reshard,shard_group,sync_group,unwrapped,
+    whole_number)
 from .replay import backward_hooks,preserving,restored,snapshot,without_backward_hooks
 
 # %% ../nbs/12_batch.ipynb #e3297adb
@@ -127,6 +130,7 @@ def loss_scale(
 # %% ../nbs/12_batch.ipynb #93963fa3
 class CurvatureScale:
     "Scales of a second derivative in `float16`"
+    rules = dict(c=(lambda v: isinstance(v, (int,float)) and 0<v<math.inf, 'a number > 0'), n_good=whole_number)
     def __init__(self,
         size:float=2.**5, # What the largest entry of the gradient is brought to
         shrink:float=2.**8, # The probe is divided by it
@@ -169,6 +173,9 @@ class CurvatureScale:
         if factor==2: self.n_good = 0
         self.c = min(max(self.c*factor, self.shrink**-2), self.shrink)
 
+    def state_dict(self): return {k: vars(self)[k] for k in self.rules}
+    def load_state_dict(self, sd): vars(self).update({k: sd[k] for k in self.rules})
+
 # %% ../nbs/12_batch.ipynb #8f7d0fd0
 def loss_weight(
     learn:Learner, # In the middle of a batch
@@ -193,7 +200,8 @@ def n_rows(
     hessian_bs = plain_number(hessian_bs)
     whole = isinstance(hessian_bs, int) and not isinstance(hessian_bs, bool) and hessian_bs>=1
     if not whole and not (isinstance(hessian_bs, float) and 0<hessian_bs<=1):
-        raise ValueError(f"hessian_bs must be a whole number >= 1, a fraction in (0,1] or, with budget=0.25, say, 'auto', got {hessian_bs=}")
+        raise ValueError(f"hessian_bs must be a whole number >= 1, a fraction in (0,1] or, with budget=0.25, say, 'auto', got "
+            f"{hessian_bs=}")
     return min(hessian_bs if whole else max(2, round(hessian_bs*bs)), bs)
 
 def take_rows(
@@ -300,6 +308,90 @@ def no_duals(
     "Can no dual numbers come through the model as it is called?"
     model = getattr(learn.model, '_orig_mod', learn.model)
     return in_half(learn) or isinstance(model, DistributedDataParallel) and model.find_unused_parameters
+
+# %% ../nbs/12_batch.ipynb #6f04d7bf
+class Turn(NamedTuple):
+    "How the next batch is evaluated, and on what its estimate is taken"
+    estimator:object # With as many samples as are asked for
+    due:list=() # Parameters whose estimate is due
+    share:object=0 # What the schedule said: `None` for all, a number of rows or a fraction
+    part:int=0 # Rows of the batch to take it on; `None` for all, 0 without an estimate
+    start:tuple=None # `snapshot` of the model, if the batch is evaluated again
+    aside:bool=False # Is the estimate taken on an evaluation of its own?
+    around:bool=False # Has the forward pass of the batch to be prepared for it?
+
+    @classmethod
+    def of_batch(cls,
+        learn:Learner, # At the start of a training batch; raises `ValueError` for a model in which curvature would be wrong
+        due, # A `Due` of the schedule
+        estimator, # Any estimator
+        twice:bool=False, # Is every batch evaluated again?
+    ):
+        "Decide on the rows, and take a snapshot where one is needed"
+        params,share,n_samples = due
+        estimator,model,bs = with_samples(estimator, n_samples),unwrapped(learn.model),find_bs(learn.xb)
+        check_model(learn.model, is_first_order(estimator))
+        reshard(learn.model)
+        if not params or share==0: return cls(estimator, start=snapshot(model) if twice else None)
+        rows = None if share is None or (n := n_rows(share, bs))>=bs else n
+        aside = rows is not None or backward_hooks(model)
+        start = snapshot(model) if twice or aside or estimator.again else None
+        return cls(estimator, params, share, rows, start, aside, not (aside or twice))
+
+    @classmethod
+    def of_loss(cls,
+        due, # A `Due` of the schedule; raises `ValueError` where it wants a part of the batch
+        estimator, # Any estimator
+    ):
+        "The turn of a plain loop, where only the loss is known"
+        params,share,n_samples = due
+        if params and share not in (0,None):
+            raise ValueError(f"hessian_bs takes rows of a Learner's batch, and a plain loop has a loss alone, got hessian_bs={share}")
+        return cls(with_samples(estimator, n_samples), params, share, None if params else 0)
+
+# %% ../nbs/12_batch.ipynb #c6a83ecc
+@patch
+def surround(self:Turn,
+    learn:Learner, # At the start of a training batch
+    rng, # `device -> generator`, as the estimate will get it anew
+): # A context
+    "What the forward pass of the batch needs for the estimate"
+    return self.estimator.surround(unwrapped(learn.model), self.due, rng, no_duals(learn)) if self.around else nullcontext()
+
+@patch
+def problem(self:Turn,
+    learn:Learner, # In the middle of a batch, with prediction and loss
+    params:list, # Parameters that are trained
+)->LearnerProblem:
+    "The batch, with the processes that it is averaged over"
+    return LearnerProblem(learn, params, self.start).replace(group=sync_group(learn) or shard_group(params))
+
+@patch
+@contextmanager
+def evaluated(self:Turn,
+    problem, # The `Problem` of the batch
+    rng, # `stream -> (device -> generator)`
+): # Yields a `Problem`
+    "Context with what the estimate is taken on"
+    if self.part is None: on = nullcontext(problem.again(twice=True) if self.aside else problem)
+    else: on = problem.rows(self.part, rng(1)(torch.device('cpu')), self.estimator, self.due, rng(0))
+    room = partial(grads_aside, problem.params) if shard_mesh(problem.params) else nullcontext
+    with on as p,hooks_disabled(problem.params),room(): yield p
+
+# %% ../nbs/12_batch.ipynb #17c38f44
+def trained_problem(
+    loss, # Scalar with its graph, or a `Problem`
+    params:list, # Parameters that are trained; raises `ValueError` where they are sharded and the estimate cannot be had
+    estimator, # What the estimate comes from
+    scale:float=1., # By how much a scalar was multiplied for half precision
+    group=None, # Process group to average over; by default that of the problem, or of the parameters
+)->Problem:
+    "`loss` as a problem of `params` that knows its processes"
+    problem = loss if isinstance(loss, Problem) else Problem(params, loss, scale=scale)
+    if shard_mesh(params): problem = problem.replace(params=params)
+    check_shards(params, is_first_order(estimator), problem.scale)
+    group = group or problem.group or shard_group(params)
+    return problem if group is problem.group else problem.replace(group=group)
 
 # %% ../nbs/12_batch.ipynb #b69a3015
 @contextmanager

@@ -26,9 +26,9 @@ from .cg import CG,Damping,LineSearch
 from .problem import Trial
 from .curvature import NoProductError,mean_curvature
 from .estimators import Preconditioner
-from .learner import trainable_params
+from .learner import check_entry,trainable_params,warn_rarely
 from .batch import Batches
-from .optimizer import check_entry,check_hypers,warn_rarely
+from .steppers import check_hypers
 from .adahessian import check_names
 from ._help import describe
 

@@ -37,6 +37,7 @@ class Problem:
         model=None, # `nn.Module` that is evaluated, to be looked through
         count:float=1., # Items that the loss is a mean of
         half:bool=False, # Is something computed in half precision?
+        group=None, # Processes over which gradient and estimate are averaged
         rescaled=noop, # `product -> product`: undoes what `loss` was multiplied by for a second derivative
     ): store_attr()
 

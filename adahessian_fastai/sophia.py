@@ -14,8 +14,7 @@ from fastai.basics import *
 from typing import Literal
 
 from .steppers import average_diag_hessian,denominator,sophia_step
-from .optimizer import AdaHessianWrapper
-from .adahessian import check_names,made_steppers
+from .adahessian import AdaHessianWrapper,check_names,made_steppers
 
 # %% ../nbs/17_sophia.ipynb #59deeb8e
 def sophia(

@@ -9,7 +9,8 @@ about is not their business."""
 # %% auto #0
 __all__ = ['signed_adahessian_step', 'forms', 'cpu_portion', 'average_sqr_diag_hessian', 'average_diag_hessian', 'denominator',
            'bounded', 'adahessian_step', 'sophia_step', 'Portion', 'list_forms', 'portions', 'foreach_step',
-           'loop_step', 'update', 'Perturbation', 'perturbed']
+           'loop_step', 'update', 'Perturbation', 'perturbed', 'check_hypers', 'put_hyper', 'Pending', 'check_pending',
+           'Work', 'one_ready', 'signed_average', 'check_averages', 'checked_steppers']
 
 # %% ../nbs/14_steppers.ipynb #bc6ee5b2
 import itertools,math
@@ -19,7 +20,7 @@ from typing import Literal
 from fastai.optimizer import Optimizer,average_grad,debias,l2_reg,step_stat,weight_decay
 from fastai.torch_basics import *
 from .hvp import copy_all,shard_mesh,total_norm,whole
-from .learner import trainable_params
+from .learner import check_entry,check_groups,check_part,cross_rank_mean,look,state_like,trainable_params,whole_number
 from .batch import plain_number
 
 # %% ../nbs/14_steppers.ipynb #a39c5dfe
@@ -355,3 +356,243 @@ def perturbed(
     opt.perturb.ahead(opt)
     try: yield
     finally: opt.perturb.back()
+
+# %% ../nbs/14_steppers.ipynb #09188b23
+_not_negative = (lambda v: 0<=v<math.inf, '>= 0 and finite')
+_below_one,_positive = (lambda v: 0<=v<1, 'in [0,1)'),(lambda v: 0<v<math.inf, '> 0 and finite')
+_ranges = dict(lr=_not_negative, wd=_not_negative, damping=_not_negative, clip=_not_negative, cap=_not_negative, spike=_not_negative,
+    mom=_below_one, sqr_mom=_below_one, eps=_positive, rho=_positive, hessian_power=(lambda v: 0<=v<=1, 'in [0,1]'))
+
+def check_hypers(
+    **hypers # Hyperparameters by name; a slice or a list as fastai takes them
+)->dict: # The same as numbers of Python; raises `ValueError` for one outside its range
+    "Refuse a hyperparameter outside its range"
+    res = {}
+    for k,v in hypers.items():
+        sliced = isinstance(v, slice)
+        vals = [plain_number(o) for o in ((v.start,v.stop) if sliced else L(plain_number(v), use_list=None)) if o is not None or not sliced]
+        ok,rule = _ranges.get(k, (noop,''))
+        if rule and not (vals and all(isinstance(o, (int,float)) and not isinstance(o, bool) and ok(o) for o in vals)):
+            raise ValueError(f"{k} must be {rule}, got {k}={v!r}")
+        res[k] = v if not rule else slice(*map(plain_number, (v.start,v.stop,v.step))) if sliced else vals if len(vals)>1 else vals[0]
+    return res
+
+def put_hyper(
+    opt:Optimizer, # Gets the hyperparameter
+    k:str, # Its name
+    v, # A number, a slice, or a number for each group; raises `ValueError` outside its range, and for another number of groups
+):
+    "Set a hyperparameter of all groups"
+    try: opt.set_hyper(k, check_hypers(**{k: v})[k])
+    except AssertionError as e: raise ValueError(f"{e}, got {k}={v!r}") from None
+
+# %% ../nbs/14_steppers.ipynb #40f90865
+class Pending:
+    "Running means of gradient, diagonal and noise over the batches of a step"
+    def __init__(self):
+        self.params,self.diags,self.noises,self.losses = [],{},{},[]
+        self.n_batches,self.n_items,self.scaled,self.share,self.group = 0,0,False,0,None
+
+    def tensors(self): return [*self.diags.values(), *self.noises.values()]
+
+    def weigh(self,
+        problem, # The `Problem` of the batch that comes now
+        n_items:float, # Items in it; an empty batch has no loss at all
+        n_acc:int, # Batches of a step
+    )->float: # Weight of its loss
+        "Note the loss, shrink what is there, and return the weight of `n_items` more, by their mean over the processes"
+        loss,ps,self.group = problem.loss,problem.params,problem.group
+        value = loss.detach().as_subclass(Tensor).float()/problem.scale if n_items else torch.zeros((), device=loss.device)
+        self.losses += cross_rank_mean([value.clone().reshape(1)], self.group)
+        self.params,self.n_batches,old = ps,self.n_batches+1,self.n_items
+        if n_acc==1: return 1.
+        if self.group: n_items = cross_rank_mean([torch.tensor([float(n_items)], device=ps[0].device)], self.group)[0].item()
+        self.n_items += n_items
+        if old and n_items: torch._foreach_mul_([p.grad for p in ps if p.grad is not None] + self.tensors(), old/self.n_items)
+        return n_items/self.n_items if self.n_items else 1.
+
+    def add(self,
+        params:list, # Parameters of the estimate
+        est, # An `Estimate`
+        weight:float, # Its weight in the means
+    ):
+        "Add an estimate, and take the mean over the processes"
+        for pending,new in ((self.diags,est.diag), (self.noises,est.noise)):
+            for p,d in zip(params, new):
+                d = d*weight if weight!=1 else d
+                pending[p] = pending[p].add_(d) if p in pending else d
+        cross_rank_mean(self.tensors(), self.group)
+
+    def look(self,
+        grads:list, # Gradients of the step
+    )->tuple: # Losses as numbers, and norms of `grads` and of the estimates; one host synchronisation where all is well
+        "What could spoil an average, see `look`"
+        return look(self.losses, grads, list(self.diags.values()))
+
+    def __getstate__(self): return {**vars(self), 'losses': [o.clone() for o in self.losses], 'grads': [p.grad for p in self.params]}
+    def __setstate__(self, state):
+        grads = state.pop('grads')
+        vars(self).update(state)
+        for p,g in zip(self.params, grads): p.grad = g
+
+# %% ../nbs/14_steppers.ipynb #4e2b0e58
+@patch
+def signal_to_noise(self:Pending,
+    param_lists, # Lists of parameters
+    params, # Those whose estimates are finite
+)->Tensor: # A number for each list, not a number for one without an estimate
+    "Signal-to-noise ratio of the estimates for each of `param_lists`"
+    def ratio(ps):
+        if not ps: return torch.tensor(math.nan)
+        both,noise = (total_norm([o[p].float() for p in ps]).square() for o in (self.diags,self.noises))
+        return ((both-noise).clamp(min=0)/noise).sqrt()
+    ratios = [ratio([p for p in ps if p in self.noises and p in params]) for ps in param_lists]
+    return torch.stack([r.to(ratios[0].device) for r in ratios])
+
+# %% ../nbs/14_steppers.ipynb #80695abd
+_number = (lambda v: isinstance(v, (int,float)) and not isinstance(v, bool) and 0<=v<math.inf, 'a number >= 0')
+_rules = dict(n_batches=whole_number, n_items=_number, scaled=(lambda v: isinstance(v, bool), 'True or False'),
+    share=(lambda v: v is None or isinstance(v, (int,float)) and v>=0, '`None` or a number >= 0'),
+    losses=(lambda v: isinstance(v, list) and all(isinstance(o, (int,float)) for o in v), 'a list of numbers'),
+    **dict.fromkeys(('grads','diags','noises'), (lambda v: isinstance(v, list), 'a list')))
+
+@patch
+def state(self:Pending,
+    params:list, # All parameters
+)->dict:
+    "What is pending, by the places of `params`"
+    by = {k: [vars(self)[k].get(p) for p in params] for k in ('diags','noises')}
+    own = {k: vars(self)[k] for k in ('n_batches','n_items','scaled','share')}
+    return dict(own, losses=[l.item() for l in self.losses], grads=[p.grad for p in params], **by)
+
+def check_pending(
+    params:list, # All parameters
+    sd, # What is pending; raises `ValueError`
+):
+    "Refuse what cannot be pending"
+    check_part('pending', sd, _rules)
+    for k in ('grads','diags','noises'):
+        if len(sd[k])!=len(params): raise ValueError(f"what is pending is for {len(sd[k])} parameters, the model has {len(params)}")
+        for i,(v,p) in enumerate(zip(sd[k], params)):
+            if v is not None and not isinstance(v, Tensor): raise ValueError(f"{k} of parameter {i} must be a tensor, got {v!r}")
+            check_entry(i, k, v, p, finite=False)
+
+@patch(cls_method=True)
+def of_state(cls:Pending,
+    params:list, # All parameters
+    own:dict, # From a checkpoint, maybe with what was 'pending'; raises `ValueError`
+)->tuple: # `Pending`, and a gradient or `None` for each of `params`
+    "Continue with what was pending"
+    new,sd = cls(),own.get('pending')
+    if 'pending' not in own: return new,[None]*len(params)
+    check_pending(params, sd)
+    kept = {k: [state_like(o, p) for o,p in zip(sd[k], params)] for k in ('grads','diags','noises')}
+    vars(new).update({k: sd[k] for k in ('n_batches','n_items','scaled','share')}, params=list(params),
+        losses=[torch.tensor([o], device=params[0].device) for o in sd['losses']],
+        **{k: {p: d for p,d in zip(params, kept[k]) if d is not None} for k in ('diags','noises')})
+    return new,kept['grads']
+
+# %% ../nbs/14_steppers.ipynb #d7dbac0b
+class Work(dict):
+    "The parameters that a step moves, with their states and hyperparameters"
+    @classmethod
+    def of(cls,
+        opt:Optimizer, # Its parameters have their gradients; one that stands in several groups counts in the first
+    ):
+        groups = reversed(list(zip(opt.param_lists, opt.hypers)))
+        return cls({p: (opt.state[p],hyper) for ps,hyper in groups for p in reversed(ps) if p.grad is not None and p.requires_grad})
+
+# %% ../nbs/14_steppers.ipynb #f90b5fa3
+@patch
+def flat_ones(self:Work,
+    norms:list, # Of the gradients
+    due, # Parameters that were estimated
+    diags:list, # Norms of their estimates
+)->tuple: # How many have a gradient and no curvature, and how many were estimated
+    "Count the parameters that the loss is linear in, where `eps` is too small for that"
+    of = dict(zip(self, norms))
+    def small(p): return 'hessian_power' in self[p][1] and self[p][1]['eps']<0.01
+    return sum(d==0 and of.get(p, 0)>0 and small(p) for p,d in zip(due, diags)),len(diags)
+
+# %% ../nbs/14_steppers.ipynb #692bf135
+@patch
+@torch.no_grad()
+def bound(self:Work,
+    norms:list, # Of the gradients, numbers
+):
+    "Shorten gradients that are `spike` times longer than they were"
+    if not self or not (spike := next(iter(self.values()))[1].get('spike')): return
+    state,norm = next(iter(self.values()))[0],math.hypot(*norms)
+    n,total = state.get('norm_step', 0),state.get('norm_avg', 0.)
+    most = spike*total/(1-0.9**n) if total else math.inf
+    if norm>most: torch._foreach_mul_([p.grad for p in self], most/norm)
+    if math.isfinite(short := min(norm, most)): state.update(norm_step=n+1, norm_avg=0.9*total+0.1*short)
+
+# %% ../nbs/14_steppers.ipynb #ddfefd8b
+def one_ready(
+    p:Tensor, # Parameter with a gradient
+    state:dict, # Its state
+    d:Tensor, # Its finite estimate, smoothed, or `None`
+): # The diagonal for the steppers, `None` for a step without; 'waits' where there is nothing to step with
+    "Choose the diagonal of a parameter, and note its age"
+    if not state.get('do_hessian', True): d = p.grad.abs()
+    if d is None and 'hess_step' not in state:
+        state['late'] = True
+        return 'waits'
+    age = state.get('age', 0)
+    if d is not None: state.pop('late', None)
+    elif state.get('asked')==age: state['late'] = True
+    state['age'] = age+1
+    return d
+
+@patch
+def step(self:Work,
+    diags:dict, # Finite estimates by parameter, smoothed
+    noises:dict, # Draws of their noise by parameter
+    cbs, # Stats and steppers
+)->list: # The parameters that moved
+    "Move what has something to step with"
+    ready = [(p, s, h, one_ready(p, s, diags.get(p))) for p,(s,h) in self.items()]
+    ready = [(p, s, h, d, noises.get(p)) for p,s,h,d in ready if not isinstance(d, str)]
+    update(ready, cbs)
+    return [p for p,*_ in ready]
+
+# %% ../nbs/14_steppers.ipynb #8911dd1e
+def signed_average(
+    opt:Optimizer, # With a signed average of diagonals in its state
+    params:list, # Parameters to look up
+)->list: # Plain tensors like `params`, zeros before the first estimate
+    "The debiased signed average of the diagonal: a guess for a control variate"
+    of = {p: (s,h) for p,_,s,h in opt.all_params()}
+    def one(p, s, h):
+        if not s.get('hess_step'): return torch.zeros_like(p, requires_grad=False)
+        return s['avg_diag_hessian']/(1-h['sqr_mom']**s['hess_step'])
+    return [one(p, *of[p]) for p in params]
+
+# %% ../nbs/14_steppers.ipynb #6df17a2a
+def check_averages(
+    cbs, # Stats and steppers
+    i:int, # Place of the parameter
+    s:dict, # Its state; raises `ValueError` where something is missing
+):
+    "Refuse a state without the averages that its counts speak of"
+    need = [k for f,k in ((average_diag_hessian,'avg_diag_hessian'), (average_sqr_diag_hessian,'sqr_avg_diag_hessian')) if f in cbs]
+    if 'hess_step' not in s and not any(isinstance(v, Tensor) for v in s.values()): return
+    counts = [k for k in ('step','hess_step','age') if k!='step' or step_stat in cbs]
+    if lost := [k for k in counts if k not in s]: raise ValueError(f"the state of parameter {i} is incomplete, it has no {lost[0]}")
+    if lost := [k for k in (*need, 'grad_avg') if not isinstance(s.get(k), Tensor)]:
+        raise ValueError(f"the state of parameter {i} is of another kind of average, it has no {lost[0]}")
+
+def checked_steppers(
+    opt:Optimizer, # The optimizer that is to take `sd`
+    sd:dict, # From `state_dict`; raises `ValueError` if it is not of an optimizer like `opt`
+)->tuple: # Hyperparameters and state, copied for the parameters of `opt`
+    "Look at hyperparameters and averages before any of them is used"
+    check_groups(opt, sd, 'curvature')
+    for h in sd['hypers']: check_hypers(**h)
+    pairs = list(zip(opt.all_params().itemgot(0), sd['state']))
+    for i,(p,s) in enumerate(pairs):
+        for k,v in s.items(): check_entry(i, k, v, p)
+        check_averages(opt.cbs, i, s)
+    state = {p: {k: state_like(v, p) for k,v in s.items()} for p,s in pairs}
+    return L(dict(h) for h in sd['hypers']),defaultdict(dict, state)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from fastai.basics import Callback,DataLoaders,Learner,nn,partial,set_seed
 import fastai.callback.all  # chkstyle: ignore
 from adahessian_fastai.all import adahessian_paper as adahessian
+from adahessian_fastai.optimizer import due
 from twin import Twin
 
 # 50 steps of a contracting map amplify the last bit of float64 (1e-16) by less than 1e4
@@ -159,7 +160,7 @@ def test_update_each_pays_for_a_graph_only_when_due():
     model,dues = net(),[]
     opt = adahessian(list(model.parameters()), lr=0.1, update_each=3)
     for x,y in batches(7):
-        dues.append(bool(opt.due()[0]))
+        dues.append(bool(due(opt)[0]))
         opt.differentiate(F.cross_entropy(model(x),y))
         assert bool(opt.diags)==dues[-1]
         assert all(p.grad.grad_fn is None and not p.grad.requires_grad for p in model.parameters())

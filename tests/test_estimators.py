@@ -8,14 +8,14 @@ from fastai.basics import DataLoaders,Learner,MSELossFlat,nn,partial,set_seed
 from fastai.callback.all import GradientAccumulation,MixUp
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Lookahead
-from adahessian_fastai.adahessian import AdaHessian,adahessian_paper as adahessian
+from adahessian_fastai.adahessian import AdaHessian,AdaHessianWrapper,adahessian_paper as adahessian
 from adahessian_fastai.curvature import GaussNewton,Hessian
 from adahessian_fastai.estimators import ControlVariate,GNB,Given,Hutchinson
 from adahessian_fastai.hutchinson import control_variate_samples,gaussian_like,hutchinson_samples,mean_and_noise,rademacher_like,sample_mean
 from adahessian_fastai.learner import trainable_params
-from adahessian_fastai.optimizer import AdaHessianWrapper,signed_average
+from adahessian_fastai.optimizer import due
 from adahessian_fastai.problem import Problem
-from adahessian_fastai.steppers import average_sqr_diag_hessian
+from adahessian_fastai.steppers import average_sqr_diag_hessian,signed_average
 
 # A mean may be off by this many of its standard errors; one in 10^8 is, and there are some hundred entries
 STANDARD_ERRORS = 6
@@ -253,7 +253,7 @@ def test_probes_are_independent_between_parameters_estimates_and_ranks(monkeypat
     opt = adahessian([a,b], n_samples=1)
     draws = {}
     for rank in range(3):
-        monkeypatch.setattr('adahessian_fastai.optimizer.rank_distrib', lambda: rank)
+        monkeypatch.setattr('adahessian_fastai.learner.rank_distrib', lambda: rank)
         for opt.n_estimates in range(3):
             draw = opt.estimator.draw(opt.counts.rng())
             for k,p in dict(a=a, b=b).items(): draws[rank,opt.n_estimates,k] = draw(p, None)
@@ -416,7 +416,7 @@ def test_opted_out_parameters_train_on_their_gradients(kw):
     p = nn.Parameter(torch.tensor([3.,-1.]))
     opt = adahessian([p], lr=0.1, wd=0., **kw)
     opt.opt_out(p)
-    assert not opt.due()[0]
+    assert not due(opt)[0]
     opt.differentiate((p**3).sum()*torch.tensor(1.)-30*p[0])
     g = p.grad.clone()
     opt.step()

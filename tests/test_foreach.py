@@ -8,7 +8,8 @@ from torch import nn
 
 import adahessian_fastai.steppers as room
 from adahessian_fastai.adahessian import AdaHessian,adahessian_paper as adahessian
-from adahessian_fastai.optimizer import AdaHessianWrapper,all_finite
+from adahessian_fastai.adahessian import AdaHessianWrapper
+from adahessian_fastai.learner import all_finite
 from adahessian_fastai.sophia import sophia
 from adahessian_fastai.steppers import adahessian_step,average_sqr_diag_hessian,list_forms,loop_step,portions,update
 

@@ -6,7 +6,7 @@ from fastai.callback.training import GradientAccumulation
 from functools import partial
 from torch import nn
 from adahessian_fastai.all import AdaHessian,AdaHessianWrapper
-from adahessian_fastai.optimizer import Perturbation
+from adahessian_fastai.steppers import Perturbation
 from helpers_learner import HYPERS,ROUNDING,data,distance,fit,given,learner,mlp,one_loss,split
 from twin import Twin
 

@@ -8,7 +8,7 @@ from torch import nn
 from adahessian_fastai.adahessian import AdaHessian,adahessian_paper as adahessian
 from adahessian_fastai.hvp import difference_product,dual_gradient,gradient,hessian_product,moved,step_size,total_norm
 from adahessian_fastai.curvature import hvp_ways,nonsmooth,nonsmooth_graph,twice_differentiable,without_padding
-from adahessian_fastai.optimizer import AdaHessianWrapper
+from adahessian_fastai.adahessian import AdaHessianWrapper
 from adahessian_fastai.problem import Problem
 
 EXACT = 1e-10 # Relative, double precision: a dozen layers of rounding

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from fastai.basics import CrossEntropyLossFlat,DataLoaders,Learner,nn,partial,set_seed
 from fastai.callback.all import GradientClip
 from adahessian_fastai.hutchinson import rademacher_like
-from adahessian_fastai.optimizer import AdaHessianWrapper
+from adahessian_fastai.adahessian import AdaHessianWrapper
 from adahessian_fastai.problem import Problem
 from adahessian_fastai.sophia import sophia,sophia_step,win_rate
 

@@ -6,7 +6,7 @@ from functools import partial
 from torch import nn
 from adahessian_fastai.all import AdaHessian,AdaHessianWrapper,adahessian,sophia
 from adahessian_fastai.hvp import SharedContext,all_bits
-from adahessian_fastai.optimizer import Perturbation
+from adahessian_fastai.steppers import Perturbation
 from helpers_learner import data
 from test_leaks import hooks,settings
 

@@ -18,7 +18,7 @@ goals = {'lines of a body': 25, 'arguments': 15, 'lines too long': 0, 'lines too
     'cells without an example, %': 25, 'rules between arguments': 12}
 
 # What the code does not meet yet, with what it may be meanwhile: a line goes when its goal is met
-meanwhile = {'lines': 7970, "names an optimizer's room imports": 38, 'methods of AdaHessianWrapper': 13}
+meanwhile = {'lines': 7970, "names an optimizer's room imports": 20}
 
 def allowed(measure): return meanwhile.get(measure, goals[measure])
 
@@ -28,7 +28,7 @@ rules = dict(  # chkstyle: ignore-node
     schedule=["budget chooses update_each"],
     estimators=["optional=diagonal=='fisher'", "{what}={name!r} takes no"],
     batch=["self.held_out>=self.n_acc"],
-    optimizer=["takes its guess from the signed average", "debiased=True is for the average of squares", "debiased=True compares the samples", "a signed or debiased average needs"],
+    adahessian=["takes its guess from the signed average", "debiased=True is for the average of squares", "debiased=True compares the samples", "a signed or debiased average needs"],
     hessian_free=["which the object has", "grad, product and preconditioner go with a closure"],
     compare=["take one of fp16 and bf16"],
     translation=["d must be a multiple of 2*heads"])
