@@ -322,15 +322,18 @@ class Turn(NamedTuple):
 
     @classmethod
     def of_batch(cls,
-        learn:Learner, # At the start of a training batch; raises `ValueError` for a model in which curvature would be wrong
+        learn:Learner, # At the start of a training batch; raises `ValueError` where curvature or its average would be wrong
         due, # A `Due` of the schedule
         estimator, # Any estimator
         twice:bool=False, # Is every batch evaluated again?
+        n_acc:int=1, # Batches of a step
     ):
         "Decide on the rows, and take a snapshot where one is needed"
         params,share,n_samples = due
         estimator,model,bs = with_samples(estimator, n_samples),unwrapped(learn.model),find_bs(learn.xb)
         check_model(learn.model, is_first_order(estimator))
+        if n_acc>1 and callback_of(learn, GradientAccumulation):
+            raise ValueError(f"n_acc and GradientAccumulation do the same: use one of them, got {n_acc=}")
         reshard(learn.model)
         if not params or share==0: return cls(estimator, start=snapshot(model) if twice else None)
         rows = None if share is None or (n := n_rows(share, bs))>=bs else n

@@ -14,9 +14,9 @@ __all__ = ['nonsmooth_modules', 'nonsmooth_functions', 'hvp_ways', 'max_error', 
            'nonsmooth_graph', 'Local', 'check_dense', 'reverse', 'without_padding', 'forward', 'finite_difference',
            'batch_statistics', 'ModelWithLoss', 'compile_product', 'compiled', 'relative_error', 'trial_probes',
            'asymmetry_of', 'checked_reverse', 'exact_way', 'another_function', 'against_differences',
-           'refuse_difference', 'choose_way', 'Hessian', 'against_reverse', 'refuse_wrong', 'warn_asymmetric', 'Ride',
-           'outputs_again', 'PlainTensors', 'Evaluated', 'closed_hessian', 'NoProductError', 'AgreedError',
-           'FirstThatWorks', 'GaussNewton', 'agreed_costs', 'evaluated', 'way_product', 'OverBatches', 'mean_curvature']
+           'refuse_difference', 'choose_way', 'Hessian', 'against_reverse', 'Ride', 'outputs_again', 'PlainTensors',
+           'Evaluated', 'closed_hessian', 'NoProductError', 'AgreedError', 'FirstThatWorks', 'GaussNewton',
+           'agreed_costs', 'evaluated', 'way_product', 'OverBatches', 'mean_curvature']
 
 # %% ../nbs/08_curvature.ipynb #4338fba8
 import math,re,time,warnings,weakref
@@ -362,7 +362,10 @@ class Hessian:
         "The first product, looked at before it is believed"
         if self.used=='reverse':
             local,off = checked_reverse(problem, params, n_products)
-            if off>max_error and not problem.half: warn_asymmetric(off)
+            if off>max_error and not problem.half:
+                warnings.warn(f"The second derivative of this network is not symmetric (by {off:.2g}), so a function in it has a wrong "
+                    "one, or a gradient of its own making. hvp='finite_difference' does without it where the network is smooth, and "
+                    "estimator='gnb' everywhere", stacklevel=2)
         else: local = self.first_again(problem, params, n_products)
         self.trusted = True
         return local
@@ -373,8 +376,9 @@ class Hessian:
         if self.used=='finite_difference': refuse_difference(against_differences(problem, params, exact))
         local = hvp_ways[self.used](problem, params, n_products)
         if self.used=='finite_difference' or problem.half or way!='reverse': return local
-        try: refuse_wrong(self.used, against_reverse(problem, local, exact, params))
+        try: error = against_reverse(problem, local, exact, params)
         except NotImplementedError as e: raise ValueError(f"hvp={self.used!r} is not possible here, use hvp='reverse': {e}") from e
+        if error: raise ValueError(f"hvp={self.used!r} is wrong here: {error}. Use hvp='reverse'")
         return local
 
     def state_dict(self): return dict(used=self.used)
@@ -393,22 +397,6 @@ def against_reverse(
     if another_function(problem, local): return ''
     error = relative_error(hv, exact.product(v))
     return '' if error<=max_error else f"it is off by {error:.2g} from the double backward on the first batch"
-
-def refuse_wrong(
-    used:str, # Name of the method
-    reason:str, # What speaks against it, empty for nothing; raises `ValueError` otherwise
-):
-    "Refuse a method whose product is wrong"
-    if reason: raise ValueError(f"hvp={used!r} is wrong here: {reason}. Use hvp='reverse'")
-
-def warn_asymmetric(
-    off:float, # From `asymmetry`
-):
-    "Warn that what the double backward returns is no Hessian"
-    import warnings
-    warnings.warn(f"The second derivative of this network is not symmetric (by {off:.2g}), so a function in it has a wrong one, or a "
-        "gradient of its own making. hvp='finite_difference' does without it where the network is smooth, and estimator='gnb' "
-        "everywhere", stacklevel=2)
 
 # %% ../nbs/08_curvature.ipynb #27f1638d
 class Ride:

@@ -105,8 +105,8 @@ class ControlVariate(Hutchinson):
     ):
         if probe=='rademacher':
             raise ValueError("estimator='control_variate' changes nothing with Rademacher probes, as z² = 1: use probe='gaussian', or "
-                "the plain "
-                "estimator, whose variance is as low as that of Gaussian probes with a perfect control variate; got probe='rademacher'")
+                "the plain estimator, whose variance is as low as that of Gaussian probes with a perfect control variate; got "
+                "probe='rademacher'")
         super().__init__(curvature, n_samples, probe)
 
     def samples(self, product, params, draw, center): return control_variate_samples(product, params, center, self.n_samples, draw)

@@ -164,8 +164,7 @@ def loss_variables(
         if not terms: return on,gs
         on = [i for i in on if i not in terms]
     raise NoOutputs("the model returns nothing but its own loss, and the Gauss-Newton matrix of that is zero: let it return its "
-        "predictions and have "
-        "the loss function compare them with the targets, or take curvature='hessian'")
+        "predictions and have the loss function compare them with the targets, or take curvature='hessian'")
 
 # %% ../nbs/05_ggn.ipynb #21688b9f
 def loss_hessian(

@@ -11,7 +11,7 @@ to have little noise, so a batch is all samples or some thousands; for small bat
 # %% auto #0
 __all__ = ['groups', 'HessianFree', 'hessian_free', 'skipped', 'hyper_of', 'descended', 'decay', 'scaled', 'adapt', 'warm_start',
            'warm', 'present_state', 'note_skipped', 'put_hypers', 'warn_of_batch_norm', 'progress', 'upgraded_state',
-           'checked_state', 'check_own', 'grouped', 'made_group', 'checked_only', 'flat_signature']
+           'check_own', 'grouped', 'made_group', 'checked_only', 'flat_signature']
 
 # %% ../nbs/18_hessian_free.ipynb #9cc3f5b5
 import functools,inspect,math,time,warnings
@@ -26,9 +26,9 @@ from .cg import CG,Damping,LineSearch
 from .problem import Trial
 from .curvature import NoProductError,mean_curvature
 from .estimators import Preconditioner
-from .learner import check_entry,trainable_params,warn_rarely
+from .learner import check_part,trainable_params,warn_rarely,whole_number
 from .batch import Batches
-from .steppers import check_hypers
+from .steppers import check_hypers,checked_steppers
 from .adahessian import check_names
 from ._help import describe
 
@@ -345,7 +345,9 @@ def load_state_dict(self:HessianFree,
     sd:dict # From `state_dict`; raises `ValueError` if it is of another model or optimizer
 ):
     "Continue from `sd`; batches seen since the last step are forgotten"
-    own,hypers,state = checked_state(self, sd)
+    sd = upgraded_state(sd)
+    (hypers,state),own = checked_steppers(self, sd),sd['curvature']
+    check_own(own, state)
     self.hypers,self.state = hypers,state
     self.zero_grad()
     self.forget()
@@ -356,41 +358,23 @@ def load_state_dict(self:HessianFree,
 
 # %% ../nbs/18_hessian_free.ipynb #a46a9cea
 def upgraded_state(sd):
-    "The own part of a state, also of one from version 0.0.1"
-    if 'curvature' in sd or 'hessian_free' not in sd: return sd.get('curvature')
+    "A state in the form of today, also one from version 0.0.1"
+    if not isinstance(sd, dict) or 'curvature' in sd or 'hessian_free' not in sd: return sd
     old = sd['hessian_free']
-    return dict(counts={k: old[k] for k in ('n_steps','n_skipped')}, record=old['record'],
-        products=dict(costs=old.get('costs', {})), generator=old.get('generator'))
+    return {**sd, 'curvature': dict(counts={k: old[k] for k in ('n_steps','n_skipped')}, record=old['record'],
+        products=dict(costs=old.get('costs', {})), generator=old.get('generator'))}
 
-def checked_state(opt, sd):
-    "`sd` as counts and the like, hyperparameters, and state by parameter; raises `ValueError` where something does not fit"
-    own,ps = upgraded_state(sd) if isinstance(sd, dict) and {'state','hypers'}<=set(sd) else None,opt.all_params().itemgot(0)
-    if not isinstance(own, dict) or not {'counts','record','products','generator'}<=set(own):
-        raise ValueError(f"not a state of {type(opt).__name__} but of another optimizer: load the weights alone with `with_opt=False`, "
-            f"got {list(sd)}")
-    names = [set(h) for h in sd['hypers']]
-    if len(names)!=len(opt.hypers) or not all({'lr','wd','damping'}<=o for o in names):
-        raise ValueError(f"other parameter groups or hyperparameters: {names=}")
-    if len(sd['state'])!=len(ps): raise ValueError(f"the state is for {len(sd['state'])} parameters, the model has {len(ps)}")
-    for h in sd['hypers']: check_hypers(**h)
-    for i,(p,s) in enumerate(zip(ps, sd['state'])):
-        if isinstance(s, dict) and s.get('x0') is None: continue
-        if not isinstance(s, dict) or not isinstance(s['x0'], Tensor): raise ValueError(f"x0 of parameter {i} must be a tensor, got {s!r}")
-        check_entry(i, 'x0', s['x0'], p)
-    check_own(own)
-    state = {p: {k: o.to(p.device, copy=True) if k=='x0' else o for k,o in s.items()} for p,s in zip(ps, sd['state'])}
-    return own,L(dict(h) for h in sd['hypers']),state
-
-def check_own(own):
-    "Raise `ValueError` for counts, costs, a record or a generator that cannot be"
-    def number(v, kinds): return isinstance(v, kinds) and not isinstance(v, bool) and 0<=v<math.inf
-    for k in ('n_steps','n_skipped'):
-        if not number(v := own['counts'].get(k), int): raise SettingError(k, 'a whole number >= 0', v)
+def check_own(own, state):
+    "Raise `ValueError` for counts, costs, a record, a generator or a warm start that cannot be"
+    check_part('the state', own, dict.fromkeys(('counts','record','products','generator')))
+    check_part('counts', own['counts'], dict.fromkeys(('n_steps','n_skipped'), whole_number))
     for k,v in own['products'].get('costs', {}).items():
-        if not (isinstance(v, (tuple,list)) and len(v)==2 and all(number(o, (int,float)) for o in v)):
+        if not (isinstance(v, (tuple,list)) and len(v)==2 and all(isinstance(o, (int,float)) and 0<=o<math.inf for o in v)):
             raise SettingError(f'costs of {k}', 'two numbers >= 0', v)
     if not all(isinstance(r, dict) and 'step' in r for r in own['record']): raise ValueError("the record of the state is no list of steps")
     if own['generator'] is not None: torch.Generator().set_state(own['generator'].cpu())
+    odd = [x0 for s in state.values() if not isinstance(x0 := s.get('x0'), (Tensor,type(None)))]
+    if odd: raise ValueError(f"x0 of a parameter must be a tensor, got {odd[0]!r}")
 
 # %% ../nbs/18_hessian_free.ipynb #5fe9cde7
 groups = dict(cg=CG, damping=Damping, line_search=LineSearch, precondition=Preconditioner, batches=Batches)

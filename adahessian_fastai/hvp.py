@@ -491,9 +491,7 @@ def hessian_product(
     method:Literal['reverse','forward','finite_difference']='reverse', # How; raises `ValueError` for others
 ):
     "Product `v -> Hv` with the Hessian of `loss()`, evaluated afresh for each product"
-    if not isinstance(method, str) or method not in hvp_methods:
-        raise ValueError(f"method must be one of {list(hvp_methods)}, got {method=}")
-    return hvp_methods[method](loss, list(params))
+    return hvp_methods[check_choice('method', method, hvp_methods)](loss, list(params))
 
 # %% ../nbs/00_hvp.ipynb #341a2761
 class SharedContext:

@@ -13,7 +13,6 @@ __all__ = ['sassha', 'm_sassha']
 # %% ../nbs/19_sassha.ipynb #a0b1c420
 from typing import Literal
 from fastai.basics import *
-from .hvp import check_count
 from .estimators import made_estimator
 from .schedule import made_schedule
 from .steppers import Perturbation
@@ -50,7 +49,7 @@ def sassha(
     steppers = AdaHessian(params, lr, mom, sqr_mom, eps, wd, hessian_power, signed=True, clip=clip, cap=cap, spike=spike)
     est,when = made_estimator(estimator, curvature, hvp, n_samples=n_samples),made_schedule(update_each, hessian_bs, dense=dense)
     steppers.name = 'sassha'
-    return CurvatureOptimizer(steppers, est, when, torch.abs, check_count('n_acc', n_acc), perturb=Perturbation(rho, along))
+    return CurvatureOptimizer(steppers, est, when, torch.abs, n_acc, perturb=Perturbation(rho, along))
 
 @delegates(sassha)
 def m_sassha(

@@ -153,7 +153,6 @@ class Budget(Every):
 
     def known(self): return any(all(t[o] for o in (0,*self.parts())) for t in self.times.values())
 
-
     def state_dict(self): return dict(update_each=self.update_each, hessian_bs=self.hessian_bs, done=self.done)
     def load_state_dict(self, sd):
         "Go on from `sd`; measure anew where it is of another schedule"
@@ -245,7 +244,7 @@ def due_now(
 )->Due:
     "For which parameters an estimate is due"
     of = {p: (s, s.get('age', 0)) for p,s in states.items() if s.get('do_hessian', True)}
-    parts = {age: when.part(age) for _,age in of.values()}
+    parts = {age: when.part(age) for age in {age for _,age in of.values()}}
     due = [p for p,(s,age) in of.items() if s.get('late') or parts[age]!=0]
     if not any(of[p][0].get('late') or of[p][0].get('asked')!=of[p][1] for p in due): return Due()
     ages = [of[p][1] for p in due]

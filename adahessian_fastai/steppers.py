@@ -577,7 +577,7 @@ def check_averages(
 ):
     "Refuse a state without the averages that its counts speak of"
     need = [k for f,k in ((average_diag_hessian,'avg_diag_hessian'), (average_sqr_diag_hessian,'sqr_avg_diag_hessian')) if f in cbs]
-    if 'hess_step' not in s and not any(isinstance(v, Tensor) for v in s.values()): return
+    if not need or 'hess_step' not in s and not any(isinstance(v, Tensor) for v in s.values()): return
     counts = [k for k in ('step','hess_step','age') if k!='step' or step_stat in cbs]
     if lost := [k for k in counts if k not in s]: raise ValueError(f"the state of parameter {i} is incomplete, it has no {lost[0]}")
     if lost := [k for k in (*need, 'grad_avg') if not isinstance(s.get(k), Tensor)]:
