@@ -346,7 +346,7 @@ def load_state_dict(self:HessianFree,
 ):
     "Continue from `sd`; batches seen since the last step are forgotten"
     sd = upgraded_state(sd)
-    (hypers,state),own = checked_steppers(self, sd),sd['curvature']
+    (hypers,state),own = checked_steppers(self, sd, ('lr','wd','damping')),sd['curvature']
     check_own(own, state)
     self.hypers,self.state = hypers,state
     self.zero_grad()

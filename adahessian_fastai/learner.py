@@ -325,6 +325,7 @@ def check_groups(
     opt, # The optimizer that is to take `sd`
     sd:dict, # From `state_dict`; raises `ValueError` if it does not fit
     own:str, # The key that only optimizers like `opt` write
+    needs=None, # Hyperparameters that each group has to have; by default those that `opt` has
 ):
     "Refuse the state of another kind of optimizer, of other parameter groups, or of another model"
     if not isinstance(sd, dict) or not {'state','hypers',own} <= set(sd):
@@ -334,7 +335,7 @@ def check_groups(
         raise ValueError(f"{wrong[0]} must be a list of dicts, got {sd[wrong[0]]!r}")
     if not isinstance(sd[own], dict): raise ValueError(f"{own} must be a dict, got {sd[own]!r}")
     names,n = [set(o) for o in sd['hypers']],len(opt.all_params())
-    if len(names)!=len(opt.hypers) or not all(set(h)<=o for o,h in zip(names, opt.hypers)):
+    if len(names)!=len(opt.hypers) or not all(set(needs or h)<=o for o,h in zip(names, opt.hypers)):
         raise ValueError(f"other parameter groups or hyperparameters: {names=}")
     if odd := {k: v for h in sd['hypers'] for k,v in h.items() if v is not None and not (isinstance(v, (int,float)) and math.isfinite(v))}:
         raise ValueError(f"hyperparameters must be finite numbers, got {odd}")

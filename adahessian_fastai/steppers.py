@@ -586,9 +586,10 @@ def check_averages(
 def checked_steppers(
     opt:Optimizer, # The optimizer that is to take `sd`
     sd:dict, # From `state_dict`; raises `ValueError` if it is not of an optimizer like `opt`
+    needs=None, # Hyperparameters that each group has to have; by default those that `opt` has
 )->tuple: # Hyperparameters and state, copied for the parameters of `opt`
     "Look at hyperparameters and averages before any of them is used"
-    check_groups(opt, sd, 'curvature')
+    check_groups(opt, sd, 'curvature', needs)
     for h in sd['hypers']: check_hypers(**h)
     pairs = list(zip(opt.all_params().itemgot(0), sd['state']))
     for i,(p,s) in enumerate(pairs):
