@@ -10,7 +10,7 @@ the command line `adahessian-compare` does it for digits, Imagenette or a folder
 __all__ = ['optimizers', 'middles', 'muted', 'peak_memory', 'Meter', 'plain_progress', 'train_once', 'compare_optimizers',
            'comparison_table', 'fitted', 'plot_comparison', 'default_rate', 'rates_around', 'rates_table', 'plot_rates',
            'digits_dls', 'digits_cnn', 'folder_dls', 'get_dls', 'get_make_learner', 'parse_value', 'parse_opts',
-           'parse_lr', 'save_comparison', 'check_sizes', 'check_machine', 'prepare', 'main']
+           'parse_lr', 'save_comparison', 'check_machine', 'prepare', 'main']
 
 # %% ../nbs/22_compare.ipynb #f4dd424e
 import ast,math,os,sys,textwrap,time
@@ -367,11 +367,6 @@ def save_comparison(
     return table(runs)
 
 # %% ../nbs/22_compare.ipynb #490b90eb
-def check_sizes(**sizes):
-    "Raise `ValueError` for a size or count below 1"
-    for k,v in sizes.items():
-        if v<1: raise ValueError(f"{k} must be >= 1, got {k}={v}")
-
 def check_machine(fp16, bf16, out):
     "Raise `ValueError` for a precision that the machine lacks, and for a file where results are to lie"
     if fp16 and bf16: raise ValueError("take one of fp16 and bf16")
@@ -380,8 +375,8 @@ def check_machine(fp16, bf16, out):
 
 def prepare(data, arch, size, bs, epochs, opts, lr, rates, seeds, fp16, bf16, out):
     "Arguments for `compare_optimizers` from those of the command line; raises `ValueError` or `OSError`"
-    check_sizes(size=size, bs=bs, epochs=epochs, seeds=seeds)
-    if rates<0: raise ValueError(f"rates must be >= 0, got {rates=}")
+    for k,v in dict(size=size, bs=bs, epochs=epochs, seeds=seeds).items(): check_count(k, v)
+    check_count('rates', rates, 0)
     check_machine(fp16, bf16, out)
     cbs = [MixedPrecision(AMPMode.FP16 if fp16 else AMPMode.BF16)] if fp16 or bf16 else []
     opts,n = parse_opts(opts),rates or (5 if data=='digits' and not lr else 1)

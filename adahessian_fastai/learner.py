@@ -395,13 +395,8 @@ def state_like(
 # %% ../nbs/10_learner.ipynb #66d0f15b
 class LossGuard:
     "Says once that the average loss has grown far above its best"
-    def __init__(self,
-        factor:float=10., # How far is far
-        beta:float=0.98, # The average's weight of the past
-    ):
-        self.factor,self.beta = factor,beta
-        self.reset()
-
+    factor,beta = 10.,0.98 # How far is far, and the average's weight of the past
+    def __init__(self): self.reset()
     def reset(self): self.n,self.sum,self.first,self.best,self.told = 0,0.,None,math.inf,False
 
     def __call__(self,

@@ -36,19 +36,13 @@ def remedy(
     return f"take a smaller learning rate than lr={h['lr']:.3g}{bounds}"
 
 # %% ../nbs/15_optimizer.ipynb #41727c9e
-def check_seen(
-    opt, # `CurvatureOptimizer`
-    work:dict, # The parameters that a step would move; raises `ValueError`
-):
+def check_seen(opt, work):
     "Refuse gradients that came past `differentiate` where there is no average to step with"
     if opt.n_batches or all('hess_step' in s or not s.get('do_hessian', True) for s,_ in work.values()): return
     raise ValueError("there is no estimate to step with: call `opt.differentiate(loss)` in place of `loss.backward()`; in a Learner "
         "give `opt_func=adahessian` itself, without `OptimWrapper`")
 
-def skip_step(
-    opt, # `CurvatureOptimizer`
-    why:str, # For the warning
-):
+def skip_step(opt, why):
     "Count a step that is not made, and drop what was pending"
     opt.counts.warn('n_skipped', why)
     opt.pending = Pending()

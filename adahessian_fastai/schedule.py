@@ -21,10 +21,9 @@ from .hvp import check_count
 from .learner import cross_rank_mean
 from .batch import n_rows,plain_number
 
-# %% ../nbs/13_schedule.ipynb #dc029340
+# %% ../nbs/13_schedule.ipynb #3c31fec2
 def _is_pair(o): return isinstance(o, (tuple,list)) and len(o)==2
 
-# %% ../nbs/13_schedule.ipynb #3c31fec2
 def check_period(
     update_each, # A whole number >= 1, or a pair of them; raises `ValueError` for anything else
 ):
@@ -147,9 +146,8 @@ class Budget(Every):
 
     def parts(self):
         "The parts of the batch that are compared"
-        return (least_part,1.) if self.auto else (self.fixed(),)
-
-    def fixed(self): return 1. if self.hessian_bs is None else rows_due(self.last_measured, self.hessian_bs)
+        if self.auto: return least_part,1.
+        return (1. if self.hessian_bs is None else rows_due(self.last_measured, self.hessian_bs),)
 
     def known(self): return any(all(t[o] for o in (0,*self.parts())) for t in self.times.values())
 

@@ -31,14 +31,12 @@ def _estimator(opt):
     if not isinstance(est, Hutchinson): return deepcopy(est)
     return Hutchinson(Hessian() if isinstance(est.curvature, Hessian) else deepcopy(est.curvature), est.n_samples)
 
-def _zeros(params): return [torch.zeros_like(p, requires_grad=False) for p in params]
-
 def _seen(learn, opt, params, b, est, rng):
     "Gradient, and its square or the diagonal (squared, where `opt` averages squares) on the batch `b`"
     with problem_of(learn, b, params) as problem,hooks_disabled(params):
         gs = [torch.zeros_like(p) if g is None else g for p,g in zip(params, problem.gradient(retain_graph=True))]
         gs = [g.detach() for g in gs]
-        ds = [opt.smooth(d) for d in est(problem, params, rng, _zeros).diag] if est else gs
+        ds = [opt.smooth(d) for d in est(problem, params, rng, lambda ps: [torch.zeros_like(p) for p in ps]).diag] if est else gs
     return [*gs, *(ds if average_diag_hessian in opt.cbs else [d**2 for d in ds])]
 
 # %% ../nbs/21_stability.ipynb #304ac708

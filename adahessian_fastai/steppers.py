@@ -9,8 +9,8 @@ about is not their business."""
 # %% auto #0
 __all__ = ['signed_adahessian_step', 'forms', 'cpu_portion', 'average_sqr_diag_hessian', 'average_diag_hessian', 'denominator',
            'bounded', 'adahessian_step', 'sophia_step', 'Portion', 'list_forms', 'portions', 'foreach_step',
-           'loop_step', 'update', 'Perturbation', 'perturbed', 'check_hypers', 'put_hyper', 'Pending', 'check_pending',
-           'Work', 'one_ready', 'signed_average', 'check_averages', 'checked_steppers']
+           'loop_step', 'update', 'Perturbation', 'perturbed', 'check_hypers', 'put_hyper', 'Pending', 'Work',
+           'one_ready', 'signed_average', 'check_averages', 'checked_steppers']
 
 # %% ../nbs/14_steppers.ipynb #bc6ee5b2
 import itertools,math
@@ -423,10 +423,8 @@ class Pending:
                 pending[p] = pending[p].add_(d) if p in pending else d
         cross_rank_mean(self.tensors(), self.group)
 
-    def look(self,
-        grads:list, # Gradients of the step
-    )->tuple: # Losses as numbers, and norms of `grads` and of the estimates; one host synchronisation where all is well
-        "What could spoil an average, see `look`"
+    def look(self, grads):
+        "Losses as numbers, and norms of `grads` and of the estimates; one host synchronisation where all is well"
         return look(self.losses, grads, list(self.diags.values()))
 
     def __getstate__(self): return {**vars(self), 'losses': [o.clone() for o in self.losses], 'grads': [p.grad for p in self.params]}
@@ -465,18 +463,6 @@ def state(self:Pending,
     own = {k: vars(self)[k] for k in ('n_batches','n_items','scaled','share')}
     return dict(own, losses=[l.item() for l in self.losses], grads=[p.grad for p in params], **by)
 
-def check_pending(
-    params:list, # All parameters
-    sd, # What is pending; raises `ValueError`
-):
-    "Refuse what cannot be pending"
-    check_part('pending', sd, _rules)
-    for k in ('grads','diags','noises'):
-        if len(sd[k])!=len(params): raise ValueError(f"what is pending is for {len(sd[k])} parameters, the model has {len(params)}")
-        for i,(v,p) in enumerate(zip(sd[k], params)):
-            if v is not None and not isinstance(v, Tensor): raise ValueError(f"{k} of parameter {i} must be a tensor, got {v!r}")
-            check_entry(i, k, v, p, finite=False)
-
 @patch(cls_method=True)
 def of_state(cls:Pending,
     params:list, # All parameters
@@ -485,7 +471,12 @@ def of_state(cls:Pending,
     "Continue with what was pending"
     new,sd = cls(),own.get('pending')
     if 'pending' not in own: return new,[None]*len(params)
-    check_pending(params, sd)
+    check_part('pending', sd, _rules)
+    for k in ('grads','diags','noises'):
+        if len(sd[k])!=len(params): raise ValueError(f"what is pending is for {len(sd[k])} parameters, the model has {len(params)}")
+        for i,(v,p) in enumerate(zip(sd[k], params)):
+            if v is not None and not isinstance(v, Tensor): raise ValueError(f"{k} of parameter {i} must be a tensor, got {v!r}")
+            check_entry(i, k, v, p, finite=False)
     kept = {k: [state_like(o, p) for o,p in zip(sd[k], params)] for k in ('grads','diags','noises')}
     vars(new).update({k: sd[k] for k in ('n_batches','n_items','scaled','share')}, params=list(params),
         losses=[torch.tensor([o], device=params[0].device) for o in sd['losses']],
