@@ -364,7 +364,7 @@ def check_parts(
     for k,o in rules.items(): check_part(k, own[k], o)
 
 # %% ../nbs/10_learner.ipynb #2630a081
-_counted = ('step','hess_step','age','asked','norm_step')
+_counted,_weighed = ('step','age','asked','norm_step'),('hess_step','hess_weight','norm_avg')
 
 def check_entry(
     i:int, # Place of the parameter
@@ -383,7 +383,8 @@ def check_entry(
         if finite and not all_finite([v.detach()]): raise ValueError(f"{where} is not finite")
     elif k in _counted and (isinstance(v, bool) or not isinstance(v, int) or v<0):
         raise ValueError(f"{where} must be a whole number >= 0, got {v!r}")
-    if k=='norm_avg' and not (isinstance(v, float) and 0<=v<math.inf): raise ValueError(f"{where} must be a number >= 0, got {v!r}")
+    elif k in _weighed and (isinstance(v, bool) or not isinstance(v, (int,float)) or not 0<=v<math.inf):
+        raise ValueError(f"{where} must be a number >= 0, got {v!r}")
 
 def state_like(
     o, # Entry of a state

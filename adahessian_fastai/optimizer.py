@@ -242,7 +242,8 @@ def step(self:CurvatureOptimizer, closure=None):
     self.counts.see_flat(*work.flat_ones(grads, pending.diags, diags))
     if pending.scaled: self.curvature_scale.update(all(ok)) # An overflow of half precision may hide behind finite numbers elsewhere
     if pending.scaled and not all(ok): ok = [False]*len(ok)
-    moved = work.step(*for_steppers(self, work, {p: d for (p,d),o in zip(pending.diags.items(), ok) if o}), self.opt.cbs)
+    diags,noises = for_steppers(self, work, {p: d for (p,d),o in zip(pending.diags.items(), ok) if o})
+    moved = work.step(diags, noises, self.opt.cbs, self.when)
     if not all(ok): self.counts.warn('n_dropped', f"The estimate of the diagonal is not finite for {ok.count(False)} of {len(ok)} "
         f"parameters: dropped there")
     if work and not moved: return skip_step(self, "No parameter moves, for none has an estimate that is finite: step skipped")
