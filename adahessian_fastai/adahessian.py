@@ -2,7 +2,7 @@
 
 Adam divides momentum by the size of past gradients. AdaHessian divides it by the curvature of the loss: where the loss is steeply
 curved the step is short, where it is flat the step is long. One more backward pass gives an estimate of the Hessian's diagonal, and
-the moving average of such estimates is the curvature that it divides by.
+AdaHessian divides by the moving average of such estimates.
 The method is Yao et al., *AdaHessian: An Adaptive Second Order Optimizer for Machine Learning*, arXiv 2006.00719. The shape of the API
 comes from the fastai forum's version."""
 
