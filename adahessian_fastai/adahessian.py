@@ -132,7 +132,8 @@ def plain_params(
         raise ValueError("the parameters are groups in PyTorch's form: give `opt_func=adahessian` itself, without `OptimWrapper`, and "
             "in a plain loop lists of parameters")
     flat = [p for o in params for p in (o if isinstance(o, (list,tuple,L)) else [o])]
-    if odd := {type(p).__name__ for p in flat if not isinstance(p, Tensor)} or ({'nothing'} if not flat else None):
+    if not flat: raise ValueError("params must be parameters, got nothing to train: is the whole model frozen, or was a generator used twice?")
+    if odd := {type(p).__name__ for p in flat if not isinstance(p, Tensor)}:
         raise ValueError(f"params must be parameters, such as `model.parameters()`, or lists of them as groups, got "
             f"{', '.join(sorted(odd))}")
     check_real(flat)

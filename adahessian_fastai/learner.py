@@ -188,6 +188,9 @@ def lr_untouched(
 @patch
 def create_opt(self:Learner):
     "fastai's `create_opt`; a learning rate that nobody gave becomes the optimizer's own `default_lr`"
+    if not callable(self.opt_func):
+        raise TypeError("opt_func must be a function that makes an optimizer, such as `adahessian` or `partial(adahessian, lr=0.1)`, got "
+            f"{self.opt_func if isinstance(self.opt_func, str) else type(self.opt_func).__name__!r}")
     old,untouched,of_partial = self.opt,lr_untouched(self),vars(self).get('lr_of_partial')==self.lr
     if untouched: self.lr = _fastai_lr
     self._orig_create_opt()

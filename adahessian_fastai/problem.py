@@ -38,7 +38,10 @@ class Problem:
         count:float=1., # Items that the loss is a mean of
         half:bool=False, # Is something computed in half precision?
         rescaled=noop, # `product -> product`: undoes what `loss` was multiplied by for a second derivative
-    ): store_attr()
+    ): # Raises `ValueError` for a loss that is not one number with its graph
+        if not isinstance(loss, Tensor): raise ValueError(f"loss must be a tensor of one number with its graph, got {loss=}")
+        if loss.numel()!=1: raise ValueError(f"loss must be one number, such as its mean, got a tensor of shape {tuple(loss.shape)}")
+        store_attr()
 
     inputs,obstacle = None,'this problem has no `inputs` to call its model with' # For what calls the model as a function of its parameters
     def preserving(self): return nullcontext() # Around such a call

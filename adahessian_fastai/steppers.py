@@ -65,7 +65,7 @@ def denominator(
 )->Tensor: # Shaped like the parameter; raises `ValueError` without an estimate
     "What the step of a parameter divides by"
     if state.get('avg_diag_hessian') is None and not state.get('hess_step'):
-        raise ValueError("this step needs a diagonal: wrap the optimizer in `AdaHessianWrapper`")
+        raise ValueError("this step needs a diagonal: give `opt_func=adahessian` (or `sophia`), or wrap the optimizer in `AdaHessianWrapper`")
     if 'hessian_power' not in hyper: return state['avg_diag_hessian'].mul(hyper['rho']).clamp_(min=hyper['eps'])
     debias2,power = debias(hyper['sqr_mom'], 1-hyper['sqr_mom'], state['hess_step']),hyper['hessian_power']
     if state.get('sqr_avg_diag_hessian') is None: d = (state['avg_diag_hessian']/debias2).abs_().pow_(power)
