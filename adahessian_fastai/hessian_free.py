@@ -217,8 +217,7 @@ def step(self:HessianFree,
     if any(o is not None for o in (grad, product, preconditioner)):
         raise ValueError("grad, product and preconditioner go with a closure: step(closure, product=...)")
     if not b.pending and not b.rounds and any(p.grad is not None for p in ps):
-        raise ValueError("there is a gradient and no batch to step on: in a plain loop give `step` a closure that returns loss and outputs, "
-            "without `backward`; in a Learner give `opt_func=hessian_free` itself")
+        raise ValueError("there is no batch to step on: in a plain loop give `step` a closure that returns loss and outputs")
     b.close(ps)
     if len(b.rounds)==b.n_acc: return self.update(partial(b.ready, ps))
 

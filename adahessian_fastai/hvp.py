@@ -265,11 +265,10 @@ def hooks_disabled(
 def missing_second_derivative():
     "Say what helps where PyTorch says that a function has no second derivative"
     try: yield
-    except (RuntimeError,NotImplementedError) as e:
-        if not re.search('derivative for .* is not implemented', str(e)): raise
-        raise RuntimeError(f"{e}: it has no second derivative. For attention and recurrent layers compute the loss inside `with "
-            "twice_differentiable(model):`. Else take, for adahessian, estimator='gnb', or hvp='forward', or hvp='finite_difference' in a "
-            "smooth network") from e
+    except RuntimeError as e:
+        if 'is not implemented' not in str(e): raise
+        raise RuntimeError(f"{e}: compute attention and recurrent layers inside `with twice_differentiable(model):`. Else take, for "
+            "adahessian, estimator='gnb', or hvp='forward', or hvp='finite_difference' in a smooth network") from e
 
 # %% ../nbs/00_hvp.ipynb #41a7ed3c
 def graph_product(

@@ -20,7 +20,7 @@ def loss_of(model): return model(torch.randn(8,3)).square().mean()
 
 IN_A_LEARNER = dict(
     an_optimizer_instead_of_its_maker=(lambda: adahessian(mlp().parameters()), {}, r"opt_func must be a function.*`partial\(adahessian, lr=0.1\)`"),
-    its_name=(lambda: 'adahessian', {}, "opt_func must be a function.*got 'adahessian'"),
+    its_name=(lambda: 'adahessian', {}, "opt_func must be a function.*got str"),
     the_bare_steppers=(lambda: partial(AdaHessian, lr=0.1), {}, 'give `opt_func=adahessian`'),
     the_bare_steppers_of_sophia=(lambda: partial(Sophia, lr=0.1), {}, 'or `sophia`'),
     a_rate_in_quotes=(lambda: partial(adahessian, lr='0.1'), {}, "lr must be .*got lr='0.1'"),
@@ -38,10 +38,10 @@ def test_in_a_learner(name):
 def test_a_learner_without_a_parameter_to_train():
     learn = learner(adahessian)
     for p in learn.model.parameters(): p.requires_grad_(False)
-    with pytest.raises(ValueError, match='is the whole model frozen'): fitted(learn)
+    with pytest.raises(ValueError, match='is all of it frozen'): fitted(learn)
 
-@pytest.mark.parametrize('spoil,said', [(lambda l: l.item(), 'tensor of one number with its graph, got loss='),
-    (lambda l: l.repeat(8), r'such as its mean, got .*\(8,\)')])
+@pytest.mark.parametrize('spoil,said', [(lambda l: l.item(), 'tensor of one number with its graph'),
+    (lambda l: l.repeat(8), r'such as a mean, got .*8')])
 def test_a_loss_that_is_not_one_number(spoil, said):
     model = nn.Linear(3,1)
     with pytest.raises(ValueError, match=said): adahessian(model.parameters()).differentiate(spoil(loss_of(model)))
