@@ -1100,6 +1100,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'adahessian_fastai/schedule.py'),
                                             'adahessian_fastai.schedule.Every.tick': ( 'schedule.html#every.tick',
                                                                                        'adahessian_fastai/schedule.py'),
+                                            'adahessian_fastai.schedule.Every.weight': ( 'schedule.html#every.weight',
+                                                                                         'adahessian_fastai/schedule.py'),
                                             'adahessian_fastai.schedule._is_pair': ( 'schedule.html#_is_pair',
                                                                                      'adahessian_fastai/schedule.py'),
                                             'adahessian_fastai.schedule.check_period': ( 'schedule.html#check_period',

@@ -35,7 +35,7 @@ def adahessian(
     clip:float=3., # Largest entry of a step, in root mean squares of its tensor; 0 or `None` for no bound
     cap:float=0.1, # Largest root mean square of a tensor's step before it is multiplied by `lr`; 0 or `None` for no bound
     spike:float=2., # Largest length of the gradient, in running means of that length; 0 or `None` for no bound
-    rho:float=0.1, # Take loss and curvature at θ - ρm/‖m‖ and not at θ, ρ; 0 or `None` for θ itself
+    rho:float=0.2, # Take loss and curvature at θ - ρm/‖m‖ and not at θ, ρ; 0 or `None` for θ itself
     signed:bool=False, # Average the signed diagonal over time and not its square?
     block_length=32, # Entries averaged together in a matrix; 1 for none, 'row', or a dict by rank: see `check_block_length`
     average_kernels:bool=True, # Average over the kernels of convolutions?

@@ -388,6 +388,7 @@ def one_ready(
     p:Tensor, # Parameter with a gradient
     state:dict, # Its state
     d:Tensor, # Its finite estimate, smoothed, or `None`
+    weight, # `age -> weight` of an estimate in the average
 ): # The diagonal for the steppers, `None` for a step without; 'waits' where there is nothing to step with
     "Choose the diagonal of a parameter, and note its age"
     if not state.get('do_hessian', True): d = p.grad.abs()
@@ -395,7 +396,9 @@ def one_ready(
         state['late'] = True
         return 'waits'
     age = state.get('age', 0)
-    if d is not None: state.pop('late', None)
+    if d is not None:
+        state.pop('late', None)
+        state['hess_weight'] = weight(age) if state.get('do_hessian', True) else 1
     elif state.get('asked')==age: state['late'] = True
     state['age'] = age+1
     return d
@@ -411,7 +414,8 @@ def ready_for_step(
     noises = {p: e for p,e in opt.noises.items() if p in diags}
     if noises: opt.noise_record.append((opt.n_steps, signal_to_noise(opt.param_lists, diags, noises)))
     diags,noises = (smoothed(opt, {p: d for p,d in o.items() if p in work}) for o in (diags, noises if opt.debiased else {}))
-    ready = [(p, s, h, one_ready(p, s, diags.get(p))) for p,(s,h) in work.items()]
+    weight = getattr(opt.when, 'weight', lambda age: 1)
+    ready = [(p, s, h, one_ready(p, s, diags.get(p), weight)) for p,(s,h) in work.items()]
     return [(p, s, h, d, noises.get(p)) for p,s,h,d in ready if not isinstance(d, str)]
 
 # %% ../nbs/15_optimizer.ipynb #5665e816
@@ -446,7 +450,7 @@ def upgraded(
     return dict(state=state, hypers=hypers, curvature=new)
 
 # %% ../nbs/15_optimizer.ipynb #2b47b053
-_counted = ('step','hess_step','age','asked','norm_step')
+_counted,_weighed = ('step','age','asked','norm_step'),('hess_step','hess_weight','norm_avg')
 
 def check_entry(
     i:int, # Place of the parameter
@@ -465,7 +469,7 @@ def check_entry(
         if finite and not all_finite([v.detach()]): raise ValueError(f"{where} is not finite")
     elif k in _counted and (isinstance(v, bool) or not isinstance(v, int) or v<0):
         raise ValueError(f"{where} must be a whole number >= 0, got {v!r}")
-    if k=='norm_avg' and not (isinstance(v, float) and 0<=v<math.inf): raise ValueError(f"{where} must be a number >= 0, got {v!r}")
+    elif k in _weighed and (isinstance(v, bool) or not isinstance(v, (int,float)) or not 0<=v<math.inf): raise ValueError(f"{where} must be a number >= 0, got {v!r}")
 
 def check_averages(
     opt, # `CurvatureOptimizer`
@@ -475,7 +479,7 @@ def check_averages(
     "Refuse a state without the averages that its counts speak of"
     need = [k for f,k in ((average_diag_hessian,'avg_diag_hessian'), (average_sqr_diag_hessian,'sqr_avg_diag_hessian')) if f in opt.opt.cbs]
     if 'hess_step' not in s and not any(isinstance(v, Tensor) for v in s.values()): return
-    counts = [k for k in _counted[:3] if k!='step' or step_stat in opt.opt.cbs]
+    counts = [k for k in ('step','hess_step','age') if k!='step' or step_stat in opt.opt.cbs]
     if lost := [k for k in counts if k not in s]: raise ValueError(f"the state of parameter {i} is incomplete, it has no {lost[0]}")
     if lost := [k for k in (*need, 'grad_avg') if not isinstance(s.get(k), Tensor)]:
         raise ValueError(f"the state of parameter {i} is of another kind of average, it has no {lost[0]}")

@@ -93,6 +93,13 @@ class Every:
         "How many probes has the next step's estimate at least?"
         return self.probes if age<self.dense else 1
 
+    def weight(self,
+        age:int, # Steps that were made
+    )->float: # 1 for those at every k-th step
+        "For how many estimates does the next step's count in an average?"
+        k = self.update_each[1] if _is_pair(self.update_each) else self.update_each
+        return 1/k if age<self.dense else 1
+
     def begin(self): "An epoch begins"
     def tick(self, n_steps, part, **kwargs): "A step ended"
     def state_dict(self): return {}

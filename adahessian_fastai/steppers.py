@@ -28,15 +28,17 @@ def average_sqr_diag_hessian(
     diag_hessian=None, # Estimated diagonal, shaped like `p`; `None` on a step without estimate
     sqr_avg_diag_hessian=None, # The average so far, vₜ
     hess_step=0, # Estimates in the average
+    hess_weight=1, # How many ordinary estimates this one counts for
     diag_noise=None, # A draw of the error of `diag_hessian`, whose square is subtracted; `None` to leave the bias in
     **kwargs
 ):
     "Moving average of the squared `diag_hessian`, with the count of its estimates"
     if diag_hessian is None: return
     if sqr_avg_diag_hessian is None: sqr_avg_diag_hessian = torch.zeros_like(p, requires_grad=False)
-    sqr_avg_diag_hessian.mul_(sqr_mom).addcmul_(diag_hessian, diag_hessian, value=1-sqr_mom)
-    if diag_noise is not None: sqr_avg_diag_hessian.addcmul_(diag_noise, diag_noise, value=sqr_mom-1)
-    return {'sqr_avg_diag_hessian': sqr_avg_diag_hessian, 'hess_step': hess_step+1}
+    past = sqr_mom**hess_weight
+    sqr_avg_diag_hessian.mul_(past).addcmul_(diag_hessian, diag_hessian, value=1-past)
+    if diag_noise is not None: sqr_avg_diag_hessian.addcmul_(diag_noise, diag_noise, value=past-1)
+    return {'sqr_avg_diag_hessian': sqr_avg_diag_hessian, 'hess_step': hess_step+hess_weight}
 
 average_sqr_diag_hessian.defaults = dict(sqr_mom=0.999)
 
@@ -47,13 +49,14 @@ def average_diag_hessian(
     diag_hessian=None, # Estimated diagonal, shaped like `p`; `None` on a step without estimate
     avg_diag_hessian=None, # The average so far, cₜ
     hess_step=0, # Estimates in the average
+    hess_weight=1, # How many ordinary estimates this one counts for
     **kwargs
 ):
     "Moving average of the signed `diag_hessian`, with the count of its estimates"
     if diag_hessian is None: return
     if avg_diag_hessian is None: avg_diag_hessian = torch.zeros_like(p, requires_grad=False)
-    avg_diag_hessian.mul_(sqr_mom).add_(diag_hessian, alpha=1-sqr_mom)
-    return {'avg_diag_hessian': avg_diag_hessian, 'hess_step': hess_step+1}
+    avg_diag_hessian.mul_(past := sqr_mom**hess_weight).add_(diag_hessian, alpha=1-past)
+    return {'avg_diag_hessian': avg_diag_hessian, 'hess_step': hess_step+hess_weight}
 
 average_diag_hessian.defaults = dict(sqr_mom=0.999)
 
@@ -129,9 +132,11 @@ class Portion:
         hess_step, # Estimates in the averages with these
         do_wd, # Apply weight decay?
         hyper, # Hyperparameters of the group
+        weight=1, # How many ordinary estimates the new ones count for
     ):
         self.ps,self.gs,self.ms,self.vs,self.ds,self.es = ([o for o in ts if o is not None] for ts in zip(*rows))
         self.step,self.hess_step,self.do_wd,self.h = step,hess_step,do_wd,SimpleNamespace(**hyper)
+        self.past = self.h.sqr_mom**weight
 
 # %% ../nbs/14_steppers.ipynb #451dfe19
 def _lists_decay(b): b.do_wd and b.h.wd!=0 and torch._foreach_add_(b.ps, b.ps, alpha=-b.h.lr*b.h.wd)
@@ -139,13 +144,13 @@ def _lists_l2(b): b.do_wd and b.h.wd!=0 and torch._foreach_add_(b.gs, b.ps, alph
 def _lists_grad(b): torch._foreach_lerp_(b.ms, b.gs, 1-b.h.mom)
 
 # %% ../nbs/14_steppers.ipynb #a43fe737
-def _lists_diag(b): b.ds and torch._foreach_lerp_(b.vs, b.ds, 1-b.h.sqr_mom)
+def _lists_diag(b): b.ds and torch._foreach_lerp_(b.vs, b.ds, 1-b.past)
 
 def _lists_sqr_diag(b):
     if not b.ds: return
-    torch._foreach_mul_(b.vs, b.h.sqr_mom)
-    torch._foreach_addcmul_(b.vs, b.ds, b.ds, value=1-b.h.sqr_mom)
-    if b.es: torch._foreach_addcmul_(b.vs, b.es, b.es, value=b.h.sqr_mom-1)
+    torch._foreach_mul_(b.vs, b.past)
+    torch._foreach_addcmul_(b.vs, b.ds, b.ds, value=1-b.past)
+    if b.es: torch._foreach_addcmul_(b.vs, b.es, b.es, value=b.past-1)
 
 # %% ../nbs/14_steppers.ipynb #9b3daba0
 def _clamp(ts, x):
@@ -232,7 +237,7 @@ def _remember(p, state, d, name, count):
     if 'grad_avg' not in state: state['grad_avg'] = torch.zeros_like(p.grad)
     if d is None: return
     if name not in state: state[name] = torch.zeros_like(p, requires_grad=False)
-    state['hess_step'] = state.get('hess_step', 0)+1
+    state['hess_step'] = state.get('hess_step', 0)+state.get('hess_weight', 1)
 
 @torch.no_grad()
 def foreach_step(
@@ -244,13 +249,14 @@ def foreach_step(
     name,groups,hypers = 'avg_diag_hessian' if average_diag_hessian in cbs else 'sqr_avg_diag_hessian',defaultdict(list),{}
     for p,state,hyper,d,e in work:
         _remember(p, state, d, name, step_stat in cbs)
-        key = (id(hyper), state.get('step'), state['hess_step'], state.get('do_wd', True), d is None, e is None, p.dtype, p.device)
+        counts = map(state.get, ('step','hess_step','hess_weight','do_wd'), (None,0,1,True))
+        key = (id(hyper), *counts, d is None, e is None, p.dtype, p.device)
         hypers[id(hyper)] = hyper
         groups[key].append((p.data, p.grad, state['grad_avg'], state[name], d, e))
-    for (id_hyper,step,hess_step,do_wd,*_,device),rows in groups.items():
+    for (id_hyper,step,hess_step,weight,do_wd,*_,device),rows in groups.items():
         whole = device.type!='cpu' or shard_mesh(r[0] for r in rows) or hypers[id_hyper].get('clip') or hypers[id_hyper].get('cap')
         for part in [rows] if whole else portions(rows, cpu_portion):
-            b = Portion(part, step, hess_step, do_wd, hypers[id_hyper])
+            b = Portion(part, step, hess_step, do_wd, hypers[id_hyper], weight)
             for f in fs: f(b)
 
 # %% ../nbs/14_steppers.ipynb #baa274d9

@@ -5,11 +5,13 @@ import pytest,torch
 import torch.nn.functional as F
 from fastai.basics import Callback,DataLoaders,Learner,nn,partial,set_seed
 import fastai.callback.all  # chkstyle: ignore
-from adahessian_fastai.all import adahessian_paper as adahessian
-from twin import Twin
+from adahessian_fastai.all import adahessian as as_it_comes,adahessian_paper as adahessian
+from twin import AsItComes,Twin
 
 # 50 steps of a contracting map amplify the last bit of float64 (1e-16) by less than 1e4
 ROUNDING = 1e-12
+# Lengths of gradients are compared in float32, so one that is shortened is shortened to seven digits
+SINGLE = 1e-8
 HYPERS = dict(lr=0.1, mom=0.9, sqr_mom=0.99, eps=1e-3, wd=0.02, hessian_power=1.)
 
 
@@ -80,20 +82,37 @@ class Diary(Callback):
     def before_step(self): self.entries.append((self.x, self.y, dict(self.opt.hypers[-1])))
 
 
-def test_fit_one_cycle_equals_the_twin():
-    ours,theirs = net(),net()
-    data = batches(25)
+def one_cycle(opt_func, data, *lr):
+    "Two epochs; the net, and the batches with the hyperparameters that they were trained with"
     dls = DataLoaders(data, data[:2])
     dls._device = torch.device('cpu')
-    diary = Diary()
+    diary,model = Diary(),net()
     loss_func = lambda pred,y: F.cross_entropy(pred,y).float()   # fastai's Recorder averages float32
-    learn = Learner(dls, ours, loss_func, opt_func=partial(adahessian, **HYPERS, probe=prober()), wd_bn_bias=True, cbs=diary)
-    with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(2, 0.2)
+    learn = Learner(dls, model, loss_func, opt_func=partial(opt_func, probe=prober()), wd_bn_bias=True, cbs=diary)
+    with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(2, *lr)
+    assert len({hp['lr'] for *_,hp in diary.entries})==2*len(data) and len({hp['mom'] for *_,hp in diary.entries})>40
+    return model,diary.entries
+
+
+def test_fit_one_cycle_equals_the_twin():
+    (ours,entries),theirs = one_cycle(partial(adahessian, **HYPERS), batches(25), 0.2),net()
     twin = Twin([dict(params=list(theirs.parameters()), **HYPERS)], prober())
-    for x,y,hp in diary.entries: twin.step([lambda: F.cross_entropy(theirs(x),y)], **hp)
-    assert len(diary.entries)==50
-    assert len({hp['lr'] for *_,hp in diary.entries})==50 and len({hp['mom'] for *_,hp in diary.entries})>40
+    for x,y,hp in entries: twin.step([lambda: F.cross_entropy(theirs(x),y)], **hp)
     assert distance(ours, theirs)<ROUNDING
+
+
+def test_fit_one_cycle_with_nothing_given_equals_the_twin():
+    "Every default and the learning rate untouched; the inputs of one batch are so large that its gradient is shortened and the step bounded"
+    data = [(x*3 if i==17 else x/10,y) for i,(x,y) in enumerate(batches(25))]
+    (ours,entries),theirs = one_cycle(as_it_comes, data),net()
+    twin = AsItComes([dict(params=list(theirs.parameters()))], prober())
+    for x,y,hp in entries: twin.step([lambda: F.cross_entropy(theirs(x),y)], **hp)
+    for name in ('rho','dense','clip','cap','spike'):
+        other = net()
+        twin = AsItComes([dict(params=list(other.parameters()))], prober(), **{name: dict(rho=0., dense=0).get(name, 1e9)})
+        for x,y,hp in entries: twin.step([lambda: F.cross_entropy(other(x),y)], **hp)
+        assert distance(ours, other)>1e-6, f"{name} makes no difference here"
+    assert distance(ours, net())>0.1 and distance(ours, theirs)<SINGLE
 
 
 def test_first_step_by_hand():

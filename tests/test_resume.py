@@ -159,7 +159,8 @@ wholes = dict(negative=-1, half=1.5, text='a', none=None, tensor=torch.tensor(1)
 sections = dict(none=None, list=[], text='a', number=3)
 SPOILT = [  # chkstyle: ignore-node
     *[(f'state.0.{k}', v) for k in ('grad_avg','sqr_avg_diag_hessian') for v in tensors.items()],
-    *[(f'state.0.{k}', v) for k in ('step','hess_step','age') for v in wholes.items()],
+    *[(f'state.0.{k}', v) for k in ('step','age') for v in wholes.items()],
+    *[('state.0.hess_step', v) for v in wholes.items() if v[0]!='half'], # A dense start counts in parts
     *[(f'curvature.counts.{k}', v) for k in ('seed','n_steps','n_estimates','n_dropped','n_skipped') for v in wholes.items()],
     *[('hypers.0.lr', v) for v in dict(nan=math.nan, inf=math.inf, negative=-1., text='a', none=None, gone=GONE, tensor=torch.tensor(0.1)).items()],
     ('hypers.0.mom', ('one',1.)), ('hypers.0.eps', ('zero',0.)),

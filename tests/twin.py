@@ -71,3 +71,48 @@ class Twin:
         m_hat = self.m[i]/(1-b1**self.t)
         v_hat = self.v[i]/(1-b2**self.h)
         p.data = p.data - hp['lr']*m_hat/(torch.sqrt(v_hat)**hp['hessian_power'] + hp['eps'])
+
+
+class AsItComes(Twin):
+    "The package's own defaults over the paper's algorithm: a dense start, bounds on gradient and step, and the loss taken ahead of the parameters"
+    def __init__(self, groups, draw, update_each=10, dense=20, rho=0.2, clip=3., cap=0.1, spike=2., **kwargs):
+        super().__init__(groups, draw, **kwargs)
+        self.k,self.dense,self.rho,self.clip,self.cap,self.spike = update_each,dense,rho,clip,cap,spike
+        self.norms = []
+
+    def step(self, losses, **hypers):
+        home = [p.data.clone() for p in self.params]
+        length = sum((m**2).sum() for m in self.m)**0.5
+        if self.t>0:
+            for p,m in zip(self.params, self.m): p.data = p.data - self.rho*m/length
+        due,weight = (True,1/self.k) if self.t<self.dense else (self.t%self.k==0,1)
+        if due: g,d = self.curvature(losses)
+        else: g,d = [sum(o)/len(losses) for o in zip(*[grad(loss(), self.params) for loss in losses])],None
+        for p,o in zip(self.params, home): p.data = o
+        g = self.shortened(g)
+        self.t += 1
+        if due: self.h += weight
+        i = 0
+        for group in self.groups:
+            hp = {**group, **hypers}
+            for p in group['params']:
+                self.move(i, p, g[i], None if d is None else d[i], weight, hp)
+                i += 1
+
+    def shortened(self, g):
+        "A gradient longer than `spike` means of the lengths so far is cut to that length; the mean forgets by 0.9 a step"
+        n,t = sum((o**2).sum() for o in g).item()**0.5,len(self.norms)
+        mean = sum(0.1*0.9**(t-1-i)*o for i,o in enumerate(self.norms))/(1-0.9**t) if t else n
+        short = min(n, self.spike*mean)
+        self.norms.append(short)
+        return [o*(short/n) for o in g]
+
+    def move(self, i, p, g, d, weight, hp):
+        b1,b2 = hp['mom'],hp['sqr_mom']
+        p.data = p.data - hp['lr']*hp['wd']*p.data
+        self.m[i] = b1*self.m[i] + (1-b1)*g
+        if d is not None: self.v[i] = b2**weight*self.v[i] + (1-b2**weight)*spatial_average(d, self.block_length)**2
+        u = self.m[i]/(1-b1**self.t)/(torch.sqrt(self.v[i]/(1-b2**self.h))**hp['hessian_power'] + hp['eps'])
+        rms = u.pow(2).mean()**0.5
+        u = torch.minimum(torch.maximum(u, -self.clip*rms), self.clip*rms)
+        p.data = p.data - hp['lr']*u*min(1., self.cap/rms.item())
