@@ -5,7 +5,7 @@ from linecache import getlines
 from textwrap import wrap
 
 _re_param = re.compile(r'\s*(?:def \w+\()?\s*(\*{0,2}[a-zA-Z_]\w*)\s*[:=,)]?.*?\s#\s+(.*)')
-_lib,_width = __package__,100
+_lib,_width = __package__,88 # What JupyterLab shows unbroken on a small screen
 
 # Notes of parameters
 
@@ -25,7 +25,7 @@ def signature_lines(
 def parameter_notes(
     f, # Function with its source at hand
 )->dict: # Comments by parameter; 'returns' for the one behind the closing parenthesis
-    "What stands beside the parameters of `f`"
+    "The comments of the parameters of `f`"
     to,notes = getattr(f, '__delwrap__', None),{}
     for l in signature_lines(f):
         if m := re.match(r'.*\)(?:->.*?)?:.*?\s#\s+(.*)', l): notes['returns'] = m[1].strip()
@@ -38,7 +38,7 @@ def parameter_notes(
 def notes_text(
     notes:dict, # Text by name
 )->str:
-    "`notes` as a list of at most 100 columns"
+    "`notes` as a list of at most 88 columns"
     n = max(map(len, notes))+4
     def entry(k, v): return f'  {k}'.ljust(n) + f'\n{" "*n}'.join(wrap(v, _width-n, break_on_hyphens=False))
     return '\n'.join(entry(k, v) for k,v in notes.items())

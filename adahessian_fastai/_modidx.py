@@ -732,6 +732,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'adahessian_fastai.hvp.has_rnn': ('hvp.html#has_rnn', 'adahessian_fastai/hvp.py'),
                                        'adahessian_fastai.hvp.hessian_product': ('hvp.html#hessian_product', 'adahessian_fastai/hvp.py'),
                                        'adahessian_fastai.hvp.hooks_disabled': ('hvp.html#hooks_disabled', 'adahessian_fastai/hvp.py'),
+                                       'adahessian_fastai.hvp.missing_second_derivative': ( 'hvp.html#missing_second_derivative',
+                                                                                            'adahessian_fastai/hvp.py'),
                                        'adahessian_fastai.hvp.moved': ('hvp.html#moved', 'adahessian_fastai/hvp.py'),
                                        'adahessian_fastai.hvp.needs_substitutes': ( 'hvp.html#needs_substitutes',
                                                                                     'adahessian_fastai/hvp.py'),

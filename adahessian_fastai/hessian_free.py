@@ -216,6 +216,8 @@ def step(self:HessianFree,
             return self.update(product=product, preconditioner=preconditioner)
     if any(o is not None for o in (grad, product, preconditioner)):
         raise ValueError("grad, product and preconditioner go with a closure: step(closure, product=...)")
+    if not b.pending and not b.rounds and any(p.grad is not None for p in ps):
+        raise ValueError("there is no batch to step on: in a plain loop give `step` a closure that returns loss and outputs")
     b.close(ps)
     if len(b.rounds)==b.n_acc: return self.update(partial(b.ready, ps))
 

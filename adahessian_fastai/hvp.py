@@ -10,10 +10,11 @@ __all__ = ['substitutes', 'dual_substitutes', 'dual_thread', 'hvp_methods', 'mat
            'eager', 'all_bits', 'check_real', 'AsComplex', 'real_parameters', 'flat', 'unflat', 'SettingError',
            'check_count', 'check_number', 'check_choice', 'check_switch', 'check_pair', 'shard_mesh', 'whole',
            'sharded_like', 'grads_aside', 'sharded_gradient', 'gradient', 'graph_nodes', 'check_twice',
-           'check_checkpoints', 'hooks_disabled', 'graph_product', 'Substituted', 'substituted', 'zero_tangents',
-           'dual_numbers', 'dual_backward', 'dual_gradient', 'total_norm', 'step_size', 'copy_all', 'moved',
-           'difference_product', 'difference_error', 'hessian_product', 'SharedContext', 'needs_substitutes', 'has_rnn',
-           'own_statistics', 'switched', 'twice_differentiable', 'asymmetry', 'check_symmetric']
+           'check_checkpoints', 'hooks_disabled', 'missing_second_derivative', 'graph_product', 'Substituted',
+           'substituted', 'zero_tangents', 'dual_numbers', 'dual_backward', 'dual_gradient', 'total_norm', 'step_size',
+           'copy_all', 'moved', 'difference_product', 'difference_error', 'hessian_product', 'SharedContext',
+           'needs_substitutes', 'has_rnn', 'own_statistics', 'switched', 'twice_differentiable', 'asymmetry',
+           'check_symmetric']
 
 # %% ../nbs/00_hvp.ipynb #23113829
 import math,operator,re,sys,threading
@@ -259,6 +260,16 @@ def hooks_disabled(
     finally:
         for p,h in hooks.items(): p._backward_hooks = h
 
+# %% ../nbs/00_hvp.ipynb #5e0b1d07
+@contextmanager
+def missing_second_derivative():
+    "Say what helps where PyTorch says that a function has no second derivative"
+    try: yield
+    except RuntimeError as e:
+        if 'is not implemented' not in str(e): raise
+        raise RuntimeError(f"{e}: compute attention and recurrent layers inside `with twice_differentiable(model):`. Else take, for "
+            "adahessian, estimator='gnb', or hvp='forward', or hvp='finite_difference' in a smooth network") from e
+
 # %% ../nbs/00_hvp.ipynb #41a7ed3c
 def graph_product(
     grads:list, # Gradients from `gradient(..., create_graph=True)`
@@ -273,7 +284,7 @@ def graph_product(
         if left is not None: left -= 1
         if not on: return [torch.zeros_like(p) for p in params]
         gs,vs = [grads[i] for i in on],[v[i] for i in on]
-        hs = torch.autograd.grad(gs, params, vs, retain_graph=left!=0, allow_unused=True)
+        with missing_second_derivative(): hs = torch.autograd.grad(gs, params, vs, retain_graph=left!=0, allow_unused=True)
         return [torch.zeros_like(p) if h is None else h.detach().as_subclass(Tensor) for h,p in zip(hs, params)]
     return product
 

@@ -79,7 +79,7 @@ def test_jupyter_shows_all_arguments_of_functions_methods_and_classes():
     doc = asked(adahessian, 'docstring')
     assert doc.startswith('AdaHessian as `opt_func` of a `Learner`\n\nParameters:\n  params ')
     assert all(re.search(rf'^  \*{{0,2}}{k} ', doc, re.M) for k in inspect.signature(adahessian).parameters)
-    assert re.search('^  returns +Raises `ValueError`', doc, re.M) and max(map(len, doc.splitlines()))<=100
+    assert re.search('^  returns +Raises `ValueError`', doc, re.M) and max(map(len, doc.splitlines()))<=88
     assert re.search('^ *every +Measure after each', asked(CurvatureRecorder, 'init_docstring'), re.M)
     assert re.search('^  n_batches +Training batches', asked(Learner.curvature_summary, 'docstring'), re.M)
 

@@ -59,3 +59,53 @@ def test_what_pytorch_says_of_an_optimizer_that_is_not_its_own(make):
     for f in (partial(lr_scheduler.StepLR, step_size=1), partial(lr_scheduler.LambdaLR, lr_lambda=lambda i: 1.), lr_scheduler.ReduceLROnPlateau):
         with pytest.raises(TypeError, match='is not an Optimizer'): f(opt)
     assert Accelerator(cpu=True).prepare(opt) is opt
+
+
+SCHEDULERS = dict(step=partial(lr_scheduler.StepLR, step_size=2, gamma=0.5), cosine=partial(lr_scheduler.CosineAnnealingWarmRestarts, T_0=3),
+    onecycle=partial(lr_scheduler.OneCycleLR, max_lr=[0.1,0.01], total_steps=8), linear=partial(lr_scheduler.LinearLR, total_iters=4),
+    plateau=partial(lr_scheduler.ReduceLROnPlateau, patience=0))
+
+@pytest.mark.filterwarnings('ignore:2 of 2 parameters')
+@pytest.mark.parametrize('name', SCHEDULERS)
+def test_every_scheduler_sets_the_rate_of_each_group_through_a_stand_in(name):
+    "As the tutorial does it; with no momentum past and no curvature, x moves by its rate times its gradient, 1, at each step"
+    a,b = nn.Parameter(torch.zeros(1)),nn.Parameter(torch.zeros(1))
+    opt = adahessian([[a],[b]], lr=1., wd=0., mom=0., hessian_power=0., eps=1e-12)
+    other = torch.optim.SGD([dict(params=[nn.Parameter(torch.zeros(1))], lr=lr) for lr in (0.1,0.01)])
+    schedule,rates,moved = SCHEDULERS[name](other),[],[]
+    for i in range(6):
+        opt.set_hyper('lr', [g['lr'] for g in other.param_groups])
+        rates.append([g['lr'] for g in other.param_groups])
+        before = [a.item(),b.item()]
+        opt.differentiate((a+b).sum())
+        for o in (opt,other): o.step()
+        schedule.step(*([1.] if name=='plateau' else []))
+        moved.append([p-q.item() for p,q in zip(before, (a,b))])
+        opt.zero_grad()
+    torch.testing.assert_close(torch.tensor(moved), torch.tensor(rates), rtol=1e-4, atol=1e-6)
+    assert len({o[0] for o in rates})>1
+
+
+def test_accelerate_hands_the_optimizer_back_and_saves_it_once_registered(tmp_path):
+    batches = split(*data(48), 6)
+    def prepared():
+        accelerator,model = Accelerator(cpu=True),mlp()
+        made = adahessian(model.parameters(), lr=0.1, update_each=3)
+        model,opt = accelerator.prepare(model, made)
+        assert opt is made
+        accelerator.register_for_checkpointing(opt)
+        return accelerator,model,opt
+    def run(model, opt, batches):
+        for x,y in batches:
+            opt.differentiate(F.cross_entropy(model(x), y), group=getattr(model, 'process_group', None))
+            opt.step()
+            opt.zero_grad()
+    accelerator,model,opt = prepared()
+    run(model, opt, batches[:4])
+    accelerator.save_state(tmp_path)
+    run(model, opt, batches[4:])
+    accelerator,again,opt2 = prepared()
+    accelerator.load_state(tmp_path)
+    assert opt2.n_steps==4
+    run(again, opt2, batches[4:])
+    assert all(torch.equal(p, q) for p,q in zip(model.parameters(), again.parameters()))

@@ -1,0 +1,80 @@
+"What a newcomer gets wrong: the error names the argument, what it got, and a way out that works there"
+from functools import partial
+
+import pytest,torch
+from fastai.basics import CrossEntropyLossFlat,DataLoaders,FocalLossFlat,Learner,nn
+from fastai.callback.all import MixUp
+from adahessian_fastai.all import AdaHessian,Sophia,adahessian,hessian_free,perturbed,sophia,twice_differentiable
+from helpers_learner import data,mlp
+
+def learner(opt_func, loss=None, **kwargs):
+    ds = list(zip(*data(16, dtype=torch.float)))
+    dls = DataLoaders.from_dsets(ds, ds, bs=8, device='cpu')
+    return Learner(dls, mlp().float(), loss or CrossEntropyLossFlat(), opt_func=opt_func, **kwargs)
+
+def fitted(learn, *args):
+    with learn.no_bar(),learn.no_logging(): learn.fit(1, *args)
+    return learn
+
+def loss_of(model): return model(torch.randn(8,3)).square().mean()
+
+IN_A_LEARNER = dict(
+    an_optimizer_instead_of_its_maker=(lambda: adahessian(mlp().parameters()), {}, r"opt_func must be a function.*`partial\(adahessian, lr=0.1\)`"),
+    its_name=(lambda: 'adahessian', {}, "opt_func must be a function.*got str"),
+    the_bare_steppers=(lambda: partial(AdaHessian, lr=0.1), {}, 'give `opt_func=adahessian`'),
+    the_bare_steppers_of_sophia=(lambda: partial(Sophia, lr=0.1), {}, 'or `sophia`'),
+    a_rate_in_quotes=(lambda: partial(adahessian, lr='0.1'), {}, "lr must be .*got lr='0.1'"),
+    a_rate_in_quotes_for_the_learner=(lambda: adahessian, dict(lr='0.1'), "lr must be .*got lr='0.1'"),
+    another_name=(lambda: partial(adahessian, update_every=5), {}, "'update_every': use update_each"),
+    per_cent=(lambda: partial(adahessian, budget='25%'), {}, 'such as 0.25'),
+    labels_of_a_loss_that_is_no_likelihood=(lambda: sophia, dict(loss=FocalLossFlat()), "use estimator='hutchinson'"),
+    labels_under_mixup=(lambda: partial(adahessian, estimator='gnb'), dict(cbs=MixUp()), "use estimator='hutchinson'.*MixUp"))
+
+@pytest.mark.parametrize('name', IN_A_LEARNER)
+def test_in_a_learner(name):
+    make,kwargs,said = IN_A_LEARNER[name]
+    with pytest.raises((TypeError,ValueError), match=f'(?s){said}'): fitted(learner(make(), **kwargs))
+
+def test_a_learner_without_a_parameter_to_train():
+    learn = learner(adahessian)
+    for p in learn.model.parameters(): p.requires_grad_(False)
+    with pytest.raises(ValueError, match='is all of it frozen'): fitted(learn)
+
+@pytest.mark.parametrize('spoil,said', [(lambda l: l.item(), 'tensor of one number with its graph'),
+    (lambda l: l.repeat(8), r'such as a mean, got .*8')])
+def test_a_loss_that_is_not_one_number(spoil, said):
+    model = nn.Linear(3,1)
+    with pytest.raises(ValueError, match=said): adahessian(model.parameters()).differentiate(spoil(loss_of(model)))
+
+@pytest.mark.parametrize('make,said', [(adahessian, r'call `opt.differentiate\(loss\)`'), (hessian_free, 'give `step` a closure')])
+def test_a_loop_that_calls_backward(make, said):
+    model = nn.Linear(3,1)
+    opt,before = make(model.parameters()),model.weight.detach().clone()
+    loss_of(model).backward()
+    with pytest.raises(ValueError, match=said): opt.step()
+    assert torch.equal(model.weight, before)
+
+def test_attention_in_a_loop_names_the_context_that_helps():
+    layer,x = nn.TransformerEncoderLayer(8, 2, 16, dropout=0., batch_first=True),torch.randn(2,5,8)
+    opt = adahessian(layer.parameters())
+    with pytest.raises(RuntimeError, match=r'is not implemented: .*`with twice_differentiable\(model\):`'):
+        opt.differentiate(layer(x).square().mean())
+    opt.zero_grad()
+    with perturbed(opt),twice_differentiable(layer): opt.differentiate(layer(x).square().mean())
+    opt.step()
+    assert opt.n_estimates==1
+
+def test_another_error_in_a_product_stays_as_it_is():
+    model = nn.Linear(3,1)
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x): return x.clone()
+        @staticmethod
+        def backward(ctx, g): return Again.apply(g)
+    class Again(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x): return x.clone()
+        @staticmethod
+        def backward(ctx, g): raise RuntimeError('out of something')
+    loss = Fails.apply(loss_of(model)).square()
+    with pytest.raises(RuntimeError, match='^out of something$'): adahessian(model.parameters()).differentiate(loss)
