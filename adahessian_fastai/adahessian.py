@@ -91,7 +91,7 @@ def adahessian(
     probe:Literal['rademacher','gaussian']=None, # 'rademacher' by default; or a callable `(p, generator) -> tensor like p`
     n_samples:int=None, # Probes for each estimate; 1 by default
     update_each:int|tuple=10, # Estimate at steps 1, k+1, 2k+1, … and keep the average in between; for a pair see `is_due`
-    dense:int|tuple=20, # So many steps at the start have an estimate each; `(20, 4)`: with four probes
+    dense:int|tuple=0, # So many steps at the start have an estimate each; `(20, 4)`: with four probes
     hessian_bs:int|float|str=None, # Rows of the batch to estimate on, or a fraction; `None` for all, 'auto' with a `budget`
     budget:float=None, # Mean overhead that curvature may have, such as 0.25; chooses `update_each`, and `hessian_bs` if 'auto'
     when=None, # A schedule of one's own, in the place of the four above
@@ -99,7 +99,7 @@ def adahessian(
 )->AdaHessianWrapper: # Raises `ValueError` for an argument outside its range
     "AdaHessian as `opt_func` of a `Learner`"
     check_names(adahessian, others)
-    steppers = AdaHessian(params, ifnone(lr, 0.2), mom, sqr_mom, eps, wd, hessian_power, decouple_wd, signed, clip, cap, spike)
+    steppers = AdaHessian(params, ifnone(lr, 0.15), mom, sqr_mom, eps, wd, hessian_power, decouple_wd, signed, clip, cap, spike)
     opt = AdaHessianWrapper(steppers, block_length, n_acc, estimator, curvature, hvp, probe, n_samples, signed_blocks, average_kernels,
         debiased, Perturbation(rho), update_each=1 if budget is not None and update_each==10 else update_each,
         hessian_bs=hessian_bs, budget=budget, dense=dense, when=when)
@@ -112,7 +112,7 @@ def lr_for(
 )->float:
     "The learning rate of a variant that nobody gave one"
     if isinstance(opt.estimator, GNB) or average_diag_hessian in opt.opt.cbs: return 0.05
-    return 0.1 if opt.smooth.keywords['signed'] and not opt.debiased else 0.2
+    return 0.1 if opt.smooth.keywords['signed'] and not opt.debiased else 0.15
 
 # %% ../nbs/16_adahessian.ipynb #27fcb40d
 def adahessian_paper(

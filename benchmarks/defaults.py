@@ -143,7 +143,7 @@ def named(opt_func, settings, prefix=''): return {prefix+k: partial(opt_func, **
 ENTRIES = {'Adam': Adam, 'update_each=1': partial(plain, update_each=1), 'update_each=10': plain, **named(plain, pieces),
     'all': tried, **named(tried, variants, 'all, '), **named(tried, others, 'all, '),
     **named(partial(tried, cap=None), variants, 'no cap, '), 'sophia': sophia}
-DEFAULT_LR = 0.2
+DEFAULT_LR = 0.2 # Of the trials in `defaults_….csv`
 ours = dict(adahessian=adahessian, adahessian_paper=adahessian_paper, sophia=sophia, sassha=sassha, m_sassha=m_sassha)
 SHIPPED = {'Adam': Adam, **ours, **named(adahessian, {**variants, 'dense=(20, 4)': dict(dense=(20,4))}, 'adahessian, ')}
 RATES = {'sophia': (1e-4,1e-3,3e-3,1e-2,3e-2), 'update_each=1': (0.15,), 'update_each=10': (0.15,), **dict.fromkeys(['dense',*pieces], (0.15,)), **{f'no cap, {k}': (0.15,) for k in variants}} # Others than the default
