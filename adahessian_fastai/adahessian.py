@@ -56,6 +56,9 @@ class AdaHessianWrapper(CurvatureOptimizer):
         perturb:Perturbation=None, # Where loss and curvature are taken
         **schedule # `update_each`, `hessian_bs`, `budget`, `dense` or `when`, see `made_schedule`
     ):
+        if not hasattr(opt, 'cbs'):
+            raise TypeError(f"AdaHessianWrapper wraps an optimizer, such as `AdaHessian(params, lr=0.15)`, got {type(opt).__name__}: as "
+                f"`opt_func` give `adahessian`")
         signed = average_diag_hessian in opt.cbs
         if signed_blocks is None: signed_blocks = signed or debiased
         est = made_estimator(estimator, curvature, hvp, probe, n_samples)
@@ -67,7 +70,7 @@ class AdaHessianWrapper(CurvatureOptimizer):
 # %% ../nbs/16_adahessian.ipynb #0373d378
 def adahessian(
     params:Tensor|Iterable, # Model parameters, or lists of them as groups
-    lr:float|slice=None, # Learning rate, η; 10 to 150 times Adam's; by default that of the variant, see `lr_for`
+    lr:float|slice=None, # Learning rate, η; 5 to 150 times Adam's; by default that of the variant, see `lr_for`
     mom:float=0.9, # Gradient moving average's weight of the past, β₁
     sqr_mom:float=0.999, # Squared diagonal's moving average's weight of the past, β₂
     eps:float=1e-4, # Added to the denominator

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import Literal,NamedTuple
 
 import torch.autograd.forward_ad as fwAD
+import torch.distributed as dist
 from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
@@ -394,6 +395,9 @@ def trained_problem(
     if shard_mesh(params): problem = problem.replace(params=params)
     check_shards(params, is_first_order(estimator), problem.scale)
     group = group or problem.group or shard_group(params)
+    if group is None and problem is not loss and dist.is_initialized() and dist.get_world_size()>1:
+        warnings.warn("the estimate of this process stays its own, so the processes drift apart: give "
+            "`opt.differentiate(loss, group=torch.distributed.group.WORLD)`", stacklevel=3)
     return problem if group is problem.group else problem.replace(group=group)
 
 # %% ../nbs/12_batch.ipynb #b69a3015

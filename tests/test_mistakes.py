@@ -3,8 +3,8 @@ from functools import partial
 
 import pytest,torch
 from fastai.basics import CrossEntropyLossFlat,DataLoaders,FocalLossFlat,Learner,nn
-from fastai.callback.all import MixUp
-from adahessian_fastai.all import AdaHessian,Sophia,adahessian,hessian_free,perturbed,sophia,twice_differentiable
+from fastai.callback.all import MixUp,ParamScheduler,SchedLin
+from adahessian_fastai.all import AdaHessian,AdaHessianWrapper,Sophia,adahessian,hessian_free,perturbed,sophia,twice_differentiable
 from helpers_learner import data,mlp
 
 def learner(opt_func, loss=None, **kwargs):
@@ -18,8 +18,10 @@ def fitted(learn, *args):
 
 def loss_of(model): return model(torch.randn(8,3)).square().mean()
 
-IN_A_LEARNER = dict(
+IN_A_LEARNER = dict(  # chkstyle: ignore-node
     an_optimizer_instead_of_its_maker=(lambda: adahessian(mlp().parameters()), {}, r"opt_func must be a function.*`partial\(adahessian, lr=0.1\)`"),
+    the_bare_wrapper=(lambda: AdaHessianWrapper, {}, 'as `opt_func` give `adahessian`'),
+    a_schedule_of_what_is_none=(lambda: adahessian, dict(cbs=ParamScheduler({'learning_rate': SchedLin(0.1, 0.)})), 'learning_rate is none of .*lr, mom, spike'),
     its_name=(lambda: 'adahessian', {}, "opt_func must be a function.*got str"),
     the_bare_steppers=(lambda: partial(AdaHessian, lr=0.1), {}, 'give `opt_func=adahessian`'),
     the_bare_steppers_of_sophia=(lambda: partial(Sophia, lr=0.1), {}, 'or `sophia`'),
@@ -78,3 +80,18 @@ def test_another_error_in_a_product_stays_as_it_is():
         def backward(ctx, g): raise RuntimeError('out of something')
     loss = Fails.apply(loss_of(model)).square()
     with pytest.raises(RuntimeError, match='^out of something$'): adahessian(model.parameters()).differentiate(loss)
+
+
+def a_step(model, opt, **kwargs):
+    opt.differentiate(loss_of(model), **kwargs)
+    opt.step()
+
+def test_one_of_several_processes_that_keeps_to_itself(monkeypatch, recwarn):
+    "Without a group each process would step on its own estimate; with one it is silent"
+    model = nn.Linear(3,1)
+    opt = adahessian(model.parameters())
+    a_step(model, opt)
+    assert not recwarn.list
+    monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
+    monkeypatch.setattr(torch.distributed, 'get_world_size', lambda *args: 2)
+    with pytest.warns(UserWarning, match='drift apart: give .*group=torch.distributed.group.WORLD'): a_step(model, opt)
