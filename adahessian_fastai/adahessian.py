@@ -115,7 +115,7 @@ def lr_for(
 )->float:
     "The learning rate of a variant that nobody gave one"
     if isinstance(opt.estimator, GNB) or average_diag_hessian in opt.opt.cbs: return 0.05
-    return 0.1 if opt.smooth.keywords['signed'] and not opt.debiased else 0.15
+    return 0.1 if opt.smooth.keywords['signed'] else 0.15
 
 # %% ../nbs/16_adahessian.ipynb #27fcb40d
 def adahessian_paper(
