@@ -94,7 +94,7 @@ def adahessian(
     probe:Literal['rademacher','gaussian']=None, # 'rademacher' by default; or a callable `(p, generator) -> tensor like p`
     n_samples:int=None, # Probes for each estimate; 1 by default
     update_each:int|tuple=10, # Estimate at steps 1, k+1, 2k+1, … and keep the average in between; for a pair see `is_due`
-    dense:int|tuple=0, # So many steps at the start have an estimate each; `(20, 4)`: with four probes
+    dense:int|tuple=20, # So many steps at the start have an estimate each; `(20, 4)`: with four probes
     hessian_bs:int|float|str=None, # Rows of the batch to estimate on, or a fraction; `None` for all, 'auto' with a `budget`
     budget:float=None, # Mean overhead that curvature may have, such as 0.25; chooses `update_each`, and `hessian_bs` if 'auto'
     when=None, # A schedule of one's own, in the place of the four above
