@@ -20,8 +20,7 @@ from contextlib import contextmanager,nullcontext
 from types import SimpleNamespace
 from typing import Literal,NamedTuple
 
-import torch.autograd.forward_ad as fwAD
-import torch.distributed as dist
+import torch.autograd.forward_ad as fwAD, torch.distributed as dist
 from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler

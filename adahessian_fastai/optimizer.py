@@ -121,10 +121,7 @@ class CurvatureOptimizer(Optimizer, GetAttr):
         self.opt.clear_state()
         if self.n_batches: self.zero_grad()
 
-    def set_hyper(self, k, v):
-        own = set(itertools.chain(*self.opt.hypers))
-        if k not in own: raise ValueError(f"{k} is none of the hyperparameters, which are {', '.join(sorted(own))}, got {k}={v!r}")
-        put_hyper(self.opt, k, v)
+    def set_hyper(self, k, v): put_hyper(self.opt, k, v, set(itertools.chain(*self.opt.hypers)))
 
     def opt_out(self,
         params, # A parameter, an iterable of them, or a module

@@ -386,8 +386,10 @@ def put_hyper(
     opt:Optimizer, # Gets the hyperparameter
     k:str, # Its name
     v, # A number, a slice, or a number for each group; raises `ValueError` outside its range, and for another number of groups
+    own=None, # The names there are; raises `ValueError` for another one
 ):
     "Set a hyperparameter of all groups"
+    if own and k not in own: raise ValueError(f"{k} is none of the hyperparameters, which are {', '.join(sorted(own))}, got {k}={v!r}")
     try: opt.set_hyper(k, check_hypers(**{k: v})[k])
     except AssertionError as e: raise ValueError(f"{e}, got {k}={v!r}") from None
 
