@@ -87,7 +87,7 @@ def collab(path):
     df = pd.DataFrame([(f'u{i}', f'm{j}', 3+taste[i]@kind[j]) for i in range(30) for j in range(40)], columns=['user','item','rating'])
     dls = CollabDataLoaders.from_df(df, path=path, bs=64)
     learn = collab_learner(dls, n_factors=8, y_range=(-2,8), opt_func=adahessian)
-    learn.fit_one_cycle(5)
+    learn.fit_one_cycle(10)
     return learn
 
 def text(path):
