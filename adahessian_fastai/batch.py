@@ -33,8 +33,8 @@ from .hvp import (SettingError,check_checkpoints,check_choice,check_count,check_
 from .losses import loss_count,losses,smoothed_cross_entropy_rule
 from .problem import MeanProblem,Problem,hidden_states,mean_of,modes_kept,structured,weights_of
 from .estimators import is_first_order,with_samples
-from adahessian_fastai.learner import (Ranks,callback_of,check_gradients,check_model,check_shards,reshard,shard_group,sync_group,unwrapped,
-    whole_number)
+from .learner import Ranks,callback_of,check_gradients,check_model,check_shards,reshard
+from .learner import shard_group,sync_group,unwrapped,whole_number
 from .replay import backward_hooks,preserving,restored,snapshot,without_backward_hooks
 
 # %% ../nbs/12_batch.ipynb #e3297adb

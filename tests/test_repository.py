@@ -159,6 +159,11 @@ def test_no_paths_of_a_machine():
     found = [f'{p.relative_to(root)}: {m[0]}' for p in tracked() for m in machine.finditer(p.read_text(encoding='utf-8', errors='replace'))]
     assert not found, f'`make outputs` saves a notebook without such warnings: {found}'
 
+@pytest.mark.parametrize('path', sorted((root/'nbs').glob('[0-9]*.ipynb')), ids=lambda p: p.stem)
+def test_a_notebook_shows_something_when_opened(path):
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    assert any(c.get('outputs') for c in cells), 'no cell has an output: print a number or a picture, then save it with `make outputs`'
+
 def test_ci_is_the_test_command():
     script = (root/'.ci/run').read_text()
     assert re.search(r'exec make test\b', script) and os.access(root/'.ci/run', os.X_OK)
