@@ -7,8 +7,7 @@ from fastai.optimizer import Optimizer,average_grad,step_stat,weight_decay
 from torch import nn
 
 import adahessian_fastai.steppers as room
-from adahessian_fastai.adahessian import AdaHessian,adahessian_paper as adahessian
-from adahessian_fastai.adahessian import AdaHessianWrapper
+from adahessian_fastai.adahessian import AdaHessian,AdaHessianWrapper,adahessian_paper as adahessian
 from adahessian_fastai.learner import all_finite
 from adahessian_fastai.sophia import sophia
 from adahessian_fastai.steppers import adahessian_step,average_sqr_diag_hessian,list_forms,loop_step,portions,update
@@ -86,6 +85,25 @@ def test_layouts_that_cannot_be_cut():
     cbs = AdaHessian([nn.Parameter(torch.ones(1))], lr=0.1).cbs
     for _ in range(3): update(a, cbs), loop_step(b, cbs)
     for p,q in zip(ps, qs): torch.testing.assert_close(p, q) # float32: the default tolerance of its rounding
+
+@pytest.mark.parametrize('signed', [False,True])
+def test_estimates_of_other_weights(signed):
+    "In lists and one by one, three times a tenth and once a whole: β₂ to the power of the weights that were counted"
+    def build():
+        g = torch.Generator().manual_seed(0)
+        ps = [nn.Parameter(torch.randn(3,4, generator=g).double()) for _ in range(2)]
+        for p in ps: p.grad = torch.randn(p.shape, generator=g).double()
+        hyper = dict(lr=0.1, mom=0.9, sqr_mom=0.8, eps=1e-3, wd=0.1, hessian_power=1.)
+        return ps,[(p,{},hyper,torch.rand(p.shape, generator=g).double()+1,None) for p in ps]
+    (ps,a),(qs,b) = build(),build()
+    cbs = AdaHessian([nn.Parameter(torch.ones(1))], lr=0.1, signed=signed).cbs
+    for weight in (0.1,0.1,0.1,1):
+        for row in (*a,*b): row[1]['hess_weight'] = weight
+        update(a, cbs), loop_step(b, cbs)
+    name = 'avg_diag_hessian' if signed else 'sqr_avg_diag_hessian'
+    for p,q,(_,s,*_),(_,t,_,d,_) in zip(ps, qs, a, b):
+        assert (p-q).abs().max()<ROUNDING and s['hess_step']==t['hess_step']==pytest.approx(1.3)
+        for o in (s,t): assert (o[name]-(1-0.8**1.3)*(d if signed else d**2)).abs().max()<ROUNDING
 
 def test_which_steppers_are_standard():
     for signed,decouple_wd in itertools.product((True,False), repeat=2):

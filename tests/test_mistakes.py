@@ -87,7 +87,7 @@ def a_step(model, opt, **kwargs):
     opt.step()
 
 def test_one_of_several_processes_that_keeps_to_itself(monkeypatch, recwarn):
-    "Without a group each process would step on its own estimate; with one it is silent"
+    "Without a group each process would step on its own estimate; a process that is alone hears nothing"
     model = nn.Linear(3,1)
     opt = adahessian(model.parameters())
     a_step(model, opt)
