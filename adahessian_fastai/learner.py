@@ -337,7 +337,8 @@ def check_groups(
     if not isinstance(sd[own], dict): raise ValueError(f"{own} must be a dict, got {sd[own]!r}")
     names,n = [set(o) for o in sd['hypers']],len(opt.all_params())
     lost = [k for o,h in zip(names, opt.hypers) for k in needs or h if k not in o]
-    if lost or len(names)!=len(opt.hypers): raise ValueError(f"other parameter groups or hyperparameters: none of {lost} in hypers, got {names}")
+    if lost or len(names)!=len(opt.hypers):
+        raise ValueError(f"other parameter groups or hyperparameters: none of {lost} in hypers, got {names}")
     if odd := {k: v for h in sd['hypers'] for k,v in h.items() if v is not None and not (isinstance(v, (int,float)) and math.isfinite(v))}:
         raise ValueError(f"hyperparameters must be finite numbers, got {odd}")
     if len(sd['state'])!=n: raise ValueError(f"the state is for {len(sd['state'])} parameters, the model has {n}")
