@@ -20,6 +20,7 @@ from functools import partial
 from training import Clock
 
 from adahessian_fastai.adahessian import adahessian
+from adahessian_fastai.learner import lr_of_run
 
 ENTRIES = dict(Adam=Adam, adahessian=adahessian)
 OURS = (0.063,0.2,0.63,2.) # Rates for AdaHessian; those for Adam are the problem's
@@ -41,8 +42,7 @@ def run(path, name, entry, variant, lr, seed, epochs):
     learn,_ = p.make(seed)
     learn.opt_func = partial(adahessian, **VARIANTS[variant]) if entry=='variant' else ENTRIES[entry]
     if lr is None:
-        learn.create_opt()
-        lr = learn.opt.default_lr
+        with lr_of_run(learn, epochs): lr = learn.opt.default_lr/2 if p.fine_tune else learn.lr
     fit,curve = learn.fine_tune if p.fine_tune else learn.fit_one_cycle,Curve(clock)
     with learn.no_bar(),learn.no_logging(): fit(epochs, lr, cbs=[clock,curve])
     for i,(secs,loss,metric) in enumerate(curve.points):
