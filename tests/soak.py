@@ -1,9 +1,9 @@
 """Kill, spoil and outlast training runs: `python tests/soak.py` prints a table of what was tried and what was lost
 
 Runs are killed by SIGKILL at random times and go on from their last file until they end; files and states are spoilt, and files hold programs;
-trainings are interrupted at random lines; memory is watched over many steps; every variant trains on several processes. `--short` does a little of each.
-Each piece runs in a process of its own, two at a time. What is done is kept in `.cache/soak.jsonl`: a call that was cut off goes on where it stood, as
-long as the code is the same."""
+trainings are interrupted at random lines; memory is watched over many steps. `--short` does a little of each. Each piece runs in a process of its
+own, two at a time. What is done is kept in `.cache/soak.jsonl`: a call that was cut off goes on where it stood, as long as the code is the same.
+Several processes: `pytest -m slow tests/test_distributed.py`."""
 import argparse,copy,hashlib,json,multiprocessing,os,random,resource,signal,sys,tempfile,threading,time,warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -11,9 +11,7 @@ from pathlib import Path
 import torch,adahessian_fastai
 from fastai.callback.core import Callback
 from torch import nn
-from distributed_worker import ON_RANKS
 from helpers_learner import data,fit,learner,mlp,state_of
-from test_distributed import launch
 from test_resume import SPOILT,SPOILT_PENDING,spoil
 from test_threads import OPTS,interrupts
 from variants import variants
@@ -21,7 +19,7 @@ from variants import variants
 processes,forked = (multiprocessing.get_context(o) for o in ('forkserver','fork'))
 # Imported once, so that a piece begins at once; the server that imports looks for modules as a new Python does
 os.environ['PYTHONPATH'] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get('PYTHONPATH')])])
-processes.set_forkserver_preload(['distributed_worker','helpers_learner','test_distributed','test_resume','test_threads','variants'])
+processes.set_forkserver_preload(['helpers_learner','test_resume','test_threads','variants'])
 KILLED = 'default update_each3 signed debiased control ggn gnb rows n_acc3'.split()
 N_EPOCH = 30
 FLAT = 5 # MB that the allocator may add
@@ -180,15 +178,6 @@ def memory(folder, name, n_steps):
     return n_steps//2,[f'{name} {mb:.1f} MB'] if mb>FLAT else [],f'{mb:.1f} MB more'
 
 
-# Processes
-
-def on_ranks(folder, n, what, wanted=()):
-    "Trainings on `n` processes, and those whose ranks differ"
-    a,*others = launch(n, folder, 1800, what, *(['--wanted',*wanted] if wanted else []))
-    names = [k for k,v in a.items() if isinstance(v, dict) and 'weights' in v]
-    return len(names),[k for k in names for o in others if not all(torch.equal(p, q) for p,q in zip(a[k]['weights'], o[k]['weights']))],''
-
-
 # The table: what is done at a time, each a function of a folder that returns attempts, losses and what else there is to say
 
 def interrupted(folder, name, n): return n,[f'{k}: {v}' for k,v in interrupts(n, 2, [name]).items()],''
@@ -196,18 +185,14 @@ def interrupted(folder, name, n): return n,[f'{k}: {v}' for k,v in interrupts(n,
 def pieces(short):
     "By part and name; the long ones first"
     kills,some = (['n_acc3'],1) if short else (KILLED,None)
-    each = [f'variant {k}' for k in ON_RANKS]
     return dict(  # chkstyle: ignore-node
-        ranks={f'{r}': partial(on_ranks, n=r, what='variants', wanted=each) for r in (() if short else (4,2))},
-        parts={f'{r}': partial(on_ranks, n=r, what='parts') for r in (() if short else (4,2))},
         memory={k: partial(memory, name=k, n_steps=400 if short else 2000) for k in KILLED[:some]},
         kills={k: partial(killed, name=k, n_kills=2 if short else 12) for k in kills},
         interrupts={k: partial(interrupted, name=k, n=1 if short else 20) for k in OPTS},
         states=dict(spoilt=spoilt_states), files=dict(cut=partial(cut_files, n=20 if short else 200)), pickles=dict(program=pickles))
 
 PARTS = dict(kills='SIGKILLs', files='files cut off anywhere', pickles='files that hold a program', states='states with a spoilt entry',
-    interrupts='interrupts at random lines', memory='steps whose memory was watched', ranks='variants on several processes',
-    parts='parameters in parts on several processes')
+    interrupts='interrupts at random lines', memory='steps whose memory was watched')
 
 
 def cpu(): return sum(o.ru_utime+o.ru_stime for o in map(resource.getrusage, (resource.RUSAGE_SELF,resource.RUSAGE_CHILDREN)))
@@ -251,7 +236,8 @@ class Kept:
         found = dict(piece=piece, code=self.code, **done(part, name, self.short))
         with self.lock:
             self.file.parent.mkdir(exist_ok=True)
-            with open(self.file, 'a') as o: o.write(json.dumps(found)+'\n')
+            if found['tried']:
+                with open(self.file, 'a') as o: o.write(json.dumps(found)+'\n')
             line(f'  {piece}', [found], found['said'])
         return found
 
