@@ -226,7 +226,6 @@ class Kept:
         self.file,self.code = file,hashlib.sha256(content).hexdigest()[:12]+('-short' if short else '')
         lines = file.read_text().splitlines() if file.exists() else []
         self.done = {o['piece']: o for o in map(json.loads, lines) if o['code']==self.code}
-
         self.lock,self.short = threading.Lock(),short
 
     def __call__(self, part, name):
