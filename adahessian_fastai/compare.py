@@ -24,6 +24,7 @@ from fastcore.script import call_parse
 from sklearn.datasets import load_digits
 from torch.profiler import ProfilerActivity,profile
 from .hvp import check_count
+from .learner import lr_of_run,own_lr
 from .adahessian import adahessian,adahessian_paper
 from .sophia import sophia
 from .hessian_free import hessian_free
@@ -106,8 +107,7 @@ def train_once(
     set_seed(seed, reproducible=True)
     learn,meter = make_learner(opt_func),Meter()
     for dl in learn.dls.loaders: dl.rng.seed(seed)
-    learn.create_opt()
-    default = learn.lr
+    with lr_of_run(learn, n_epoch): default = learn.lr
     print(f"seed {seed}, lr={lr or default:.3g}", flush=True)
     with plain_progress(learn): learn.fit_one_cycle(n_epoch, lr, cbs=meter)
     values = pd.DataFrame(learn.recorder.values, columns=learn.recorder.metric_names[1:-1])
@@ -187,19 +187,22 @@ middles = dict(adam=1e-2, ranger=1e-2, sgd=1e-1, lamb=1e-2, hessian_free=0.3)
 
 def default_rate(
     opt_func, # Makes an optimizer; raises `ValueError` where it refuses its arguments
+    n_steps:float=None, # Steps of the training, if they are known
 )->float:
     "The learning rate that a Learner trains with if nobody gives one"
     if 'lr' in getattr(opt_func, 'keywords', {}): return opt_func.keywords['lr']
-    try: return getattr(opt_func([nn.Parameter(torch.zeros(1))], lr=1e-3), 'default_lr', defaults.lr)
+    try: opt = opt_func([nn.Parameter(torch.zeros(1))], lr=1e-3)
     except TypeError as e: raise ValueError(str(e)) from e
+    return own_lr(opt, n_steps) if hasattr(opt, 'default_lr') else defaults.lr
 
 def rates_around(
     opt_func, # Makes an optimizer
     n:int, # How many
     middle:float=None, # Of the range; the default rate by default
+    n_steps:float=None, # Steps of the training, if they are known
 )->list: # Ascending; the default rate is among them where it lies inside
     "Learning rates over two decades"
-    own = default_rate(opt_func)
+    own = default_rate(opt_func, n_steps)
     res = [float(f'{(middle or own)*10**(2*i/(n-1)-1):.2g}') for i in range(n)] if n>1 else [own]
     return sorted({*res, own}) if res[0]<=own<=res[-1] else res
 
@@ -382,9 +385,11 @@ def prepare(data, arch, size, bs, epochs, opts, lr, rates, seeds, fp16, bf16, ou
     opts,n = parse_opts(opts),rates or (5 if data=='digits' and not lr else 1)
     given = parse_lr(lr, list(opts))
     of = given if isinstance(given, dict) else dict.fromkeys(opts, given)
-    def around(k): return rates_around(opts[k], n, None if 'lr=' in k else of.get(k) or middles.get(k.split(':')[0]))
+    dls = get_dls(data, size, bs)
+    n_steps = epochs*len(dls.train)
+    def around(k): return rates_around(opts[k], n, None if 'lr=' in k else of.get(k) or middles.get(k.split(':')[0]), n_steps)
     lrs = {k: around(k) for k in opts} if n>1 else given
-    make = get_make_learner(get_dls(data, size, bs), arch or ('cnn' if data=='digits' else 'xresnet18'), cbs)
+    make = get_make_learner(dls, arch or ('cnn' if data=='digits' else 'xresnet18'), cbs)
     return dict(make_learner=make, opts=opts, n_epoch=epochs, lr=lrs, seeds=range(seeds))
 
 # %% ../nbs/22_compare.ipynb #8625eb4c

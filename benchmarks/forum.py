@@ -15,6 +15,7 @@ from fastai.vision.all import *
 from fastai.vision.models.xresnet import xresnet18,xresnet34
 
 from adahessian_fastai.adahessian import adahessian,adahessian_paper
+from adahessian_fastai.learner import lr_of_run
 from adahessian_fastai.sassha import m_sassha
 
 ENTRIES = {'ranger': (partial(ranger, mom=0.95, sqr_mom=0.99, eps=1e-6), 8e-3), 'adahessian': (adahessian, None), 'adahessian_paper': (adahessian_paper, None),
@@ -46,8 +47,7 @@ def run(entry, seed, dls, arch, epochs, device):
     for dl in dls.loaders: dl.rng.seed(seed)
     (opt_func,lr),clock = ENTRIES[entry],Clock()
     learn = Learner(dls, arch(n_out=10), LabelSmoothingCrossEntropyFlat(), opt_func=opt_func, metrics=accuracy)
-    learn.create_opt()
-    lr = ifnone(lr, getattr(learn.opt, 'default_lr', learn.lr))
+    with lr_of_run(learn, epochs): lr = ifnone(lr, learn.lr)
     with learn.no_bar(),learn.no_logging(): learn.fit_flat_cos(epochs, lr, cbs=clock)
     train_loss,loss,acc = learn.recorder.values[-1]
     found = {k: float(f'{v:.5g}') for k,v in dict(train_loss=train_loss, loss=loss, accuracy=acc, seconds=clock.secs).items()}

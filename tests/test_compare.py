@@ -6,7 +6,7 @@ import matplotlib,numpy as np,pandas as pd,pytest
 matplotlib.use('Agg')
 from PIL import Image
 from adahessian_fastai.adahessian import adahessian
-from adahessian_fastai.compare import default_rate,main,muted,parse_opts,plot_comparison,plot_rates
+from adahessian_fastai.compare import default_rate,digits_dls,main,muted,parse_opts,plot_comparison,plot_rates
 
 
 # The variables that keep PyTorch's profiler quiet come from the Makefile; nobody else has them
@@ -59,7 +59,7 @@ def test_variants_over_a_range_of_rates(tmp_path, capsys, monkeypatch):
     main(epochs=1, opts=f'adam,{name},sophia:lr=0.01', rates=3)
     out = capsys.readouterr().out
     runs = pd.read_csv('results/runs.csv')
-    own = default_rate(adahessian)
+    own = default_rate(adahessian, len(digits_dls().train))
     tried = {'adam': [.001,.01,.1], name: [own/10,own,own*10], 'sophia:lr=0.01': [.001,.01,.1]}
     assert runs.groupby('optimizer').lr.apply(list).to_dict()=={k: pytest.approx(o) for k,o in tried.items()}
     assert runs.groupby('optimizer').default.first().to_dict()=={'adam': .001, name: own, 'sophia:lr=0.01': .01}

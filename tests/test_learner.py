@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np,pandas as pd,pytest,torch
 import torch.nn.functional as F
 from fastai.callback.schedule import ParamScheduler,SchedLin
+from fastai.callback.training import GradientAccumulation
 from fastai.learner import Callback,Learner,defaults,load_learner
 from fastai.data.core import DataLoaders
 from fastai.losses import CrossEntropyLossFlat
@@ -13,7 +14,7 @@ from fastai.optimizer import Adam,Lookahead,OptimWrapper
 from fastai.torch_core import params,set_seed
 from torch import nn
 import fastai.callback.all  # chkstyle: ignore
-from adahessian_fastai.all import adahessian_paper as adahessian
+from adahessian_fastai.all import adahessian as modern,adahessian_paper as adahessian,sophia
 
 
 def data(n=256, bs=16, seed=0):
@@ -298,3 +299,35 @@ def test_one_row_is_refused_by_a_batch_norm_and_not_chosen_for_it():
         return learn
     assert run(hessian_bs=.01).opt.n_estimates==16
     with pytest.raises(ValueError, match='hessian_bs=1'): run(hessian_bs=1)
+
+
+def rates(opt_func, call='fit_one_cycle', n_epoch=2, bs=16, cbs=None, **kwargs):
+    "The largest rate of a training that nobody gave one, and the Learner's rate afterwards"
+    learn = Learner(data(bs=bs), nn.Linear(6,2), CrossEntropyLossFlat(), opt_func=opt_func, **kwargs)
+    getattr(learn, call)(n_epoch, cbs=cbs)
+    return max(learn.recorder.lrs, default=None) or learn.opt.hypers[0]['lr'],learn.lr
+
+
+@pytest.mark.parametrize('call', ['fit','fit_one_cycle','fit_flat_cos'])
+def test_a_short_training_has_a_higher_rate_unless_somebody_gave_one(call):
+    "32 steps: twice 0.15; 224 steps: 0.15; 112 steps: 0.15√2, however they are cut into batches"
+    ours = modern
+    assert rates(ours, call)==pytest.approx((0.3,0.15)) and rates(ours, call, 14)==pytest.approx((0.15,0.15))
+    for opt,cbs in ((partial(ours, n_acc=2),None), (ours,GradientAccumulation(32))):
+        assert rates(opt, call, 14, cbs=cbs)==pytest.approx((0.21,0.15))==rates(ours, call, 14, bs=32)
+    assert rates(partial(ours, lr=0.15), call)==pytest.approx((0.15,0.15))==rates(ours, call, lr=0.15)
+    for opt,own in ((adahessian,0.15), (sophia,1e-3), (Adam,1e-3), (partial(ours, signed=True),0.05)):
+        assert rates(opt, call)==pytest.approx((own,own))
+
+
+def test_the_rate_of_a_length_is_that_of_a_new_optimizer_too_and_goes_when_training_ends_early():
+    learn = learner(modern)
+    learn.fit(2)
+    learn.fit(2, reset_opt=True)
+    assert learn.opt.hypers[0]['lr']==0.3 and learn.lr==0.15
+    class Stop(Callback):
+        def after_batch(self): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): learn.fit(2, cbs=Stop())
+    assert learn.lr==0.15
+    learn.fit(14)
+    assert learn.opt.hypers[0]['lr']==0.15
