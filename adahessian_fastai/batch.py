@@ -11,8 +11,8 @@ mean the same function."""
 # %% auto #0
 __all__ = ['send', 'autocast_of', 'targets_for', 'evaluate_batch', 'takes_part', 'noted', 'batch_of', 'loss_scale',
            'CurvatureScale', 'loss_weight', 'plain_number', 'n_rows', 'take_rows', 'check_rows_possible', 'targets_of',
-           'in_half', 'LearnerProblem', 'no_duals', 'Turn', 'trained_problem', 'problem_of', 'Batches', 'versions',
-           'divided', 'closure_problem', 'DataBatch', 'accumulate']
+           'in_half', 'LearnerProblem', 'no_duals', 'Turn', 'problem_of', 'Batches', 'versions', 'divided',
+           'closure_problem', 'DataBatch', 'accumulate']
 
 # %% ../nbs/12_batch.ipynb #d4f4fa69
 import math,warnings
@@ -382,17 +382,17 @@ def evaluated(self:Turn,
     with on as p,hooks_disabled(problem.params),room(): yield p
 
 # %% ../nbs/12_batch.ipynb #17c38f44
-def trained_problem(
+@patch
+def trained(self:Turn,
     loss, # Scalar with its graph, or a `Problem`
     params:list, # Parameters that are trained; raises `ValueError` where they are sharded and the estimate cannot be had
-    estimator, # What the estimate comes from
     scale:float=1., # By how much a scalar was multiplied for half precision
     group=None, # Process group to average over; by default that of the problem, or of the parameters
 )->Problem:
     "`loss` as a problem of `params` that knows its processes"
     problem = loss if isinstance(loss, Problem) else Problem(params, loss, scale=scale)
     if shard_mesh(params): problem = problem.replace(params=params)
-    check_shards(params, is_first_order(estimator), problem.scale)
+    check_shards(params, is_first_order(self.estimator), problem.scale)
     group = group or problem.group or shard_group(params)
     if group is None and problem is not loss and dist.is_initialized() and dist.get_world_size()>1:
         warnings.warn("the estimate of this process stays its own, so the processes drift apart: give "

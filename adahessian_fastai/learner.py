@@ -11,7 +11,7 @@ of them trains exactly as before."""
 __all__ = ['whole_number', 'unwrapped', 'callback_of', 'is_sharded', 'check_model', 'check_gradients', 'shard_group',
            'check_shards', 'reshard', 'sync_group', 'cross_rank_mean', 'Ranks', 'drop_pending', 'lr_untouched',
            'own_lr', 'steps_of_run', 'lr_of_run', 'norms_of', 'look', 'all_finite', 'trainable_params', 'check_groups',
-           'check_part', 'check_parts', 'check_entry', 'state_like', 'LossGuard', 'peek_seed', 'warn_rarely', 'Counts']
+           'check_part', 'check_entry', 'state_like', 'LossGuard', 'peek_seed', 'warn_rarely', 'Counts']
 
 # %% ../nbs/10_learner.ipynb #d25dec26
 import inspect,math,pickle,traceback,warnings,zipfile
@@ -402,21 +402,14 @@ whole_number = (lambda v: isinstance(v, int) and not isinstance(v, bool) and v>=
 def check_part(
     name:str, # Of a part of a state
     part, # Its state; raises `ValueError`
-    rules:dict, # Pairs of a test and what it says by key, `None` where anything will do
+    rules:dict, # By key: a test with what it says, the rules of a part within, or `None` where anything will do
 ):
     "Refuse a part whose entries are missing, or cannot be"
     if not isinstance(part, dict): raise ValueError(f"{name} must be a dict, got {part!r}")
     if lost := set(rules)-set(part): raise ValueError(f"{name} is incomplete, it has no {sorted(lost)}")
     for k,rule in rules.items():
-        if rule and not rule[0](part[k]): raise ValueError(f"{k} of {name} must be {rule[1]}, got {part[k]!r}")
-
-def check_parts(
-    own, # State of several parts by name; raises `ValueError`
-    **rules # Those of each part, as for `check_part`
-):
-    "Refuse parts that are missing or do not fit"
-    check_part('the state', own, dict.fromkeys(rules))
-    for k,o in rules.items(): check_part(k, own[k], o)
+        if isinstance(rule, dict): check_part(k, part[k], rule)
+        elif rule and not rule[0](part[k]): raise ValueError(f"{k} of {name} must be {rule[1]}, got {part[k]!r}")
 
 # %% ../nbs/10_learner.ipynb #2630a081
 _counted,_weighed = ('step','age','asked','norm_step'),('hess_step','hess_weight','norm_avg')

@@ -19,6 +19,7 @@ from typing import Literal
 from fastai.optimizer import Optimizer,average_grad,debias,l2_reg,step_stat,weight_decay
 from fastai.torch_basics import *
 from .hvp import copy_all,shard_mesh,total_norm,whole
+from .averaging import average_all
 from .learner import check_entry,check_groups,check_part,cross_rank_mean,look,state_like,trainable_params,whole_number
 from .batch import plain_number
 
@@ -551,13 +552,16 @@ def one_ready(
 
 @patch
 def step(self:Work,
-    diags:dict, # Finite estimates by parameter, smoothed
+    diags:dict, # Finite estimates by parameter
     noises:dict, # Draws of their noise by parameter
     cbs, # Stats and steppers
     when=None, # The schedule, which may say how much an estimate counts
+    smooth=noop, # `d -> d`, smooths an estimate
 )->list: # The parameters that moved
     "Move what has something to step with"
     weight = getattr(when, 'weight', lambda age: 1)
+    known = [[p for p in ds if p in self] for ds in (diags,noises)]
+    diags,noises = (dict(zip(ps, average_all([ds[p] for p in ps], smooth))) for ps,ds in zip(known, (diags,noises)))
     ready = [(p, s, h, one_ready(p, s, diags.get(p), weight)) for p,(s,h) in self.items()]
     ready = [(p, s, h, d, noises.get(p)) for p,s,h,d in ready if not isinstance(d, str)]
     update(ready, cbs)
@@ -593,13 +597,15 @@ def checked_steppers(
     opt:Optimizer, # The optimizer that is to take `sd`
     sd:dict, # From `state_dict`; raises `ValueError` if it is not of an optimizer like `opt`
     needs=None, # Hyperparameters that each group has to have; by default those that `opt` has
+    **rules # Those of the other parts, as for `check_part`
 )->tuple: # Hyperparameters and state, copied for the parameters of `opt`
-    "Look at hyperparameters and averages before any of them is used"
+    "Look at hyperparameters, averages and other parts before any of them is used"
     check_groups(opt, sd, 'curvature', needs)
     for h in sd['hypers']: check_hypers(**h)
     pairs = list(zip(opt.all_params().itemgot(0), sd['state']))
     for i,(p,s) in enumerate(pairs):
         for k,v in s.items(): check_entry(i, k, v, p)
         check_averages(opt.cbs, i, s)
+    check_part('the state', sd['curvature'], rules)
     state = {p: {k: state_like(v, p) for k,v in s.items()} for p,s in pairs}
     return L(dict(h) for h in sd['hypers']),defaultdict(dict, state)

@@ -365,7 +365,7 @@ def literal(learn, params):
     model = learn.model
     def loss():
         with sdpa_kernel(SDPBackend.MATH): return learn.loss_func(model(*learn.xb), *learn.yb).as_subclass(Tensor)
-    return dense_hessian(loss, params)
+    return dense_hessian(loss, params, chunk_size=256)
 
 def literal_at(learn, b, params):
     "The same for the batch `b`"
@@ -467,7 +467,7 @@ def test_the_batch_is_the_one_that_callbacks_prepared():
         def after_batch(self):
             if not self.training: return
             def f(): return loss(self.model(self.x)*2, *self.yb)
-            with preserving(self.model),torch.enable_grad(): H = dense_hessian(f, list(self.model.parameters()))
+            with preserving(self.model),torch.enable_grad(): H = dense_hessian(f, list(self.model.parameters()), chunk_size=256)
             self.top.append(eigvalsh(H.double())[-1])
     learn.add_cb(Dense())
     run(learn, 1, .1)

@@ -1,5 +1,6 @@
 "The Hessian-free optimizer: in a Learner, in plain PyTorch, and when things go wrong"
-import inspect, itertools, math, os, pickle, pytest, socket, subprocess, sys, torch, torch.distributed as dist, torch.nn.functional as F, warnings
+import functools, inspect, itertools, math, os, pickle, pytest, socket, time, warnings
+import torch, torch.distributed as dist, torch.multiprocessing as mp, torch.nn.functional as F
 import numpy as np
 from collections import defaultdict
 from copy import deepcopy
@@ -644,20 +645,32 @@ objects = {'cg','batches','line_search','precondition'}
 def test_every_argument_is_covered():
     for f in (HessianFree, hessian_free): assert set(inspect.signature(f).parameters)-{'params'} == set(changes)|same_result|in_other_tests|objects
 
-def run_hard(**kwargs):
-    "Steps on a problem where backtracking and line search have work to do"
-    return list(fit(learner(partial(mlp, act=nn.ReLU), bs=16, **{'damping':1e-3, 'martens_eps':1e-5, **kwargs}), 3).opt.record)
+class Until(Callback):
+    "Ends the training with the first step that is not as in `other`, the record of another one"
+    def __init__(self, other): self.other = other
+    def after_batch(self):
+        record = list(self.opt.record)
+        if self.training and record!=self.other[:len(record)]: raise CancelFitException
 
-@pytest.fixture(scope='module')
-def hard(): return run_hard()
+def run_hard(cbs=None, **kwargs):
+    "Steps on a problem where backtracking and line search have work to do"
+    kwargs = {'damping':1e-3, 'martens_eps':1e-5, **kwargs}
+    return list(fit(learner(partial(mlp, act=nn.ReLU), bs=16, cbs=cbs, **kwargs), 3).opt.record)
+
+@functools.cache
+def hard(**kwargs): return run_hard(**kwargs)
+
+def changes_something(company, **kwargs): return run_hard(Until(hard(**company)), **company, **kwargs) != hard(**company)
+
+def test_what_changes_nothing_is_seen(): assert not changes_something({}, keep_graph=True) and len(hard())==12
 
 @pytest.mark.parametrize('name', list(changes))
-def test_every_argument_changes_something(name, hard): assert run_hard(**{name:changes[name]}) != hard
+def test_every_argument_changes_something(name): assert changes_something({}, **{name:changes[name]})
 
 @pytest.mark.parametrize('name,value,company', [('neg_curv','abs',dict(curvature='hessian')), ('curv_batches',1,dict(n_acc=2)), ('reduction','sum',dict(n_acc=2)), ('held_out',1,dict(n_acc=2)),
     ('fisher_exponent',.3,dict(precondition=True)), ('fisher_probes',2,dict(precondition=True))])
 def test_arguments_that_need_company_change_something(name, value, company):
-    assert run_hard(**company, **{name:value}) != run_hard(**company)
+    assert changes_something(company, **{name:value})
 
 @pytest.mark.parametrize('kwargs', [dict(curvature='x'), dict(jvp='x'), dict(reduction='x'), dict(neg_curv='x'), dict(n_acc=0), dict(cg_max_iter=0), dict(ls_max_iter=0),
     dict(curv_batches=0), dict(keep_iterates=0), dict(fisher_probes=0), dict(check_every=0), dict(cg_tol=-1), dict(ls_c=-1),
@@ -1186,10 +1199,11 @@ def on_ranks(rank, n_ranks):
         way=lambda: train_shard(mine(), ddp={}, model=NoDual, jvp='auto'), ignored=lambda: train_shard(ignored(mine(), rank), ddp={}),
         unused=lambda: train_shard(mine(), ddp=dict(find_unused_parameters=True), model=Sometimes))
 
-def main(folder, rank, n_ranks):
-    dist.init_process_group('gloo', rank=rank, world_size=n_ranks)
+def on_rank(rank, folder, port):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2')
+    dist.init_process_group('gloo', init_method=f'tcp://localhost:{port}', rank=rank, world_size=2)
     found = {}
-    for name,f in on_ranks(rank, n_ranks).items():
+    for name,f in on_ranks(rank, 2).items():
         found[name] = f()
         dist.barrier()
     torch.save(found, f'{folder}/{rank}.pt')
@@ -1197,19 +1211,18 @@ def main(folder, rank, n_ranks):
 
 @pytest.fixture(scope='module')
 def ranks(tmp_path_factory):
+    "Two processes that have imported everything; one that hangs is ended"
     folder = tmp_path_factory.mktemp('ranks')
     with socket.socket() as s:
         s.bind(('localhost', 0))
-        env = {**os.environ, 'MASTER_ADDR':'localhost', 'MASTER_PORT':str(s.getsockname()[1]), 'WORLD_SIZE':'2', 'OMP_NUM_THREADS':'1'}
-    logs = [open(folder/f'{r}.log', 'w+') for r in range(2)]
-    ps = [subprocess.Popen([sys.executable, __file__, folder, str(r), '2'], env={**env, 'RANK':str(r), 'LOCAL_RANK':str(r)}, stdout=log, stderr=subprocess.STDOUT)
-        for r,log in enumerate(logs)]
+        port = s.getsockname()[1]
+    both,ended = mp.start_processes(on_rank, (folder, port), nprocs=2, join=False, start_method='fork'),False
+    until = time.monotonic()+240
     try:
-        for p in ps: p.wait(timeout=240)
+        while not ended and time.monotonic()<until: ended = both.join(timeout=5)
     finally:
-        for p in ps: p.kill()
-        for log in logs: log.close()
-    assert all(p.returncode==0 for p in ps), (folder/'0.log').read_text()[-3000:]+(folder/'1.log').read_text()[-3000:]
+        for p in both.processes: p.kill()
+    assert ended, 'the processes wait for each other'
     return [torch.load(folder/f'{r}.pt') for r in range(2)]
 
 @pytest.mark.parametrize('case', list(on_ranks(0, 2)))
@@ -1254,18 +1267,22 @@ def bits(k=2, silence=20):
 
 SOLVED = 1e-3 # Loss of two bits that are remembered; those that are not stay above 0.1 (30 steps, seeds 0 to 4: 4 solved with the damping, 1 without)
 
-def test_structural_damping_helps_a_long_memory():
-    "Two bits over twenty steps of silence, five networks: each ends lower with it, and more of them remember"
+@pytest.mark.parametrize('seeds', [(0,3,4), pytest.param(range(5), marks=pytest.mark.slow)], ids=len)
+def test_structural_damping_helps_a_long_memory(seeds):
+    "Two bits over twenty steps of silence: each network is ready sooner with it, or ends lower, and more of them remember"
     x,b = bits()
     def end(seed, mu):
+        "Steps until it remembers, thirty at most, and the loss then"
         torch.manual_seed(seed)
         model = Memory()
         opt = hessian_free(model.parameters(), structural=mu)
         f = objective(lambda: model(x), lambda z: F.binary_cross_entropy_with_logits(z, b))
-        return steps(opt, f, 30, module=model)[-1]
-    plain,damped = ([end(seed, mu) for seed in range(5)] for mu in (0.,1.))
+        for i in range(30):
+            if (loss := opt.step(f, module=model))<SOLVED: break
+        return i,loss
+    plain,damped = ([end(seed, mu) for seed in seeds] for mu in (0.,1.))
     assert all(d<p for d,p in zip(damped, plain))
-    assert sum(o<SOLVED for o in damped)>=3 and sum(o<SOLVED for o in plain)<=2
+    assert sum(o<SOLVED for _,o in damped)>=len(seeds)//2+1 and sum(o<SOLVED for _,o in plain)<=len(seeds)//2
 
 def test_structural_damping_in_a_learner_and_where_there_are_no_hidden_states():
     x,b = bits()
@@ -1277,5 +1294,3 @@ def test_structural_damping_in_a_learner_and_where_there_are_no_hidden_states():
     with pytest.raises(ValueError, match='hidden='): opt.acc_step(m, F.cross_entropy, [data(10)])
     opt = hessian_free(m.parameters(), structural=1., hidden=lambda m: [m[1]])   # the way out
     assert opt.acc_step(m, F.cross_entropy, [data(10)]) < opt.record[0]['loss']
-
-if __name__=='__main__': main(sys.argv[1], *map(int, sys.argv[2:]))
