@@ -31,7 +31,7 @@ test-cuda: install ## Run the tests that need a CUDA device
 zoo: install-bench ## Train one member of each family of models, in every mode: takes minutes
 	$(bin)/python -m pytest -m slow tests/test_zoo.py $(ARGS)
 
-soak: install ## Kill, spoil and outlast training runs: takes up to half an hour
+soak: install ## Kill, spoil and outlast training runs: six minutes of processor time
 	$(bin)/python tests/soak.py $(ARGS)
 
 coverage: install ## Run the tests of tests/ and print how many lines of the package they reach

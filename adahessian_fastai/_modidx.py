@@ -935,6 +935,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'adahessian_fastai/optimizer.py'),
                                              'adahessian_fastai.optimizer.PartOf.__set_name__': ( 'optimizer.html#partof.__set_name__',
                                                                                                   'adahessian_fastai/optimizer.py'),
+                                             'adahessian_fastai.optimizer.check_asked': ( 'optimizer.html#check_asked',
+                                                                                          'adahessian_fastai/optimizer.py'),
                                              'adahessian_fastai.optimizer.check_seen': ( 'optimizer.html#check_seen',
                                                                                          'adahessian_fastai/optimizer.py'),
                                              'adahessian_fastai.optimizer.due': ('optimizer.html#due', 'adahessian_fastai/optimizer.py'),

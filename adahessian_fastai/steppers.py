@@ -283,6 +283,7 @@ def update(
 # %% ../nbs/14_steppers.ipynb #be47f732
 class Perturbation:
     "Moves the parameters for the forward and backward pass"
+    asked = False # Has a loop asked for it? One that never does is told
     def __init__(self,
         rho:float=0., # How far, ρ; 0 or `None` for not at all; raises `ValueError` below 0
         along:Literal['gradient','momentum']='momentum', # Against the momentum, or up another gradient; raises `ValueError` for others
@@ -322,6 +323,7 @@ class Perturbation:
         opt:Optimizer, # About to see a batch
     ):
         "Move against the momentum, where that is the way"
+        self.asked = self.asked or not self.twice
         if not self.rho or self.along!='momentum': return
         ps = trainable_params(opt)
         self.move(ps, [opt.state[p].get('grad_avg') for p in ps], -1.)
@@ -331,6 +333,7 @@ class Perturbation:
         twice:bool, # Will its graph be differentiated twice?
     ): # A `Problem` at the other point, or the same one where the gradient is not the way
         "Move along the gradient, and evaluate the batch again there"
+        self.asked = True
         if not self.twice: return problem
         grads = problem.gradient()
         self.move(problem.params, [None if g is None else g.detach() for g in grads], 1.)

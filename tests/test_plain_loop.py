@@ -1,11 +1,13 @@
 "A loop of one's own: schedule, accumulation, loss scale and file together do what each does alone; PyTorch's schedulers want a stand-in"
+import warnings
 import pytest,torch,torch.nn.functional as F
 from accelerate import Accelerator
+from contextlib import nullcontext
 from functools import partial
 from torch import nn
 from torch.optim import lr_scheduler
-from adahessian_fastai.all import adahessian_paper as adahessian,hessian_free,sophia
-from helpers_learner import HYPERS,ROUNDING,data,given,mlp,one_loss,split
+from adahessian_fastai.all import Problem,adahessian as ours,adahessian_paper as adahessian,hessian_free,m_sassha,perturbed,sassha,sophia
+from helpers_learner import HYPERS,ROUNDING,data,fit,given,learner,mlp,one_loss,split
 from twin import Twin
 
 def stand_in(lr=0.1): return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
@@ -109,3 +111,49 @@ def test_accelerate_hands_the_optimizer_back_and_saves_it_once_registered(tmp_pa
     assert opt2.n_steps==4
     run(again, opt2, batches[4:])
     assert all(torch.equal(p, q) for p,q in zip(model.parameters(), again.parameters()))
+
+
+# A loop that leaves out `perturbed`
+
+def three_steps(make, model, inside):
+    "Three steps, inside a context or not: what was said"
+    opt = make(model.parameters(), lr=0.05)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        for x,y in split(*data(18), 6):
+            with inside(opt):
+                out = model(x)
+                opt.differentiate(Problem(list(model.parameters()), F.cross_entropy(out, y), out, y, F.cross_entropy))
+            opt.step()
+            opt.zero_grad()
+    return [str(o.message) for o in said if 'does nothing in this loop' in str(o.message)]
+
+
+NEVER = dict(usual=(ours,'with perturbed'), sassha=(sassha,'m_sassha'), m_sassha=(m_sassha,'with perturbed'), paper=(adahessian,None),
+    sophia=(sophia,None), none=(partial(ours, rho=0),None))
+
+@pytest.mark.parametrize('name', NEVER)
+def test_a_loop_that_never_asks_for_its_perturbation_is_told_once(name):
+    "With the remedy, by the first step; it trains as with no `rho`. One that asks hears nothing, except where a loop of one's own has no way"
+    make,way = NEVER[name]
+    said = three_steps(make, mlp(), nullcontext)
+    assert len(said)==(way is not None) and all(way in o and 'rho=0' in o for o in said)
+    assert len(three_steps(make, mlp(), perturbed))==(name=='sassha')
+
+
+def test_a_learner_is_told_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        for make in (ours,sassha,m_sassha): fit(learner(mlp(), *data(18), opt_func=make, hypers={}))
+
+
+def test_what_rho_does_inside_perturbed_is_what_it_does_in_a_learner():
+    "Where it is left out the weights are those of `rho=0`, and others than inside"
+    def weights(inside, **kwargs):
+        three_steps(partial(ours, probe=given(), wd=0., **kwargs), model := mlp(), inside)
+        return list(model.parameters())
+    learn = fit(learner(mlp(), *data(18), probe=given(), opt_func=ours, hypers=dict(lr=0.05, wd=0.)))
+    def far(a, b): return max((p-q).abs().max().item() for p,q in zip(a, b))
+    assert far(weights(perturbed), learn.model.parameters())<ROUNDING
+    assert far(weights(nullcontext), weights(nullcontext, rho=0))==0
+    assert far(weights(perturbed), weights(nullcontext))>1e-4
