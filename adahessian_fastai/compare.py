@@ -21,7 +21,6 @@ from fastai.basics import *
 from fastai.callback.all import *
 from fastcore.imports import IN_NOTEBOOK
 from fastcore.script import call_parse
-from sklearn.datasets import load_digits
 from torch.profiler import ProfilerActivity,profile
 from .hvp import check_count
 from .learner import lr_of_run,own_lr
@@ -244,6 +243,7 @@ def digits_dls(
     bs:int=64, # Batch size
 )->DataLoaders: # 1437 training and 360 validation images, 1×8×8 in [0,1]
     "scikit-learn's handwritten digits"
+    from sklearn.datasets import load_digits
     x,y = load_digits(return_X_y=True)
     x,y = tensor(x).float().view(-1,1,8,8)/16,tensor(y)
     idxs = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))

@@ -21,8 +21,7 @@ from matplotlib.ticker import LogLocator,MaxNLocator
 from typing import Literal
 from fastai.basics import *
 from fastai.optimizer import debias
-from torch.distributed.tensor import DTensor
-from .hvp import check_count,check_number,flat,hooks_disabled,unflat
+from .hvp import check_count,check_number,flat,hooks_disabled,is_part,unflat
 from .hutchinson import hutchinson_diag,hutchinson_samples
 from .spectrum import confidence_interval,extreme_eigenvalues,mean_product,spectral_density
 from .learner import is_sharded,trainable_params,unwrapped
@@ -48,7 +47,7 @@ def has_shards(
     opt, # Its optimizer
 )->bool:
     "Does some process hold only a part of a parameter? Modules of FSDP hide that after a forward pass, the optimizer does not"
-    return is_sharded(learn.model) or any(isinstance(p, DTensor) for ps in opt.param_lists for p in ps)
+    return is_sharded(learn.model) or any(is_part(p) for ps in opt.param_lists for p in ps)
 
 def learner_params(
     learn:Learner, # Any Learner; raises `ValueError` for one without trained parameters, and for sharded ones

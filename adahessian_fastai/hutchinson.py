@@ -14,7 +14,6 @@ import math,torch
 from functools import cache
 from typing import Literal
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from .hvp import check_count,check_real,shard_mesh
 
 # %% ../nbs/01_hutchinson.ipynb #b6decdbb
@@ -59,7 +58,7 @@ def draw_like(
     "Probes like `params`; each process draws for the parts that it holds"
     if shard_mesh(params):
         zs = draw_like([p.to_local() for p in params], draw, generator)
-        return [DTensor.from_local(z, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()) for z,p in zip(zs, params)]
+        return [type(p).from_local(z, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()) for z,p in zip(zs, params)]
     if getattr(draw, 'flat', False) and len({(p.dtype,p.device) for p in params})==1:
         z = draw(params[0].new_empty(sum(p.numel() for p in params)), generator)
         return [o.view(p.shape) for o,p in zip(z.split([p.numel() for p in params]), params)]

@@ -8,13 +8,13 @@ A *product* is a callable `v -> Hv`. `v` and `Hv` are lists of tensors shaped li
 # %% auto #0
 __all__ = ['substitutes', 'dual_substitutes', 'dual_thread', 'hvp_methods', 'math_attention', 'plain_rnn', 'plain_cpu_rnn',
            'eager', 'all_bits', 'check_real', 'AsComplex', 'real_parameters', 'flat', 'unflat', 'SettingError',
-           'check_count', 'check_number', 'check_choice', 'check_switch', 'check_pair', 'shard_mesh', 'whole',
-           'sharded_like', 'grads_aside', 'sharded_gradient', 'gradient', 'graph_nodes', 'check_twice',
-           'check_checkpoints', 'hooks_disabled', 'missing_second_derivative', 'graph_product', 'Substituted',
-           'substituted', 'zero_tangents', 'dual_numbers', 'dual_backward', 'dual_gradient', 'total_norm', 'step_size',
-           'copy_all', 'moved', 'difference_product', 'difference_error', 'hessian_product', 'SharedContext',
-           'needs_substitutes', 'has_rnn', 'own_statistics', 'switched', 'twice_differentiable', 'asymmetry',
-           'check_symmetric']
+           'check_count', 'check_number', 'check_choice', 'check_switch', 'check_pair', 'loaded', 'is_part',
+           'shard_mesh', 'whole', 'sharded_like', 'grads_aside', 'sharded_gradient', 'gradient', 'graph_nodes',
+           'check_twice', 'check_checkpoints', 'hooks_disabled', 'missing_second_derivative', 'graph_product',
+           'Substituted', 'substituted', 'zero_tangents', 'dual_numbers', 'dual_backward', 'dual_gradient',
+           'total_norm', 'step_size', 'copy_all', 'moved', 'difference_product', 'difference_error', 'hessian_product',
+           'SharedContext', 'needs_substitutes', 'has_rnn', 'own_statistics', 'switched', 'twice_differentiable',
+           'asymmetry', 'check_symmetric']
 
 # %% ../nbs/00_hvp.ipynb #23113829
 import math,operator,re,sys,threading
@@ -25,7 +25,6 @@ from typing import Literal
 import torch, torch.nn.functional as F, torch.autograd.forward_ad as fwAD
 from torch import Tensor,nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor,Replicate
 from torch.nn.attention import SDPBackend,sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
@@ -150,24 +149,39 @@ def check_pair(
     return a,b
 
 # %% ../nbs/00_hvp.ipynb #e89d67ea
+def loaded(
+    module:str, # Its name
+    name:str, # Of a class in it
+): # For `isinstance`: the class, or `()` where nothing has imported `module`
+    "The class `name` of `module`, which is not imported for that"
+    return getattr(sys.modules.get(module), name, ())
+
+def is_part(
+    t, # Anything
+)->bool:
+    "Is `t` a tensor of which each process holds a part?"
+    return isinstance(t, loaded('torch.distributed.tensor', 'DTensor'))
+
+# %% ../nbs/00_hvp.ipynb #870964ac
 def shard_mesh(
     tensors, # Any number of tensors
 ): # A `DeviceMesh`, or `None` where all are whole
     "The processes over which `tensors` are sharded"
-    return next((t.device_mesh for t in tensors if isinstance(t, DTensor)), None)
+    return next((t.device_mesh for t in tensors if is_part(t)), None)
 
 def whole(
     t:Tensor, # Maybe sharded
 )->Tensor:
     "`t` with the entries of all processes"
-    return t.full_tensor() if isinstance(t, DTensor) else t
+    return t.full_tensor() if is_part(t) else t
 
 def sharded_like(
     t:Tensor, # Whole, and the same in each process; or sharded already
     p:Tensor, # Maybe sharded
 )->Tensor:
     "The part of `t` that this process holds of `p`"
-    if isinstance(t, DTensor) or not isinstance(p, DTensor): return t
+    if is_part(t) or not is_part(p): return t
+    from torch.distributed.tensor import DTensor,Replicate
     return DTensor.from_local(t, p.device_mesh, [Replicate()], run_check=False).redistribute(placements=p.placements)
 
 # %% ../nbs/00_hvp.ipynb #a100fd5e

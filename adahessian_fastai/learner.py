@@ -20,14 +20,12 @@ from contextlib import contextmanager,nullcontext
 from functools import wraps
 
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule,FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel,DistributedDataParallel
 from fastai.basics import *
 from fastai.callback.schedule import *
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import load_model,save_model
-from .hvp import shard_mesh,sharded_like
+from .hvp import is_part,loaded,shard_mesh,sharded_like
 from .problem import modes_kept
 from .curvature import AgreedError
 from .estimators import seeded
@@ -67,11 +65,13 @@ def callback_of(
     return next((cb for cb in learn.cbs if isinstance(cb, kind)), None)
 
 # %% ../nbs/10_learner.ipynb #1afee885
+def _fsdp(name='FSDPModule'): return loaded('torch.distributed.fsdp', name)
+
 def is_sharded(
     model:nn.Module, # Looked through with all its children
 )->bool:
     "Does some process hold only a part of a parameter of `model`?"
-    return any(isinstance(m, (FSDPModule,FullyShardedDataParallel)) for m in model.modules()) or bool(shard_mesh(model.parameters()))
+    return any(isinstance(m, (_fsdp(),_fsdp('FullyShardedDataParallel'))) for m in model.modules()) or bool(shard_mesh(model.parameters()))
 
 def check_model(
     model:nn.Module, # As it is called in the training loop; raises `ValueError`
@@ -84,7 +84,7 @@ def check_model(
         raise ValueError("curvature is not available under DistributedDataParallel with static_graph=True: leave it at False")
     if any(isinstance(m, (nn.Embedding,nn.EmbeddingBag)) and m.sparse for m in model.modules()):
         raise ValueError("curvature needs dense gradients: make the `nn.Embedding` with `sparse=False`")
-    if is_sharded(model) and not (first_order and isinstance(model, FSDPModule)):
+    if is_sharded(model) and not (first_order and isinstance(model, _fsdp())):
         raise ValueError(f"curvature is not available for parameters sharded as in this {type(model).__name__}: use `learn.distrib_ctx()`, "
             "or `fully_shard` on the whole model with estimator='gnb' or, where it is smooth, hvp='finite_difference'")
 
@@ -114,7 +114,7 @@ def check_shards(
     way = "use estimator='gnb' or, where the model is smooth, hvp='finite_difference'"
     if not first_order: raise ValueError(f"sharded parameters have no second derivative: {way}")
     if scale!=1: raise ValueError(f"sharded parameters go without a loss scale, got {scale=}: use bfloat16, see `MixedPrecisionPolicy`")
-    if mesh.ndim>1 or not all(isinstance(p, DTensor) and p.device_mesh==mesh and p.placements[0].is_shard() for p in params):
+    if mesh.ndim>1 or not all(is_part(p) and p.device_mesh==mesh and p.placements[0].is_shard() for p in params):
         raise ValueError("all parameters have to be sharded over the same processes: call `fully_shard(model)` on the whole model too, "
             "with a mesh of one dimension")
 
@@ -123,7 +123,7 @@ def reshard(
 ):
     "Have `fully_shard` gather the parameters of `model` anew for the next forward pass; after an evaluation it may keep them"
     for m in model.modules():
-        if isinstance(m, FSDPModule): m.reshard()
+        if isinstance(m, _fsdp()): m.reshard()
 
 # %% ../nbs/10_learner.ipynb #29f5951e
 def sync_group(
@@ -340,12 +340,12 @@ def norms_of(
     tensors:list, # Any number of tensors
 )->list: # A tensor with one number for each
     "Norms of `tensors`, of one in parts that of the whole"
-    local,group = [t.to_local() if isinstance(t, DTensor) else t for t in tensors],shard_group(tensors)
+    local,group = [t.to_local() if is_part(t) else t for t in tensors],shard_group(tensors)
     some = iter(torch._foreach_norm(full) if (full := [t for t in local if t.numel()]) else [])
     norms = [next(some).float() if t.numel() else torch.zeros((), device=t.device) for t in local]
     if group is None: return norms
     means, = cross_rank_mean([torch.stack(norms).square()], group)
-    return [(m*(dist.get_world_size(group) if isinstance(t, DTensor) else 1)).sqrt() for m,t in zip(means, tensors)]
+    return [(m*(dist.get_world_size(group) if is_part(t) else 1)).sqrt() for m,t in zip(means, tensors)]
 
 def look(
     losses:list, # Tensors with a number each

@@ -118,9 +118,10 @@ def check_product(
 
 # %% ../nbs/03_spectrum.ipynb #6075ff51
 def _orthogonal(w, basis):
-    "`w` without its parts along the orthonormal `basis`"
-    for _ in range(2):
-        for q in basis: w = w - (q@w)*q
+    "`w` without its parts along the orthonormal `basis`, sixteen at a time"
+    for i in [*range(0, len(basis), 16)]*2:
+        Q = torch.stack(basis[i:i+16])
+        w = w - (Q@w)@Q
     return w
 
 def _direction(params, probe, generator, basis):

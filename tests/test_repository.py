@@ -1,5 +1,6 @@
 "The repository itself: one source for each fact, imports downwards only, generated files current, nothing of the machine it was made on"
 import json,os,re,shutil,subprocess,sys,tarfile,zipfile
+from collections import Counter
 from configparser import ConfigParser
 from email import message_from_string
 from pathlib import Path
@@ -256,6 +257,9 @@ def test_house_measures_what_it_says():
     assert {k: house.body_lines(o) for k,o in fs.items()} == {'f': 4, 'A.one': 1, 'A.two': 1}
     assert {k: house.n_args(o) for k,o in fs.items()} == {'f': 2, 'A.one': 1, 'A.two': 0}
     assert house.long_lines(source, True) == [3] and house.long_lines(source, False) == [8]
+    kinds = Counter(house.line_kinds(source))
+    assert kinds['docstrings']==3+1 and kinds['imports and exports']==3 and kinds['arguments']==3 and kinds['blank']==1, kinds
+    assert sum(kinds.values())==len(source.splitlines()) and house.line_kinds('# a\nx = 1')==['comments','code']
     rooms = dict(low='from .top import f', star="__all__ = ['c', 'd', 'e']", top=source)
     assert house.n_imported(source, rooms) == 5
     assert set(house.circle(rooms)) == {'low','top'} and house.circle(dict(top=source, low='')) == []

@@ -50,6 +50,10 @@ def net(request):
     H = literal_hessian(loss, params)
     return loss,params,H,torch.from_numpy(eigvalsh(H)).flip(0)
 
+def one_graph(loss, params):
+    "Products from one graph; `hessian_product` would evaluate the loss for each"
+    return graph_product(gradient(loss(), params, create_graph=True), params)
+
 def symmetric(eigenvalues, seed=0):
     "A random symmetric matrix with the given eigenvalues, as product, parameters and values in descending order"
     lam = torch.tensor(eigenvalues, dtype=torch.double)
@@ -71,7 +75,7 @@ def test_dense_hessian_is_the_literal_one(net):
 
 def test_exact_diag(net):
     loss,params,H,_ = net
-    product = graph_product(gradient(loss(), params, create_graph=True), params)
+    product = one_graph(loss, params)
     for chunk in (1, 13):
         d = exact_diag(product, params, chunk_size=chunk, progress=False)
         assert [o.shape for o in d]==[p.shape for p in params]
@@ -117,7 +121,7 @@ def test_no_parameters_is_an_error_that_says_so():
 @pytest.mark.parametrize('which', ['largest', 'smallest', 'both'])
 def test_eigenvalues_of_networks(net, which):
     loss,params,H,full = net
-    eig = extreme_eigenvalues(hessian_product(loss, params), params, k=3, which=which, max_iter=300, vectors=True, generator=gen())
+    eig = extreme_eigenvalues(one_graph(loss, params), params, k=3, which=which, max_iter=300, vectors=True, generator=gen())
     truth = wanted(full, 3, which)
     assert eig.converged and ((eig.values-truth).abs() <= eig.bounds).all()
     assert eig.bounds.max() <= 2*TOL*full.abs().max()
@@ -254,7 +258,7 @@ def test_hutch_plus_plus_is_unbiased_and_its_error_honest():
 def test_density_has_the_moments_of_the_spectrum(net):
     loss,params,H,full = net
     n = len(full)
-    dens = spectral_density(hessian_product(loss, params), params, n_steps=25, n_samples=40, generator=gen())
+    dens = spectral_density(one_graph(loss, params), params, n_steps=25, n_samples=40, generator=gen())
     for power in (1, 2, 3):
         f = lambda x: x**power
         each = (dens.weights*f(dens.nodes)).sum(1)*40
@@ -279,7 +283,7 @@ def test_quadrature_is_exact_for_its_own_start_vector():
 
 def test_density_integrates_to_one_and_plots(net):
     loss,params,_,_ = net
-    dens = spectral_density(hessian_product(loss, params), params, n_steps=10, n_samples=2, generator=gen())
+    dens = spectral_density(one_graph(loss, params), params, n_steps=10, n_samples=2, generator=gen())
     x = torch.linspace(dens.nodes.min().item()-1, dens.nodes.max().item()+1, 4000, dtype=torch.double)
     assert abs(torch.trapezoid(dens(x, .05), x)-1) < 1e-3
     assert len(dens.plot().lines)==1
