@@ -44,7 +44,7 @@ def sophia(
     check_names(sophia, others)
     opt = AdaHessianWrapper(Sophia(params, lr, mom, sqr_mom, rho, wd, eps), block_length, n_acc, estimator, curvature, hvp, probe,
         n_samples, average_kernels=average_kernels, update_each=update_each, hessian_bs=hessian_bs, dense=dense, when=when)
-    opt.default_lr = 1e-3
+    opt.default_lr,opt.opt.default_steps = 1.5e-3,225
     return opt
 
 # %% ../nbs/17_sophia.ipynb #3bd3487b

@@ -1267,22 +1267,18 @@ def bits(k=2, silence=20):
 
 SOLVED = 1e-3 # Loss of two bits that are remembered; those that are not stay above 0.1 (30 steps, seeds 0 to 4: 4 solved with the damping, 1 without)
 
-@pytest.mark.parametrize('seeds', [(0,3,4), pytest.param(range(5), marks=pytest.mark.slow)], ids=len)
-def test_structural_damping_helps_a_long_memory(seeds):
-    "Two bits over twenty steps of silence: each network is ready sooner with it, or ends lower, and more of them remember"
+def test_structural_damping_helps_a_long_memory():
+    "Two bits over twenty steps of silence, five networks: each ends lower with it, and more of them remember"
     x,b = bits()
     def end(seed, mu):
-        "Steps until it remembers, thirty at most, and the loss then"
         torch.manual_seed(seed)
         model = Memory()
         opt = hessian_free(model.parameters(), structural=mu)
         f = objective(lambda: model(x), lambda z: F.binary_cross_entropy_with_logits(z, b))
-        for i in range(30):
-            if (loss := opt.step(f, module=model))<SOLVED: break
-        return i,loss
-    plain,damped = ([end(seed, mu) for seed in seeds] for mu in (0.,1.))
+        return steps(opt, f, 30, module=model)[-1]
+    plain,damped = ([end(seed, mu) for seed in range(5)] for mu in (0.,1.))
     assert all(d<p for d,p in zip(damped, plain))
-    assert sum(o<SOLVED for _,o in damped)>=len(seeds)//2+1 and sum(o<SOLVED for _,o in plain)<=len(seeds)//2
+    assert sum(o<SOLVED for o in damped)>=3 and sum(o<SOLVED for o in plain)<=2
 
 def test_structural_damping_in_a_learner_and_where_there_are_no_hidden_states():
     x,b = bits()

@@ -316,7 +316,9 @@ def test_a_short_training_has_a_higher_rate_unless_somebody_gave_one(call):
     for opt,cbs in ((partial(ours, n_acc=2),None), (ours,GradientAccumulation(32))):
         assert rates(opt, call, 14, cbs=cbs)==pytest.approx((0.21,0.15))==rates(ours, call, 14, bs=32)
     assert rates(partial(ours, lr=0.15), call)==pytest.approx((0.15,0.15))==rates(ours, call, lr=0.15)
-    for opt,own in ((adahessian,0.15), (sophia,1e-3), (Adam,1e-3), (partial(ours, signed=True),0.05)):
+    assert rates(sophia, call)==pytest.approx((3e-3,1.5e-3)) and rates(sophia, call, 40)==pytest.approx((1e-3,1.5e-3))
+    others = dict(signed=True),dict(estimator='gnb'),dict(curvature='ggn'),dict(n_samples=4),dict(debiased=True, n_samples=2)
+    for opt,own in ((adahessian,0.15), (Adam,1e-3), *((partial(ours, **kw),o) for kw,o in zip(others, (0.05,0.05,0.15,0.15,0.1)))):
         assert rates(opt, call)==pytest.approx((own,own))
 
 

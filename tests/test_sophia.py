@@ -7,6 +7,7 @@ from fastai.basics import CrossEntropyLossFlat,DataLoaders,Learner,nn,partial,se
 from fastai.callback.all import GradientClip
 from adahessian_fastai.hutchinson import rademacher_like
 from adahessian_fastai.adahessian import AdaHessianWrapper
+from adahessian_fastai.learner import own_lr
 from adahessian_fastai.problem import Problem
 from adahessian_fastai.sophia import sophia,sophia_step,win_rate
 
@@ -151,9 +152,11 @@ def test_fit_one_cycle(kw):
 
 
 def test_default_learning_rate():
+    "More for a training of a few steps, and the same as in a loop of one's own for a long one"
     learn = learner(opt_func=sophia)
     with learn.no_bar(),learn.no_logging(): learn.fit(1)
-    assert learn.lr==1e-3 and learn.opt.hypers[0]['lr']==1e-3
+    assert learn.lr==1.5e-3 and learn.opt.hypers[0]['lr']==3e-3
+    assert own_lr(learn.opt, 225)==1.5e-3 and own_lr(learn.opt, 10_000)==1e-3==sophia([nn.Parameter(torch.ones(1))]).hypers[0]['lr']
 
 
 def test_a_saved_run_continues_bit_by_bit(tmp_path):
