@@ -669,8 +669,7 @@ def test_every_argument_changes_something(name): assert changes_something({}, **
 
 @pytest.mark.parametrize('name,value,company', [('neg_curv','abs',dict(curvature='hessian')), ('curv_batches',1,dict(n_acc=2)), ('reduction','sum',dict(n_acc=2)), ('held_out',1,dict(n_acc=2)),
     ('fisher_exponent',.3,dict(precondition=True)), ('fisher_probes',2,dict(precondition=True))])
-def test_arguments_that_need_company_change_something(name, value, company):
-    assert changes_something(company, **{name:value})
+def test_arguments_that_need_company_change_something(name, value, company): assert changes_something(company, **{name:value})
 
 @pytest.mark.parametrize('kwargs', [dict(curvature='x'), dict(jvp='x'), dict(reduction='x'), dict(neg_curv='x'), dict(n_acc=0), dict(cg_max_iter=0), dict(ls_max_iter=0),
     dict(curv_batches=0), dict(keep_iterates=0), dict(fisher_probes=0), dict(check_every=0), dict(cg_tol=-1), dict(ls_c=-1),
