@@ -149,16 +149,11 @@ def check_pair(
     return a,b
 
 # %% ../nbs/00_hvp.ipynb #e89d67ea
-def loaded(
-    module:str, # Its name
-    name:str, # Of a class in it
-): # For `isinstance`: the class, or `()` where nothing has imported `module`
-    "The class `name` of `module`, which is not imported for that"
+def loaded(module, name):
+    "The class `name` of `module` for `isinstance`, `()` where nothing has imported that"
     return getattr(sys.modules.get(module), name, ())
 
-def is_part(
-    t, # Anything
-)->bool:
+def is_part(t):
     "Is `t` a tensor of which each process holds a part?"
     return isinstance(t, loaded('torch.distributed.tensor', 'DTensor'))
 

@@ -46,6 +46,8 @@ def _do_one_batch(self:Learner):
     with modes_kept(),context(self): self._orig__do_one_batch()
 
 # %% ../nbs/10_learner.ipynb #eef705a7
+def _fsdp(name='FSDPModule'): return loaded('torch.distributed.fsdp', name)
+
 def unwrapped(
     model:nn.Module, # Maybe wrapped for several devices or by `torch.compile`
     keep_compiled:bool=False, # Stay with the compiled form of a model that is on one device?
@@ -65,8 +67,6 @@ def callback_of(
     return next((cb for cb in learn.cbs if isinstance(cb, kind)), None)
 
 # %% ../nbs/10_learner.ipynb #1afee885
-def _fsdp(name='FSDPModule'): return loaded('torch.distributed.fsdp', name)
-
 def is_sharded(
     model:nn.Module, # Looked through with all its children
 )->bool:

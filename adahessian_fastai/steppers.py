@@ -18,7 +18,7 @@ from typing import Literal
 
 from fastai.optimizer import Optimizer,average_grad,debias,l2_reg,step_stat,weight_decay
 from fastai.torch_basics import *
-from .hvp import copy_all,shard_mesh,total_norm,whole
+from .hvp import check_choice,check_number,copy_all,shard_mesh,total_norm,whole
 from .averaging import average_all
 from .learner import check_entry,check_groups,check_part,cross_rank_mean,look,state_like,trainable_params,whole_number
 from .batch import plain_number
@@ -288,11 +288,8 @@ class Perturbation:
         rho:float=0., # How far, ρ; 0 or `None` for not at all; raises `ValueError` below 0
         along:Literal['gradient','momentum']='momentum', # Against the momentum, or up another gradient; raises `ValueError` for others
     ):
-        rho = plain_number(ifnone(rho, 0.))
-        if isinstance(rho, bool) or not isinstance(rho, (int,float)) or not 0<=rho<math.inf:
-            raise ValueError(f"rho must be a number >= 0, got {rho=}")
-        if along not in ('momentum','gradient'): raise ValueError(f"along must be 'momentum' or 'gradient', got {along=}")
-        self.rho,self.along,self.kept = float(rho),along,[]
+        self.rho,self.kept = check_number('rho', ifnone(rho, 0.), least=0),[]
+        self.along = check_choice('along', along, ('momentum','gradient'))
 
     @property
     def twice(self): return self.rho>0 and self.along=='gradient'
