@@ -228,8 +228,7 @@ def steps_of_run(
     cbs=None, # Callbacks of this training alone
 )->float:
     "Steps of a training, which need not be a whole number"
-    items = [cb.n_acc for cb in L(learn.cbs)+L(cbs) if isinstance(cb, GradientAccumulation)]
-    dl = learn.dls.train
+    dl,items = learn.dls.train,[cb.n_acc for cb in L(learn.cbs)+L(cbs) if isinstance(cb, GradientAccumulation)]
     batches = items[0]/dl.bs if items and dl.bs else getattr(learn.opt, 'n_acc', 1)
     return n_epoch*len(dl)/max(batches, 1)/max(num_distrib(), 1)
 
@@ -242,14 +241,11 @@ def lr_of_run(
 ):
     "Context in which a learning rate that nobody gave suits the length of the training"
     if learn.opt is None: learn.create_opt()
-    own = learn.lr
-    if not lr_untouched(learn) or not hasattr(learn.opt, 'default_steps') or 'lr' in getattr(learn.opt_func, 'keywords', {}):
-        yield
-        return
-    learn.lr = learn.lr_untouched = own_lr(learn.opt, steps_of_run(learn, n_epoch, cbs))
+    free = lr_untouched(learn) and hasattr(learn.opt, 'default_steps') and 'lr' not in getattr(learn.opt_func, 'keywords', {})
+    if free: learn.lr = learn.lr_untouched = own_lr(learn.opt, steps_of_run(learn, n_epoch, cbs))
     try: yield
     finally:
-        if lr_untouched(learn): learn.lr = learn.lr_untouched = own
+        if free and lr_untouched(learn): learn.lr = learn.lr_untouched = learn.opt.default_lr
 
 def _at_own_rate(fit):
     "`fit` of a Learner, where a learning rate that nobody gave suits the length of the training"

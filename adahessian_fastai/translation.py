@@ -8,10 +8,9 @@ a processor can train on it in minutes. Without data at hand, a stand-in corpus 
 
 # %% auto #0
 __all__ = ['multi30k_url', 'multi30k_files', 'unk', 'pad', 'bos', 'eos', 'specials', 'multi30k_path', 'has_multi30k',
-           'multi30k_lines', 'toy_pair', 'sentence_pairs', 'words', 'Vocab', 'numericalize_pair', 'pad_batch',
-           'translation_dls', 'sinusoids', 'TranslationTransformer', 'translation_loss', 'word_accuracy',
-           'translation_learner', 'next_log_probs', 'greedy_decode', 'extend_beam', 'beam_decode', 'translate',
-           'bleu_chrf']
+           'multi30k_lines', 'toy_pair', 'sentence_pairs', 'words', 'Vocab', 'numericalize_pair', 'translation_dls',
+           'TranslationTransformer', 'translation_loss', 'word_accuracy', 'translation_learner', 'greedy_decode',
+           'translate', 'bleu_chrf']
 
 # %% ../nbs/24_translation.ipynb #112fa9d6
 import gzip,itertools,math,random,re
@@ -48,11 +47,10 @@ def multi30k_lines(
     with gzip.open(path, 'rt', encoding='utf-8') as f: return f.read().strip().split('\n')
 
 # %% ../nbs/24_translation.ipynb #3ac918f2
-_nouns = {'dog dogs': 'der Hund Hunde', 'cat cats': 'die Katze Katzen', 'horse horses': 'das Pferd Pferde',
-    'woman women': 'die Frau Frauen', 'child children': 'das Kind Kinder', 'man men': 'der Mann Männer'}
+_nouns = dict(dog='der Hund', cat='die Katze', horse='das Pferd', woman='die Frau', child='das Kind', man='der Mann')
 _things = dict(house='das Haus', ball='den Ball', street='die Straße', boat='das Boot', tree='den Baum', flower='die Blume')
 _adjs = dict(old='alt', little='klein', red='rot', young='jung', beautiful='schön')
-_verbs = dict(see='sieht sehen', love='liebt lieben', find='findet finden', paint='malt malen')
+_verbs = dict(sees='sieht', loves='liebt', finds='findet', paints='malt')
 _advs = dict(slowly='langsam', often='oft', today='heute', quietly='leise')
 
 def toy_pair(
@@ -60,15 +58,11 @@ def toy_pair(
 )->tuple: # English and German
     "A sentence of the stand-in corpus"
     picked = [rng.choice(list(o.items())) for o in (_nouns,_things,_adjs,_adjs,_verbs,_advs)]
-    (nouns,n_de),(thing,t_de),(adj,a_de),(adj2,a2_de),(verb,v_de),(adv,adv_de) = picked
-    noun,plural = nouns.split()
-    article,one,many = n_de.split()
-    v_one,v_many = v_de.split()
-    t_article,t_noun = t_de.split()
+    (noun,n_de),(thing,t_de),(adj,a_de),(adj2,a2_de),(verb,v_de),(adv,adv_de) = picked
+    (article,n_de),(t_article,t_de) = n_de.title().split(),t_de.split()
     ending = 'en' if t_article=='den' else 'e'
-    en_end,de_end = f'the {adj2} {thing}.',f'{adv_de} {t_article} {a2_de}{ending} {t_noun}.'
-    if rng.random()<.5: return f'Two {adj} {plural} {adv} {verb} {en_end}',f'Zwei {a_de}e {many} {v_many} {de_end}'
-    return f'The {adj} {noun} {adv} {verb}s {en_end}',f'{article.title()} {a_de}e {one} {v_one} {de_end}'
+    return (f'The {adj} {noun} {adv} {verb} the {adj2} {thing}.',
+        f'{article} {a_de}e {n_de} {v_de} {adv_de} {t_article} {a2_de}{ending} {t_de}.')
 
 # %% ../nbs/24_translation.ipynb #7c51c351
 def sentence_pairs(
@@ -121,12 +115,6 @@ def numericalize_pair(
     src,tgt = src_vocab.encode(pair[0]),tgt_vocab.encode(pair[1])
     return tensor([*src,eos]),tensor([bos,*tgt]),tensor([*tgt,eos])
 
-def pad_batch(
-    samples:list, # Tuples of 1-D tensors
-)->list: # As many tuples, in which each column has one length
-    "Pad the tensors of `samples` at their end to the longest of their column"
-    return list(zip(*(pad_sequence(list(o), batch_first=True, padding_value=pad) for o in zip(*samples))))
-
 # %% ../nbs/24_translation.ipynb #f0d5d4e5
 def translation_dls(
     train:list, # Pairs of sentences to train on
@@ -142,22 +130,14 @@ def translation_dls(
     train,valid = short[0][:n_train],short[1]
     if not train or not valid: raise ValueError(f"no pair of at most {max_len=} words to train on or to validate with")
     vocabs = [Vocab(texts, min_freq) for texts in zip(*train)]
+    def padded(o): return list(zip(*(pad_sequence(list(c), batch_first=True, padding_value=pad) for c in zip(*o))))
     def dl(pairs, is_train):
         items = [numericalize_pair(p, *vocabs) for p in pairs]
-        return SortedDL(items, sort_func=lambda o: max(map(len,o)), before_batch=pad_batch, bs=bs, shuffle=is_train, drop_last=is_train,
+        return SortedDL(items, sort_func=lambda o: max(map(len,o)), before_batch=padded, bs=bs, shuffle=is_train, drop_last=is_train,
             num_workers=0, device=device)
     dls = DataLoaders(dl(train, True), dl(valid, False), device=device)
     dls.src_vocab,dls.tgt_vocab = vocabs
     return dls
-
-# %% ../nbs/24_translation.ipynb #bf3b9228
-def sinusoids(
-    n:int, # Positions
-    d:int, # Width, even
-)->Tensor: # n×d
-    "Sines and cosines that encode the positions `0…n-1`"
-    angles = torch.arange(n)[:,None] / 10000**(torch.arange(0, d, 2)/d)
-    return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)
 
 # %% ../nbs/24_translation.ipynb #4cf9a031
 class TranslationTransformer(nn.Module):
@@ -182,7 +162,8 @@ class TranslationTransformer(nn.Module):
         encoder = nn.TransformerEncoder(layer, n_layers, nn.LayerNorm(d), enable_nested_tensor=False)
         self.body = nn.Transformer(d, heads, n_layers, n_layers, *args[2:], custom_encoder=encoder, batch_first=True, norm_first=True)
         self.drop = nn.Dropout(dropout)
-        self.register_buffer('pos', sinusoids(max_len, d), persistent=False)
+        angles = torch.arange(max_len)[:,None] / 10000**(torch.arange(0, d, 2)/d)
+        self.register_buffer('pos', torch.stack([angles.sin(), angles.cos()], -1).flatten(1), persistent=False)
     def embed(self, emb, x):
         "Vectors of the words `x` at their places"
         (n,d),length = self.pos.shape,x.shape[1]
@@ -233,18 +214,6 @@ def translation_learner(
 
 # %% ../nbs/24_translation.ipynb #66974de5
 @torch.no_grad()
-def next_log_probs(
-    model:TranslationTransformer, # In evaluation mode
-    tgt_in:Tensor, # What has been said, B×T
-    memory:Tensor, # From `model.encode(src)`
-    src:Tensor, # Source sentences, B×S
-)->Tensor: # B×words; -inf for what is never said
-    "Log-probabilities of the next word"
-    logp = model.head(model.decode(tgt_in, memory, src)[:,-1]).log_softmax(-1)
-    logp[:,[unk,pad,bos]] = -math.inf
-    return logp
-
-@torch.no_grad()
 def greedy_decode(
     model:TranslationTransformer, # In evaluation mode
     src:Tensor, # Source sentences, B×S
@@ -253,57 +222,18 @@ def greedy_decode(
     "The likeliest word at each place"
     memory,out,done = model.encode(src),src.new_full((len(src),1), bos),src.new_zeros(len(src), dtype=torch.bool)
     while out.shape[1]<=max_len and not done.all():
-        words = next_log_probs(model, out, memory, src).argmax(-1).masked_fill(done, pad)
+        scores = model.head(model.decode(out, memory, src)[:,-1])
+        scores[:,[unk,pad,bos]] = -math.inf # Never said
+        words = scores.argmax(-1).masked_fill(done, pad)
         out,done = torch.cat([out, words[:,None]], 1),done|(words==eos)
     return out[:,1:]
-
-# %% ../nbs/24_translation.ipynb #c5f7a106
-def extend_beam(
-    logp:Tensor, # Of the next words, B×K×words
-    sums:Tensor, # Log-probability of each beginning, B×K
-    lens:Tensor, # Words of each beginning, B×K
-    done:Tensor, # Has it ended? B×K
-    alpha:float, # Exponent of the length
-)->tuple: # Beginning and next word of the best K, and their `sums`, `lens` and `done`
-    "The best continuations of a beam"
-    logp = logp.masked_fill(done[...,None], -math.inf)
-    logp[...,pad] = torch.where(done, 0., -math.inf)
-    sums,lens = sums[...,None]+logp,(lens+~done)[...,None].expand_as(logp)
-    best = (sums/lens**alpha).flatten(1).topk(sums.shape[1], dim=1).indices
-    sums,lens = (o.flatten(1).gather(1, best) for o in (sums,lens))
-    row,word = best//logp.shape[-1],best%logp.shape[-1]
-    return row,word,sums,lens,done.gather(1, row)|(word==eos)
-
-@torch.no_grad()
-def beam_decode(
-    model:TranslationTransformer, # In evaluation mode
-    src:Tensor, # Source sentences, B×S
-    width:int=4, # Beginnings to keep; 1 is greedy decoding
-    max_len:int=32, # Most words to say, `xxeos` included
-    alpha:float=1., # Sentences are compared by their log-probability over `length**alpha`
-)->tuple: # B×T, padded behind `xxeos`, and the log-probabilities, B
-    "The likeliest sentences that a beam of `width` finds"
-    if width<1: raise ValueError(f"width must be >= 1, got {width=}")
-    n,rows = len(src),torch.arange(len(src), device=src.device)[:,None]
-    memory,wide = (o.repeat_interleave(width, 0) for o in (model.encode(src),src))
-    out,lens = src.new_full((n,width,1), bos),src.new_zeros(n, width)
-    sums = torch.full((n,width), -math.inf, dtype=model.pos.dtype, device=src.device)
-    sums[:,0] = 0.
-    done = lens.bool()
-    while out.shape[2]<=max_len and not done.all():
-        logp = next_log_probs(model, out.flatten(0,1), memory, wide).view(n, width, -1)
-        row,word,sums,lens,done = extend_beam(logp, sums, lens, done, alpha)
-        out = torch.cat([out[rows,row], word[...,None]], 2)
-    best = (sums/lens**alpha).argmax(1)
-    return out[rows[:,0],best,1:],sums[rows[:,0],best]
 
 # %% ../nbs/24_translation.ipynb #13b9381c
 def translate(
     learn:Learner, # With `dls` of `translation_dls`
     sentences:list, # To be translated
-    width:int=1, # Width of the beam; 1 for greedy decoding
     bs:int=128, # Sentences at a time
-    **kwargs # Passed to `beam_decode`
+    max_len:int=32, # Most words of a translation
 )->list: # Sentences in lower case
     "The translations of `sentences`"
     model,res = learn.model.eval(),{}
@@ -311,8 +241,7 @@ def translate(
     srcs = [tensor([*learn.dls.src_vocab.encode(s), eos]) for s in sentences]
     for idxs in chunked(sorted(range_of(srcs), key=lambda i: len(srcs[i])), bs):
         src = pad_sequence([srcs[i] for i in idxs], batch_first=True, padding_value=pad).to(device)
-        out = beam_decode(model, src, width, **kwargs)[0]
-        res.update(zip(idxs, map(learn.dls.tgt_vocab.decode, out.tolist())))
+        res.update(zip(idxs, map(learn.dls.tgt_vocab.decode, greedy_decode(model, src, max_len).tolist())))
     return [res[i] for i in range_of(srcs)]
 
 # %% ../nbs/24_translation.ipynb #826e5618
