@@ -261,13 +261,13 @@ for o in (Learner.fit, Learner.fit_one_cycle, Learner.fit_flat_cos): patch_to(Le
 @patch
 def fine_tune(self:Learner,
     epochs:int, # Epochs with all layers
-    base_lr:float=None, # Learning rate of the head; half the optimizer's `default_lr`, or fastai's 2e-3 where it has none
+    base_lr:float=None, # Learning rate of the head; two thirds of the optimizer's `default_lr`, or fastai's 2e-3 where it has none
     *args, **kwargs # As in fastai
 ):
-    "fastai's `fine_tune`; a rate that nobody gave becomes half the optimizer's own `default_lr`"
+    "fastai's `fine_tune`; a rate that nobody gave becomes two thirds of the optimizer's own `default_lr`"
     if self.opt is None: self.create_opt()
     given = {} if base_lr is None else dict(base_lr=base_lr)
-    if base_lr is None and hasattr(self.opt, 'default_lr'): given = dict(base_lr=self.opt.default_lr/2)
+    if base_lr is None and hasattr(self.opt, 'default_lr'): given = dict(base_lr=float(f'{self.opt.default_lr*2/3:.2g}'))
     if args and not given: given = dict(base_lr=inspect.signature(self._orig_fine_tune).parameters['base_lr'].default)
     return self._orig_fine_tune(epochs, *given.values(), *args, **kwargs)
 

@@ -42,7 +42,7 @@ def run(path, name, entry, variant, lr, seed, epochs):
     learn,_ = p.make(seed)
     learn.opt_func = partial(adahessian, **VARIANTS[variant]) if entry=='variant' else ENTRIES[entry]
     if lr is None:
-        with lr_of_run(learn, epochs): lr = learn.opt.default_lr/2 if p.fine_tune else learn.lr
+        with lr_of_run(learn, epochs): lr = float(f'{learn.opt.default_lr*2/3:.2g}') if p.fine_tune else learn.lr
     fit,curve = learn.fine_tune if p.fine_tune else learn.fit_one_cycle,Curve(clock)
     with learn.no_bar(),learn.no_logging(): fit(epochs, lr, cbs=[clock,curve])
     for i,(secs,loss,metric) in enumerate(curve.points):

@@ -64,7 +64,7 @@ def at(seed, *pairs): return [(entry, lr, seed) for entry,lr in pairs]
 RUNS = [*at(0, ('Adam',None), ('adahessian',None), ('Adam',8e-3)),
     *[o for seed in (1,2) for o in at(seed, ('adahessian',None), ('Adam',None), ('Adam','best'))],
     *[('Adam, longer', 'best', seed) for seed in (0,1,2)], *at(0, ('adahessian',0.2), ('adahessian',0.05), ('adahessian, rho=0',None), ('Adam',4e-3))]
-DEFAULTS = {'Adam': 2e-3, 'adahessian': 0.075, 'adahessian, rho=0': 0.1}
+DEFAULTS = {'Adam': 2e-3, 'adahessian': 0.1, 'adahessian, rho=0': 0.1}
 # With more pictures: each seed in turn, with the rates that `fine_tune` takes by itself, and Adam at a larger one for as long too
 LARGE = {'Adam': (Adam, 2), 'adahessian': (adahessian, 2), 'Adam, longer': (Adam, 3)}
 def large_runs(seeds): return [o for seed in seeds for o in at(seed, ('Adam',2e-3), ('adahessian','own'), ('Adam',8e-3), ('Adam, longer',2e-3), ('Adam, longer',8e-3))]
@@ -90,7 +90,7 @@ def run(entry, lr, seed, n_train, size):
 
 def own_rate(opt_func):
     "What `fine_tune` takes where nobody gives a rate"
-    return opt_func([nn.Parameter(torch.zeros(1))]).default_lr/2
+    return float(f'{opt_func([nn.Parameter(torch.zeros(1))]).default_lr*2/3:.2g}')
 
 def fill(n_train, size, seeds=(0,1,2)):
     "Run what is not in the file"
