@@ -71,7 +71,7 @@ class AdaHessianWrapper(CurvatureOptimizer):
 # %% ../nbs/16_adahessian.ipynb #0373d378
 def adahessian(
     params:Tensor|Iterable, # Model parameters, or lists of them as groups
-    lr:float|slice=None, # Learning rate, η; 5 to 150 times Adam's; by default that of the variant (`lr_for`), in a Learner of the length too
+    lr:float|slice=None, # Learning rate, η; 5 to 150 times Adam's; by default that of variant (`lr_for`) and, in a Learner, length
     mom:float=0.9, # Gradient moving average's weight of the past, β₁
     sqr_mom:float=0.999, # Squared diagonal's moving average's weight of the past, β₂
     eps:float=1e-4, # Added to the denominator
