@@ -186,22 +186,22 @@ middles = dict(adam=1e-2, ranger=1e-2, sgd=1e-1, lamb=1e-2, hessian_free=0.3)
 
 def default_rate(
     opt_func, # Makes an optimizer; raises `ValueError` where it refuses its arguments
-    n_steps:float=None, # Steps of the training, if they are known
+    n_batches:int=None, # Of the training, if they are known
 )->float:
     "The learning rate that a Learner trains with if nobody gives one"
     if 'lr' in getattr(opt_func, 'keywords', {}): return opt_func.keywords['lr']
     try: opt = opt_func([nn.Parameter(torch.zeros(1))], lr=1e-3)
     except TypeError as e: raise ValueError(str(e)) from e
-    return own_lr(opt, n_steps) if hasattr(opt, 'default_lr') else defaults.lr
+    return own_lr(opt, (n_batches or 0)/getattr(opt, 'n_acc', 1)) if hasattr(opt, 'default_lr') else defaults.lr
 
 def rates_around(
     opt_func, # Makes an optimizer
     n:int, # How many
     middle:float=None, # Of the range; the default rate by default
-    n_steps:float=None, # Steps of the training, if they are known
+    n_batches:int=None, # Of the training, if they are known
 )->list: # Ascending; the default rate is among them where it lies inside
     "Learning rates over two decades"
-    own = default_rate(opt_func, n_steps)
+    own = default_rate(opt_func, n_batches)
     res = [float(f'{(middle or own)*10**(2*i/(n-1)-1):.2g}') for i in range(n)] if n>1 else [own]
     return sorted({*res, own}) if res[0]<=own<=res[-1] else res
 
@@ -386,8 +386,8 @@ def prepare(data, arch, size, bs, epochs, opts, lr, rates, seeds, fp16, bf16, ou
     given = parse_lr(lr, list(opts))
     of = given if isinstance(given, dict) else dict.fromkeys(opts, given)
     dls = get_dls(data, size, bs)
-    n_steps = epochs*len(dls.train)
-    def around(k): return rates_around(opts[k], n, None if 'lr=' in k else of.get(k) or middles.get(k.split(':')[0]), n_steps)
+    n_batches = epochs*len(dls.train)
+    def around(k): return rates_around(opts[k], n, None if 'lr=' in k else of.get(k) or middles.get(k.split(':')[0]), n_batches)
     lrs = {k: around(k) for k in opts} if n>1 else given
     make = get_make_learner(dls, arch or ('cnn' if data=='digits' else 'xresnet18'), cbs)
     return dict(make_learner=make, opts=opts, n_epoch=epochs, lr=lrs, seeds=range(seeds))

@@ -241,11 +241,11 @@ def lr_of_run(
 ):
     "Context in which a learning rate that nobody gave suits the length of the training"
     if learn.opt is None: learn.create_opt()
-    free = lr_untouched(learn) and hasattr(learn.opt, 'default_steps') and 'lr' not in getattr(learn.opt_func, 'keywords', {})
+    own,free = learn.lr,lr_untouched(learn) and hasattr(learn.opt, 'default_steps') and 'lr' not in getattr(learn.opt_func, 'keywords', {})
     if free: learn.lr = learn.lr_untouched = own_lr(learn.opt, steps_of_run(learn, n_epoch, cbs))
     try: yield
     finally:
-        if free and lr_untouched(learn): learn.lr = learn.lr_untouched = learn.opt.default_lr
+        if free and lr_untouched(learn): learn.lr = learn.lr_untouched = own
 
 def _at_own_rate(fit):
     "`fit` of a Learner, where a learning rate that nobody gave suits the length of the training"

@@ -1,5 +1,6 @@
 "The command line, as a user calls it, and the tables and pictures of comparisons"
 import math,os,subprocess,sys
+from functools import partial
 from pathlib import Path
 
 import matplotlib,numpy as np,pandas as pd,pytest
@@ -60,6 +61,7 @@ def test_variants_over_a_range_of_rates(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     runs = pd.read_csv('results/runs.csv')
     own = default_rate(adahessian, len(digits_dls().train))
+    assert default_rate(partial(adahessian, n_acc=4), 800)==default_rate(adahessian, 200)!=default_rate(adahessian, 800)
     tried = {'adam': [.001,.01,.1], name: [own/10,own,own*10], 'sophia:lr=0.01': [.001,.01,.1]}
     assert runs.groupby('optimizer').lr.apply(list).to_dict()=={k: pytest.approx(o) for k,o in tried.items()}
     assert runs.groupby('optimizer').default.first().to_dict()=={'adam': .001, name: own, 'sophia:lr=0.01': .01}
