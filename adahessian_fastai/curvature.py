@@ -453,11 +453,8 @@ class Evaluated(nn.Module):
         with PlainTensors(): return self.outputs()
 
 # %% ../nbs/08_curvature.ipynb #9658c701
-def _dual(problem, params):
-    outputs = outputs_again(problem)
-    return dual_jvp(lambda _: outputs(), params)
-
-jvp_ways = dict(reverse=lambda problem,params: reverse_jvp(output_tensors(problem.outputs), params), dual=_dual,
+jvp_ways = dict(reverse=lambda problem,params: reverse_jvp(output_tensors(problem.outputs), params),
+    dual=lambda problem,params: dual_jvp(lambda _: outputs_again(problem)(), params),
     linearize=lambda problem,params: linear_jvp(model_forward(Evaluated(problem), params), params))
 
 # %% ../nbs/08_curvature.ipynb #f48d140a

@@ -25,8 +25,7 @@ from .hvp import check_count,check_number,flat,hooks_disabled,is_part,unflat
 from .hutchinson import hutchinson_diag,hutchinson_samples
 from .spectrum import confidence_interval,extreme_eigenvalues,mean_product,spectral_density
 from .learner import is_sharded,trainable_params,unwrapped
-from .replay import snapshot
-from .batch import problem_of
+from .batch import problem_of,snapshot_of
 from .steppers import bounded,denominator
 from .estimators import curvatures,made
 
@@ -78,7 +77,7 @@ def products_of(
     batches:list, # Batches of its loaders, or `[None]` for the one that is under way
     params:list, # Tensors to differentiate for
     curvature:Literal['hessian','ggn']='hessian', # Or an object such as `Hessian('auto')`; raises `ValueError` for other words
-    start:tuple=None, # `snapshot` of the model to start from; the present one by default
+    start:tuple=None, # `snapshot_of` the Learner to start from; the present one by default
 ): # Yields `group -> product`, for any `group` of `params`
     "Context for products with the curvature of the mean loss over `batches`, and with blocks of it"
     how = made('curvature', curvature, curvatures)
@@ -100,7 +99,7 @@ def curvature_product(self:Learner,
     "Product with the curvature of the mean loss over `batches`"
     params,how = list(params or learner_params(self)),made('curvature', curvature, curvatures)
     self.model.to(self.dls.device)
-    start = snapshot(unwrapped(self.model))
+    start = snapshot_of(self)
     if batches is None: batches = first_batches(self.dls.train, n_batches)
     elif isinstance(batches, DataLoader): batches = batches.new(shuffle=False, drop_last=False)
     def product_of(b):
@@ -322,7 +321,7 @@ class CurvatureRecorder(Callback):
 
     def before_batch(self):
         if not self.training or not self.fitting: return
-        self.before = snapshot(unwrapped(self.model)) if self.due() else None
+        self.before = snapshot_of(self.learn) if self.due() else None
         self.n_seen += 1
 
     def after_batch(self):

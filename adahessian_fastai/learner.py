@@ -289,11 +289,6 @@ def lr_find(self:Learner,
         return self._orig_lr_find(start_lr, end_lr, num_it, stop_div, show_plot, suggest_funcs)
 
 # %% ../nbs/10_learner.ipynb #45933831
-class _Held:
-    "Stands in for an optimizer while a file is read"
-    sd = None
-    def load_state_dict(self, sd): self.sd = sd
-
 def _unread(file, path, e):
     "What to say where `torch.load` raised `e`, `None` where the error says more"
     where = [frame.f_globals.get('__name__') for frame,_ in traceback.walk_tb(e.__traceback__)]
@@ -310,11 +305,11 @@ def load(self:Learner, file, device=None, **kwargs):
     "fastai's `load`; a second-order optimizer says why it refuses a state, and nothing has changed"
     if self.opt is None: self.create_opt()
     if not hasattr(self.opt, 'backward'): return self._orig_load(file, device=device, **kwargs)
-    opt,held,kept = self.opt,_Held(),{k: v.clone() if isinstance(v, Tensor) else v for k,v in self.model.state_dict().items()}
-    self.opt = held
+    opt,sds,kept = self.opt,[],{k: v.clone() if isinstance(v, Tensor) else v for k,v in self.model.state_dict().items()}
+    self.opt = SimpleNamespace(load_state_dict=sds.append)
     try:
         self._orig_load(file, device=device, **kwargs)
-        opt.load_state_dict(held.sd) if held.sd is not None else drop_pending(opt)
+        opt.load_state_dict(*sds) if sds else drop_pending(opt)
     except BaseException as e:
         self.model.load_state_dict(kept)
         said = _unread(file, join_path_file(file, self.path/self.model_dir, ext='.pth'), e)

@@ -95,10 +95,9 @@ class PartOf:
 class CurvatureOptimizer(Optimizer, GetAttr):
     "Wrap `opt` so that its steppers receive an estimate of the diagonal of a curvature"
     _default,default_lr,param_lists = 'opt',0.15,PartOf('opt')
-    seed,n_steps,n_estimates,n_dropped,n_skipped = (PartOf('counts') for _ in range(5))
+    seed,n_steps,n_estimates,n_dropped,n_skipped,noise_record = (PartOf('counts') for _ in range(6))
     update_each,hessian_bs,dense = (PartOf('when') for _ in range(3))
     diags,noises,n_batches,n_items = (PartOf('pending') for _ in range(4))
-    noise_record = PartOf('counts')
     __repr__ = describe
     def __init__(self,
         opt:Optimizer, # `Optimizer` of steppers, usually from `AdaHessian` or `Sophia`

@@ -12,8 +12,8 @@ __all__ = ['snapshot', 'hooks_unmoved', 'backward_hooks', 'without_backward_hook
 
 # %% ../nbs/11_replay.ipynb #654b6587
 from collections import deque
-from contextlib import contextmanager
-from copy import copy
+from dataclasses import is_dataclass
+from types import CellType,FunctionType,MethodType
 
 from fastai.basics import *
 
@@ -25,23 +25,36 @@ def _copied(o, seen):
     "`o` with copies of the tensors in it and of what contains them; a tensor that is trained stays itself"
     if id(o) in seen: return seen[id(o)]
     if isinstance(o, Tensor): seen[id(o)] = o if o.requires_grad and o.is_leaf else o.detach().clone()
-    elif isinstance(o, (list,dict,deque)):
+    elif isinstance(o, torch.Generator): seen[id(o)] = o.clone_state()
+    elif isinstance(o, (random.Random, np.random.Generator, np.random.RandomState, np.ndarray)): seen[id(o)] = deepcopy(o)
+    elif isinstance(o, (list,dict,deque,set)):
         new = seen[id(o)] = copy(o)
-        for k in list(o) if isinstance(o, dict) else range(len(o)): new[k] = _copied(o[k], seen)
+        for k in () if isinstance(o, set) else list(o) if isinstance(o, dict) else range(len(o)): new[k] = _copied(o[k], seen)
     elif isinstance(o, tuple):
         new = [_copied(e, seen) for e in o]
         if any(a is not b for a,b in zip(o, new)): return type(o)(*new) if hasattr(o, '_fields') else type(o)(new)
+    elif isinstance(o, SimpleNamespace) or is_dataclass(o) and hasattr(o, '__dict__') and not isinstance(o, (type,nn.Module)):
+        new = seen[id(o)] = copy(o)
+        vars(new).update(_copied(vars(o), seen))
     return seen.get(id(o), o)
 
 def _memory(modules, also=()):
     "Pairs of each module and what it remembers: buffers and attributes"
     return [(m, {k:v for k,v in vars(m).items() if k not in _structure or k in also}) for m in modules]
 
+# %% ../nbs/11_replay.ipynb #a75e23ba
+def _members(o):
+    "The modules in `o`, and `o` itself where it is an object with attributes"
+    if isinstance(o, (partial,MethodType)): o = o.func if isinstance(o, partial) else o.__self__
+    if isinstance(o, nn.Module): return o.modules()
+    if not hasattr(o, '__dict__') or isinstance(o, (type,FunctionType,Learner)): return []
+    return [o, *(m for v in vars(o).values() if isinstance(v, nn.Module) for m in v.modules())]
+
 def snapshot(
-    module:nn.Module=None, # About to be called; `None` for random numbers alone
+    *objects, # About to be called: a module, a loss function, a callback; none for random numbers alone
 )->tuple: # To be given to `restored`
-    "Random states, and a copy of what `module` remembers"
-    return get_random_states(),_copied(_memory([] if module is None else module.modules()), {})
+    "Random states, and a copy of what `objects` remember"
+    return get_random_states(),_copied(_memory({id(m): m for o in objects for m in _members(o)}.values()), {})
 
 # %% ../nbs/11_replay.ipynb #6bcf2eb6
 def _contents(o):
@@ -61,15 +74,11 @@ def _outside(f):
     if isinstance(f, partial): return [*_outside(f.func), *map(_contents, (*f.args, *f.keywords.values()))]
     own,code = getattr(f, '__self__', None),getattr(getattr(f, '__func__', f), '__code__', None)
     cells,names = getattr(f, '__closure__', None) or (),code.co_names if code else ()
-    free = [(c, c.cell_contents) for c in cells if _filled(c)]
+    free = [(c, c.cell_contents) for c in cells if c!=CellType()]
     space = getattr(f, '__globals__', {})
     used = {k: space[k] for k in names if k in space and isinstance(space[k], (list,dict,set,deque,int,float))}
     backs = [_contents(o) for o in (own, *(v for _,v in free), *used.values())]
     return [*backs, *(partial(setattr, c, 'cell_contents', v) for c,v in free), partial(space.update, used)]
-
-def _filled(cell):
-    try: return cell.cell_contents is cell.cell_contents
-    except ValueError: return False
 
 # %% ../nbs/11_replay.ipynb #67ea977a
 @contextmanager
@@ -78,7 +87,7 @@ def hooks_unmoved(
 ):
     "Context that puts back the hooks of `modules`, and what they remember"
     there = [(d, d.copy()) for m in modules for k in _hooks if isinstance(d := vars(m).get(k), dict)]
-    hooked = [f for m in modules for k in ('_forward_hooks','_forward_pre_hooks') for f in vars(m)[k].values()]
+    hooked = [f for m in modules for k in ('_forward_hooks','_forward_pre_hooks') for f in vars(m).get(k, {}).values()]
     backs = [back for f in hooked for back in _outside(f)]
     try: yield
     finally:
@@ -132,7 +141,7 @@ def restored(
             for w,old in short: w.data.copy_(old)
 
 def preserving(
-    module:nn.Module, # Evaluated inside in any way, but not trained
+    *objects, # Evaluated inside in any way, but not trained; as for `snapshot`
 ):
-    "Context that puts back buffers, attributes and mode of `module`, its hooks, and all random states"
-    return restored(snapshot(module))
+    "Context that puts back buffers, attributes and mode of `objects`, their hooks, and all random states"
+    return restored(snapshot(*objects))

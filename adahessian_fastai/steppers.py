@@ -342,15 +342,12 @@ class Perturbation:
 @contextmanager
 def unmoved(self:Perturbation):
     "Context in which the parameters are where they belong"
-    there = [(p, p.detach().clone()) for p,_ in self.kept]
-    home,self.kept = self.kept,[]
-    def put(rows):
-        with torch.no_grad(),torch.autograd._unsafe_preserve_version_counter(tuple(p for p,_ in rows)):
-            for p,o in rows: p.copy_(o)
-    put(home)
+    home,there = self.kept,[(p, p.detach().clone()) for p,_ in self.kept]
+    self.back()
     try: yield
     finally:
-        put(there)
+        self.kept = there
+        self.back()
         self.kept = home
 
 # %% ../nbs/14_steppers.ipynb #e26ed4b6

@@ -1,7 +1,13 @@
 "Every way to a product ends with the weights of the double backward, in every setting that it can be combined with"
-import pytest,torch
+import pickle,random
+import numpy as np,pytest,torch,torch.nn.functional as F
+from dataclasses import dataclass
 from fastai.callback.core import Callback
-from helpers_learner import HYPERS,InTurn,ROUNDING,data,distance,fit,learner,mlp
+from functools import partial
+from torch import nn
+from types import SimpleNamespace
+from adahessian_fastai.all import CurvatureRecorder,adahessian_paper as adahessian,hessian_free
+from helpers_learner import HYPERS,InTurn,ROUNDING,data,distance,fit,given,learner,mlp,state_of
 
 SETTINGS = dict(  # chkstyle: ignore-node
     whole={}, rows=dict(hessian_bs=0.5), rows4=dict(hessian_bs=4), rows_changed=dict(hessian_bs=(3,0.5)), each=dict(update_each=2), samples=dict(n_samples=2),
@@ -66,3 +72,127 @@ def test_rows_are_evaluated_with_the_memory_of_their_batch(kwargs):
     heads.clear()
     learn = fit(learner(model, *data(36), hypers={**HYPERS, **kwargs}, hessian_bs=3, cbs=[Trained()]), 2)
     assert heads==[o for i in range(12) for o in [(i+1)%2]*2] and model.n==12 and learn.opt.n_estimates==12
+
+
+# What a batch's loss may depend on besides weights and data: things that remember. Each is as it was when the batch is evaluated again
+
+class RunningCentre(nn.Module):
+    "Subtracts a mean of earlier predictions from these; `move` says how it remembers that"
+    def __init__(self, move):
+        super().__init__()
+        self.register_buffer('centre', torch.zeros(3, dtype=torch.double))
+        self.move,self.n = move,0
+    def forward(self, pred, y):
+        loss,mean = F.cross_entropy(pred-self.centre.clone(), y),pred.detach().mean(0)
+        if self.move=='new': self.centre = 0.7*self.centre+0.3*mean
+        else: self.centre.mul_(0.7).add_(mean, alpha=0.3)
+        self.n += 1
+        return loss
+
+
+class Growing:
+    "A loss that is no module, and grows with the batches that it has seen"
+    n = 0
+    def __call__(self, pred, y):
+        self.n += 1
+        return F.cross_entropy(pred, y)*self.n/4
+
+
+@dataclass
+class Last: h:torch.Tensor=None
+
+
+class Own(nn.Module):
+    "Multiplies its hidden units by what `draw` finds in `own`"
+    def __init__(self, own, draw):
+        super().__init__()
+        self.net,self.own,self.draw = mlp(),own,draw
+    def forward(self, x): return self.net[3](self.net[:3](x)*self.draw(self.own))
+
+
+def as_array(own):
+    own += 0.25
+    return torch.from_numpy(1/own)
+
+def as_set(own):
+    own.add(len(own))
+    return 1/len(own)
+
+def as_state(own):
+    own.h = torch.ones(7).double() if own.h is None else own.h*1.1
+    return own.h
+
+
+class Weighted(Callback):
+    "Changes the loss at `when` by what `f` returns, each time more"
+    order = -30
+    def __init__(self, when, f='count'):
+        self.n,self.past,self.g,self.f = 0,torch.ones(1).double(),torch.Generator().manual_seed(0),f
+        setattr(self, when, self.change)
+    def count(self):
+        self.n += 1
+        return self.n/4
+    def in_place(self): return self.past.mul_(1.1).clone()
+    def drawn(self): return 0.5+torch.rand(1, generator=self.g).double()
+    def change(self): self.learn.loss_grad = self.loss_grad*getattr(self, self.f)()
+
+
+class Penalty(Callback):
+    "The last word, when the backward pass begins"
+    def before_backward(self): self.learn.loss_grad = self.loss_grad+0.05*sum(p.square().sum() for p in self.model.parameters())
+
+
+def uniform(own): return torch.rand(7, generator=own).double()+0.5
+
+REMEMBER = dict(  # chkstyle: ignore-node
+    loss=lambda: dict(loss_func=RunningCentre('new')), loss_in_place=lambda: dict(loss_func=RunningCentre('in_place')),
+    loss_object=lambda: dict(loss_func=Growing()), loss_partial=lambda: dict(loss_func=partial(RunningCentre('new'))),
+    generator=lambda: dict(model=Own(torch.Generator().manual_seed(0), uniform)),
+    numpy=lambda: dict(model=Own(np.random.default_rng(0), lambda g: torch.from_numpy(g.random(7)))),
+    numpy_old=lambda: dict(model=Own(np.random.RandomState(0), lambda g: torch.from_numpy(g.rand(7)))),
+    python=lambda: dict(model=Own(random.Random(0), lambda g: g.random())), array=lambda: dict(model=Own(np.ones(7), as_array)),
+    set=lambda: dict(model=Own(set(), as_set)), dataclass=lambda: dict(model=Own(Last(), as_state)),
+    namespace=lambda: dict(model=Own(SimpleNamespace(h=None), as_state)), callback=lambda: dict(cbs=[Weighted('after_loss')]),
+    callback_tensor=lambda: dict(cbs=[Weighted('after_loss', 'in_place')]), callback_drawn=lambda: dict(cbs=[Weighted('after_loss', 'drawn')]),
+    before_backward=lambda: dict(cbs=[Penalty()]), before_backward_counts=lambda: dict(cbs=[Weighted('before_backward')]))
+
+
+def remembering(name, cbs=(), opt_func=adahessian, **kwargs):
+    what = REMEMBER[name]()
+    learn = learner(what.get('model') or mlp(), *data(36), loss_func=what.get('loss_func', F.cross_entropy), cbs=[*what.get('cbs', []), *cbs],
+        probe=given() if opt_func is adahessian else None, hypers=HYPERS if opt_func is adahessian else {}, opt_func=opt_func, **kwargs)
+    torch.manual_seed(3)
+    return fit(learn, 2)
+
+
+# A one-sided difference in float64 has half of the digits
+DIFFERENCE = 1e-6
+
+@pytest.mark.parametrize('name', REMEMBER)
+def test_each_evaluation_remembers_what_the_batch_did(name):
+    "Every way sees one function and ends with the weights of the double backward, which evaluates nothing again"
+    once = remembering(name)
+    for hvp,tol in (('forward',ROUNDING), ('finite_difference',DIFFERENCE)):
+        again = remembering(name, hvp=hvp)
+        assert distance(again.model, once.model)<tol, hvp
+        if hasattr(once.loss_func, 'n'): assert again.loss_func.n==once.loss_func.n
+
+
+@pytest.mark.parametrize('name', REMEMBER)
+def test_a_measurement_is_not_remembered(name):
+    plain,measured = remembering(name),remembering(name, cbs=[CurvatureRecorder(every=2, max_iter=3)])
+    assert distance(plain.model, measured.model)==0 and len(measured.curvature_recorder.records)==6
+    before = pickle.dumps(state_of(measured)), getattr(measured.loss_func, 'n', 0)
+    measured.stability(n_batches=1, max_iter=3)
+    assert (pickle.dumps(state_of(measured)), getattr(measured.loss_func, 'n', 0))==before
+
+
+@pytest.mark.parametrize('name', ['loss','loss_in_place','loss_object'])
+def test_trials_of_a_step_are_not_remembered(name):
+    "Hessian-free evaluates a batch for CG, backtracking and line search; training and validation see it once each"
+    learn = remembering(name, opt_func=hessian_free, jvp='dual')
+    assert learn.loss_func.n==2*(6+1) and learn.opt.n_skipped==0
+    batches = [tuple(o[:18] for o in data(36)),tuple(o[18:] for o in data(36))]
+    model,loss_func = mlp(),REMEMBER[name]()['loss_func']
+    hessian_free(model.parameters()).acc_step(model, loss_func, batches)
+    assert loss_func.n==2
