@@ -419,7 +419,7 @@ def problem_of(
         if b is not None:
             model.train(train)
             learn.training = train
-            learn._split(b)
+            learn._split(learn._set_device(b))
         start = snapshot_of(learn)
         with twice_differentiable(model): evaluate_batch(learn, model, leave_out)
         if not learn.loss_grad.requires_grad:

@@ -105,7 +105,7 @@ def train_once(
     "Train and measure"
     set_seed(seed, reproducible=True)
     learn,meter = make_learner(opt_func),Meter()
-    for dl in learn.dls.loaders: dl.rng.seed(seed)
+    for rng in [dl.rng for dl in learn.dls.loaders if hasattr(dl, 'rng')]: rng.seed(seed)
     with lr_of_run(learn, n_epoch): default = learn.lr
     print(f"seed {seed}, lr={lr or default:.3g}", flush=True)
     with plain_progress(learn): learn.fit_one_cycle(n_epoch, lr, cbs=meter)

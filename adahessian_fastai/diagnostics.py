@@ -16,7 +16,6 @@ __all__ = ['scaled_rules', 'optimizer_of', 'has_shards', 'learner_params', 'firs
 import math,sys,time,warnings
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from contextlib import contextmanager
-from itertools import islice
 from matplotlib.ticker import LogLocator,MaxNLocator
 from typing import Literal
 from fastai.basics import *
@@ -59,15 +58,16 @@ def learner_params(
 
 # %% ../nbs/20_diagnostics.ipynb #210e42d4
 def first_batches(
-    dl, # A fastai `DataLoader`
+    dl, # A `DataLoader` of fastai or PyTorch
     n:int=1, # How many batches, fewer if there are fewer; raises `ValueError` below 1
 )->list:
     "The first `n` batches of `dl`, without moving its shuffling or the random states"
-    check_count('n_batches', n)
-    state,rng = get_random_states(),dl.rng.getstate()
-    try: return list(islice(dl, n))
+    own,state = [getattr(o, 'generator', None) for o in (dl, getattr(dl, 'sampler', None))],get_random_states()
+    rng,backs = dl.rng.getstate() if hasattr(dl, 'rng') else None,[(o, o.get_state()) for o in own if isinstance(o, torch.Generator)]
+    try: return list(itertools.islice(dl, check_count('n_batches', n)))
     finally:
-        dl.rng.setstate(rng)
+        if rng: dl.rng.setstate(rng) # Of fastai, which has another generator for each pass
+        for o,s in backs: o.set_state(s)
         set_random_states(**state)
 
 # %% ../nbs/20_diagnostics.ipynb #5cab24fc
@@ -98,7 +98,7 @@ def curvature_product(self:Learner,
 ): # `v -> Hv` on lists of tensors shaped like `params`
     "Product with the curvature of the mean loss over `batches`"
     params,how = list(params or learner_params(self)),made('curvature', curvature, curvatures)
-    self.model.to(self.dls.device)
+    self.model.to(getattr(self.dls, 'device', default_device()))
     start = snapshot_of(self)
     if batches is None: batches = first_batches(self.dls.train, n_batches)
     elif isinstance(batches, DataLoader): batches = batches.new(shuffle=False, drop_last=False)
@@ -432,8 +432,7 @@ def plot_layers(self:CurvatureRecorder,
 @contextmanager
 def _on_one_batch(rec):
     "Parameters, a product for a training batch and a generator for the pictures of `rec`"
-    params = learner_params(rec.learn)
-    batches = first_batches(rec.learn.dls.train)
+    params,batches = learner_params(rec.learn),first_batches(rec.learn.dls.train)
     with products_of(rec.learn, batches, params, rec.curvature) as of:
         yield params,of(),torch.Generator(params[0].device).manual_seed(rec.seed)
 

@@ -229,7 +229,8 @@ def steps_of_run(
 )->float:
     "Steps of a training, which need not be a whole number"
     dl,items = learn.dls.train,[cb.n_acc for cb in L(learn.cbs)+L(cbs) if isinstance(cb, GradientAccumulation)]
-    batches = items[0]/dl.bs if items and dl.bs else getattr(learn.opt, 'n_acc', 1)
+    bs = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) # Of a loader of PyTorch
+    batches = items[0]/bs if items and bs else getattr(learn.opt, 'n_acc', 1)
     return n_epoch*len(dl)/max(batches, 1)/max(num_distrib(), 1)
 
 # %% ../nbs/10_learner.ipynb #runlen08

@@ -3,11 +3,12 @@ import math,os,subprocess,sys
 from functools import partial
 from pathlib import Path
 
-import matplotlib,numpy as np,pandas as pd,pytest
+import matplotlib,numpy as np,pandas as pd,pytest,torch
+from fastai.basics import Adam,DataLoaders,Learner
 matplotlib.use('Agg')
 from PIL import Image
 from adahessian_fastai.adahessian import adahessian
-from adahessian_fastai.compare import default_rate,digits_dls,main,muted,parse_opts,plot_comparison,plot_rates
+from adahessian_fastai.compare import compare_optimizers,default_rate,digits_dls,main,muted,parse_opts,plot_comparison,plot_rates
 
 
 # The variables that keep PyTorch's profiler quiet come from the Makefile; nobody else has them
@@ -131,3 +132,13 @@ def test_pictures_of_a_study(studies, study):
     assert [o[0].get_xydata().tolist()[0] for o in points]==[[3.,pytest.approx(.7)],[6.,.5]]
     lines = studies.plot_lrs(study).lines
     assert [o.get_xydata().tolist() for o in lines]==[[[.1,pytest.approx(.7)],[1.,.9]],[[.1,.1],[1.,.5]]]
+
+
+def test_loaders_of_pytorch_begin_at_the_seed_too():
+    "Two entries of one optimizer see the same batches"
+    ds = torch.utils.data.TensorDataset(torch.randn(48, 3), torch.randint(2, (48,)))
+    def make(opt_func):
+        dls = DataLoaders(*(torch.utils.data.DataLoader(ds, 8, shuffle=True) for _ in range(2)))
+        return Learner(dls, torch.nn.Linear(3, 2), torch.nn.CrossEntropyLoss(), opt_func=opt_func)
+    a,b = compare_optimizers(make, dict(a=Adam, b=Adam), 1).losses
+    assert a==b

@@ -503,6 +503,24 @@ def test_first_batches_leave_the_shuffling():
     assert all(torch.equal(a[0], b[0]) for a,b in zip(first, again)) and len(first_batches(learn.dls.train, 99))==4
     with pytest.raises(ValueError, match='n_batches'): first_batches(learn.dls.train, 0)
 
+@pytest.mark.parametrize('own', [False,True], ids=['global','own'])
+def test_loaders_of_pytorch(own):
+    "They have no `rng`, `bs` or `device` of fastai's; the numbers are those of fastai's loaders, and the shuffling stays"
+    ours = learner()
+    x,y = (torch.cat(o) for o in zip(*ours.dls.valid))
+    ds,g = TensorDataset(torch.as_tensor(x), torch.as_tensor(y)),torch.Generator().manual_seed(1) if own else None
+    plain = torch.utils.data.DataLoader(ds, 16)
+    ours.dls = DataLoaders(TfmdDL(list(ds), bs=16), ours.dls.valid, device='cpu')
+    theirs = Learner(DataLoaders(plain, plain), ours.model, ours.loss_func, opt_func=Adam)
+    v = [torch.ones_like(p) for p in ours.model.parameters()]
+    assert torch.allclose(flat(ours.curvature_product(n_batches=2)(v)), flat(theirs.curvature_product(n_batches=2)(v)), atol=SAME)
+    assert str(ours.curvature_summary(n_samples=2))==str(theirs.curvature_summary(n_samples=2))
+    shuffled = torch.utils.data.DataLoader(ds, 16, shuffle=True, generator=g)
+    state = torch.get_rng_state(),g.get_state() if own else torch.zeros(1)
+    first,again = first_batches(shuffled, 1),first_batches(shuffled, 1)
+    assert torch.equal(first[0][0], again[0][0]) and not torch.equal(first[0][0], x[:16])
+    assert torch.equal(torch.get_rng_state(), state[0]) and (not own or torch.equal(g.get_state(), state[1]))
+
 def test_rnn_callbacks_take_part():
     "A language model returns three things; its callbacks pick the prediction and regularise the loss"
     class LM(nn.Module):

@@ -326,6 +326,15 @@ def test_a_short_training_has_a_higher_rate_unless_somebody_gave_one(call):
         assert rates(opt, call)==pytest.approx((own,own))
 
 
+def test_the_rate_of_a_length_with_loaders_of_pytorch():
+    "112 steps of two batches each: 0.15√2"
+    ds = torch.utils.data.TensorDataset(torch.randn(256,6), torch.randint(2, (256,)))
+    dls = DataLoaders(*(torch.utils.data.DataLoader(ds, batch_size=16) for _ in range(2)))
+    learn = Learner(dls, nn.Linear(6,2), CrossEntropyLossFlat(), opt_func=modern, cbs=GradientAccumulation(32))
+    learn.fit(14)
+    assert max(learn.recorder.lrs)==pytest.approx(0.21)
+
+
 def test_the_rate_of_a_length_is_that_of_a_new_optimizer_too_and_goes_when_training_ends_early():
     learn = learner(modern)
     learn.fit(2)
