@@ -234,8 +234,9 @@ def check_rows_possible(
     if n==1 and any(isinstance(m, _BatchNorm) and m.training for m in learn.model.modules()):
         raise ValueError("one row is too few for a batch norm, got hessian_bs=1: use 2 or more")
     if any(isinstance(cb, MixHandler) for cb in learn.cbs):
-        raise ValueError(f"hessian_bs does not go with MixUp or CutMix, which mix whole batches, got {n} rows of {bs}: leave hessian_bs "
-            f"alone")
+        raise ValueError(f"hessian_bs does not go with MixUp or CutMix, which mix whole batches, got {n} rows of {bs}: leave it alone")
+    if (k := find_bs(learn.xb))!=bs:
+        raise ValueError(f"hessian_bs takes rows of inputs and targets alike, got {k} rows of inputs for {bs} of targets: leave it alone")
 
 # %% ../nbs/12_batch.ipynb #03769933
 def in_half(
@@ -252,9 +253,8 @@ class LearnerProblem(Problem):
         start:tuple=None, # `snapshot_of` the Learner from before the forward pass; without it the batch cannot be evaluated again
         leave_out:tuple=(), # Classes of callbacks that have no part in this loss
     ):
-        targets = learn.yb[0] if len(learn.yb)==1 else learn.yb
-        super().__init__(params, learn.loss_grad, learn.pred, targets, learn.loss_func, self.evaluate_again if start else None,
-            loss_weight(learn, leave_out), loss_scale(learn), unwrapped(learn.model), half=in_half(learn))
+        super().__init__(params, learn.loss_grad, learn.pred, learn.yb[0] if len(learn.yb)==1 else learn.yb, learn.loss_func,
+            start and self.evaluate_again, loss_weight(learn, leave_out), loss_scale(learn), unwrapped(learn.model), half=in_half(learn))
         self.learn,self.start,self.leave_out,self.inputs = learn,start,leave_out,learn.xb
         self.attrs,self.cbs = dict(xb=learn.xb, yb=learn.yb),noted(learn) if start else ()
 
@@ -283,7 +283,7 @@ class LearnerProblem(Problem):
         rng, # `device -> generator`, as that estimate will get it anew
     ): # Yields a `LearnerProblem`; raises `ValueError` where rows have no loss of their own
         "Context with the problem of `n` random rows; everything is as before when it is left"
-        learn,bs = self.learn,find_bs(self.learn.xb)
+        learn,bs = self.learn,find_bs(self.learn.yb)
         check_rows_possible(learn, n, bs)
         idxs = torch.randperm(bs, generator=generator)[:n]
         with self.preserving(),without_backward_hooks(self.model):
@@ -334,13 +334,13 @@ class Turn(NamedTuple):
     ):
         "Decide on the rows, and take a snapshot where one is needed"
         params,share,n_samples = due
-        estimator,model,bs = with_samples(estimator, n_samples),unwrapped(learn.model),find_bs(learn.xb)
+        estimator,model = with_samples(estimator, n_samples),unwrapped(learn.model)
         check_model(learn.model, is_first_order(estimator))
         if n_acc>1 and callback_of(learn, GradientAccumulation):
             raise ValueError(f"n_acc and GradientAccumulation do the same: use one of them, got {n_acc=}")
         reshard(learn.model)
-        if not params or share==0: return cls(estimator, start=snapshot_of(learn) if twice else None)
-        rows = None if share is None or (n := n_rows(share, bs))>=bs else n
+        if not params or share==0 or not len(learn.yb): return cls(estimator, start=snapshot_of(learn) if twice else None)
+        rows = None if share is None or (n := n_rows(share, bs := find_bs(learn.yb)))>=bs else n
         aside = rows is not None or backward_hooks(model)
         start = snapshot_of(learn) if twice or aside or estimator.again else None
         return cls(estimator, params, share, rows, start, aside, not (aside or twice))

@@ -106,7 +106,7 @@ def curvature_product(self:Learner,
         def product(v):
             with problem_of(self, b, params, train, start) as problem,hooks_disabled(params): return how(problem, params, 1).product(v)
         return product
-    return mean_product(product_of, batches, weight=find_bs)
+    return mean_product(product_of, batches, weight=lambda b: find_bs(b[getattr(self.dls, 'n_inp', -1):] or b))
 
 # %% ../nbs/20_diagnostics.ipynb #d1250eb5
 def _pick(ts, idxs): return ts[idxs] if isinstance(idxs, slice) else [ts[i] for i in idxs]

@@ -495,6 +495,22 @@ def test_mean_over_batches_is_the_whole():
     whole,mean = learn.curvature_product(params, [xb]),learn.curvature_product(params, learn.dls.train)
     assert torch.allclose(flat(whole(v)), flat(mean(v)), atol=SAME)
 
+class TimeFirst(nn.Module):
+    "As PyTorch's recurrent layers have it by default: time × rows × features"
+    def __init__(self):
+        super().__init__()
+        self.rnn,self.out = nn.GRU(3,4),nn.Linear(4,3)
+    def forward(self, x): return self.out(self.rnn(x)[0][-1])
+
+def test_batches_count_by_their_targets():
+    "As in a step: the first dimension of these inputs is time"
+    batches = [(torch.randn(7,n,3, generator=gen(n)),torch.randint(3, (n,), generator=gen(n))) for n in (16,16,6)]
+    learn = Learner(DataLoaders(batches, batches), TimeFirst(), CrossEntropyLossFlat(), opt_func=adahessian)
+    whole = tuple(torch.cat(o, dim) for o,dim in zip(zip(*batches), (1,0)))
+    v = [torch.ones_like(p) for p in learn.model.parameters()]
+    want,got = (flat(learn.curvature_product(batches=o)(v)) for o in ([whole],batches))
+    assert torch.allclose(want, got, atol=SAME)
+
 def test_first_batches_leave_the_shuffling():
     learn = learner()
     set_seed(9)

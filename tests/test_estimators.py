@@ -336,6 +336,15 @@ def test_mixup_and_a_part_of_the_batch_are_refused():
     with pytest.raises(ValueError, match='MixUp'): quiet_fit(learner(opt_func=partial(adahessian, hessian_bs=4)), cbs=MixUp())
 
 
+def test_inputs_whose_rows_are_not_those_of_the_targets_are_refused():
+    "Inputs of PyTorch's recurrent layers begin with time: rows would be steps of it, in another order"
+    class TimeFirst(nn.Linear):
+        def forward(self, x): return super().forward(x)[-1]
+    x,y = torch.randn(5,16,3),torch.randint(2, (16,))
+    learn = Learner(DataLoaders([(x,y)], []), TimeFirst(3,2), CrossEntropyLossFlat(), opt_func=partial(adahessian, hessian_bs=3))
+    with pytest.raises(ValueError, match='5 rows of inputs for 16 of targets'): quiet_fit(learn)
+
+
 @pytest.mark.parametrize('kw', [dict(hessian_bs=1.), dict(curvature='ggn'), dict(estimator='control_variate', signed=True, probe='gaussian')],
     ids=['part','ggn','control'])
 def test_accumulation_weighs_estimates_as_one_batch(kw):
