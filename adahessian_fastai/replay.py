@@ -87,8 +87,7 @@ def hooks_unmoved(
 ):
     "Context that puts back the hooks of `modules`, and what they remember"
     there = [(d, d.copy()) for m in modules for k in _hooks if isinstance(d := vars(m).get(k), dict)]
-    hooked = [f for m in modules for k in ('_forward_hooks','_forward_pre_hooks') for f in vars(m).get(k, {}).values()]
-    backs = [back for f in hooked for back in _outside(f)]
+    backs = [b for m in modules for k in ('_forward_hooks','_forward_pre_hooks') for f in vars(m).get(k, {}).values() for b in _outside(f)]
     try: yield
     finally:
         for d,old in there:
@@ -128,8 +127,9 @@ def restored(
     rng,memory = state
     modules = [m for m,_ in memory]
     here,now = get_random_states(),_memory(modules, also=('training',))
-    limited = [m for m in modules if getattr(m, 'max_norm', None) and isinstance(m, (nn.Embedding,nn.EmbeddingBag))]
-    short = [(m.weight, m.weight.detach().clone()) for m in limited]
+    fixed = [m.weight for m in modules if getattr(m, 'max_norm', None) and isinstance(m, (nn.Embedding,nn.EmbeddingBag))]
+    fixed += [b for m in modules if isinstance(m, torch.jit.ScriptModule) for b in m.buffers(recurse=False)] # No attributes of Python
+    olds = [(o, o.detach().clone()) for o in fixed]
     with hooks_unmoved(modules):
         try:
             _put(_copied(memory, {}))
@@ -138,7 +138,7 @@ def restored(
         finally:
             _put(now)
             set_random_states(**here)
-            for w,old in short: w.data.copy_(old)
+            for o,old in olds: o.data.copy_(old)
 
 def preserving(
     *objects, # Evaluated inside in any way, but not trained; as for `snapshot`

@@ -196,3 +196,17 @@ def test_trials_of_a_step_are_not_remembered(name):
     model,loss_func = mlp(),REMEMBER[name]()['loss_func']
     hessian_free(model.parameters()).acc_step(model, loss_func, batches)
     assert loss_func.n==2
+
+
+@pytest.mark.filterwarnings('ignore:`torch.jit')
+def test_buffers_of_torchscript_move_once():
+    "They are no attributes of Python. Statistics of a batch norm show every forward pass in training, and change no step"
+    def model():
+        net = mlp(norm=nn.BatchNorm1d)
+        return torch.jit.trace(net, data(6)[0], check_trace=False)
+    def buffers(**kwargs):
+        learn = learner(model(), *data(36), cbs=[CurvatureRecorder(every=2, max_iter=3)] if kwargs.pop('record', False) else (), probe=given(), **kwargs)
+        return [b.double() for b in fit(learn, 2).model.buffers()]
+    once = buffers()
+    for again in (buffers(hvp='finite_difference'), buffers(record=True)):
+        assert len(again)==3 and all(torch.allclose(a, b, atol=DIFFERENCE) for a,b in zip(once, again))
