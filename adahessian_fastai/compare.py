@@ -358,8 +358,7 @@ def save_comparison(
 )->pd.DataFrame: # The table
     "Write the table, the runs and the picture into `out`"
     out.mkdir(parents=True, exist_ok=True)
-    many = (runs.groupby('optimizer').lr.nunique()>1).any()
-    table,picture = (rates_table,plot_rates) if many else (comparison_table,plot_comparison)
+    table,picture = (rates_table,plot_rates) if (runs.groupby('optimizer').lr.nunique()>1).any() else (comparison_table,plot_comparison)
     writers = {'compare.csv': table(runs).to_csv, 'runs.csv': runs.drop(columns=_lists).to_csv,
         'compare.png': picture(runs)[0].figure.savefig}
     for name,write in writers.items():

@@ -122,8 +122,7 @@ def reshard(
     model:nn.Module, # Looked through with all its children
 ):
     "Have `fully_shard` gather the parameters of `model` anew for the next forward pass; after an evaluation it may keep them"
-    for m in model.modules():
-        if isinstance(m, _fsdp()): m.reshard()
+    for m in [m for m in model.modules() if isinstance(m, _fsdp())]: m.reshard()
 
 # %% ../nbs/10_learner.ipynb #29f5951e
 def sync_group(

@@ -34,8 +34,7 @@ def _copied(o, seen):
         new = [_copied(e, seen) for e in o]
         if any(a is not b for a,b in zip(o, new)): return type(o)(*new) if hasattr(o, '_fields') else type(o)(new)
     elif isinstance(o, SimpleNamespace) or is_dataclass(o) and hasattr(o, '__dict__') and not isinstance(o, (type,nn.Module)):
-        new = seen[id(o)] = copy(o)
-        vars(new).update(_copied(vars(o), seen))
+        vars(seen.setdefault(id(o), copy(o))).update(_copied(vars(o), seen))
     return seen.get(id(o), o)
 
 def _memory(modules, also=()):
@@ -54,7 +53,9 @@ def snapshot(
     *objects, # About to be called: a module, a loss function, a callback; none for random numbers alone
 )->tuple: # To be given to `restored`
     "Random states, and a copy of what `objects` remember"
-    return get_random_states(),_copied(_memory({id(m): m for o in objects for m in _members(o)}.values()), {})
+    functions = [o for o in objects if isinstance(o, (FunctionType,partial))]
+    memory = _copied(_memory({id(m): m for o in objects for m in _members(o)}.values()), {})
+    return get_random_states(),memory,functions,[b for f in functions for b in _outside(f)]
 
 # %% ../nbs/11_replay.ipynb #6bcf2eb6
 def _contents(o):
@@ -124,8 +125,8 @@ def restored(
     state:tuple, # From `snapshot`
 ):
     "Context in which random numbers and memory are those of `state`; leaves no trace"
-    rng,memory = state
-    modules = [m for m,_ in memory]
+    rng,memory,functions,begin = state
+    modules,end = [m for m,_ in memory],[b for f in functions for b in _outside(f)]
     here,now = get_random_states(),_memory(modules, also=('training',))
     fixed = [m.weight for m in modules if getattr(m, 'max_norm', None) and isinstance(m, (nn.Embedding,nn.EmbeddingBag))]
     fixed += [b for m in modules if isinstance(m, torch.jit.ScriptModule) for b in m.buffers(recurse=False)] # No attributes of Python
@@ -134,11 +135,13 @@ def restored(
         try:
             _put(_copied(memory, {}))
             set_random_states(**rng)
+            for b in begin: b()
             yield
         finally:
             _put(now)
             set_random_states(**here)
             for o,old in olds: o.data.copy_(old)
+            for b in end: b()
 
 def preserving(
     *objects, # Evaluated inside in any way, but not trained; as for `snapshot`

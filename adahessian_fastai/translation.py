@@ -237,10 +237,9 @@ def translate(
 )->list: # Sentences in lower case
     "The translations of `sentences`"
     model,res = learn.model.eval(),{}
-    device = next(model.parameters()).device
     srcs = [tensor([*learn.dls.src_vocab.encode(s), eos]) for s in sentences]
     for idxs in chunked(sorted(range_of(srcs), key=lambda i: len(srcs[i])), bs):
-        src = pad_sequence([srcs[i] for i in idxs], batch_first=True, padding_value=pad).to(device)
+        src = pad_sequence([srcs[i] for i in idxs], batch_first=True, padding_value=pad).to(next(model.parameters()).device)
         res.update(zip(idxs, map(learn.dls.tgt_vocab.decode, greedy_decode(model, src, max_len).tolist())))
     return [res[i] for i in range_of(srcs)]
 

@@ -98,6 +98,19 @@ class Growing:
         return F.cross_entropy(pred, y)*self.n/4
 
 
+def annealed():
+    "Closures: a number, a list and a variable of the notebook tell how many batches were seen"
+    n,seen = 0,[]
+    def loss(pred, y):
+        nonlocal n
+        n += 1
+        seen.append(n)
+        heads.append(n)
+        return F.cross_entropy(pred, y)*(n+len(seen)+len(heads))/12
+    heads.clear()
+    return loss
+
+
 @dataclass
 class Last: h:torch.Tensor=None
 
@@ -147,6 +160,7 @@ def uniform(own): return torch.rand(7, generator=own).double()+0.5
 REMEMBER = dict(  # chkstyle: ignore-node
     loss=lambda: dict(loss_func=RunningCentre('new')), loss_in_place=lambda: dict(loss_func=RunningCentre('in_place')),
     loss_object=lambda: dict(loss_func=Growing()), loss_partial=lambda: dict(loss_func=partial(RunningCentre('new'))),
+    loss_closure=lambda: dict(loss_func=annealed()), loss_bound=lambda: dict(loss_func=partial(annealed())),
     generator=lambda: dict(model=Own(torch.Generator().manual_seed(0), uniform)),
     numpy=lambda: dict(model=Own(np.random.default_rng(0), lambda g: torch.from_numpy(g.random(7)))),
     numpy_old=lambda: dict(model=Own(np.random.RandomState(0), lambda g: torch.from_numpy(g.rand(7)))),
