@@ -162,7 +162,7 @@ def shard_mesh(
     tensors, # Any number of tensors
 ): # A `DeviceMesh`, or `None` where all are whole
     "The processes over which `tensors` are sharded"
-    return next((t.device_mesh for t in tensors if is_part(t)), None)
+    return next((t.device_mesh for kind in [loaded('torch.distributed.tensor', 'DTensor')] for t in tensors if isinstance(t, kind)), None)
 
 def whole(
     t:Tensor, # Maybe sharded

@@ -331,7 +331,7 @@ def norms_of(
     tensors:list, # Any number of tensors
 )->list: # A tensor with one number for each
     "Norms of `tensors`, of one in parts that of the whole"
-    local,group = [t.to_local() if is_part(t) else t for t in tensors],shard_group(tensors)
+    local = [t.to_local() if is_part(t) else t for t in tensors] if (group := shard_group(tensors)) else tensors
     some = iter(torch._foreach_norm(full) if (full := [t for t in local if t.numel()]) else [])
     norms = [next(some).float() if t.numel() else torch.zeros((), device=t.device) for t in local]
     if group is None: return norms
@@ -344,8 +344,8 @@ def look(
 ): # The losses as numbers, and a list of norms for each list; one host synchronisation where all is well
     "The `losses`, and the norm of each tensor: not a number where an entry is infinite or not a number"
     norms = norms_of([t for ts in lists for t in ts])
-    row = [o.reshape(1) for o in (*losses,*norms)]
-    values = torch.cat([o.to(row[0].device, torch.float) for o in row]).tolist() if row else []
+    row = [*(o.squeeze() for o in losses),*norms]
+    values = torch.stack([o.to(row[0].device, torch.float) for o in row]).tolist() if row else []
     found = iter(values[len(losses):])
     def norm(t):
         n = next(found)

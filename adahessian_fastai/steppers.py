@@ -251,8 +251,8 @@ def foreach_step(
     name,groups,hypers = 'avg_diag_hessian' if average_diag_hessian in cbs else 'sqr_avg_diag_hessian',defaultdict(list),{}
     for p,state,hyper,d,e in work:
         _remember(p, state, d, name, step_stat in cbs)
-        counts = map(state.get, ('step','hess_step','hess_weight','do_wd'), (None,0,1,True))
-        key = (id(hyper), *counts, d is None, e is None, p.dtype, p.device)
+        get = state.get
+        key = id(hyper),get('step'),get('hess_step', 0),get('hess_weight', 1),get('do_wd', True),d is None,e is None,p.dtype,p.device
         hypers[id(hyper)] = hyper
         groups[key].append((p.data, p.grad, state['grad_avg'], state[name], d, e))
     for (id_hyper,step,hess_step,weight,do_wd,*_,device),rows in groups.items():
@@ -495,8 +495,8 @@ class Work(dict):
     def of(cls,
         opt:Optimizer, # Its parameters have their gradients; one that stands in several groups counts in the first
     ):
-        groups = reversed(list(zip(opt.param_lists, opt.hypers)))
-        return cls({p: (opt.state[p],hyper) for ps,hyper in groups for p in reversed(ps) if p.grad is not None and p.requires_grad})
+        groups,state = reversed(list(zip(opt.param_lists, opt.hypers))),opt.state
+        return cls({p: (state[p],hyper) for ps,hyper in groups for p in reversed(ps) if p.grad is not None and p.requires_grad})
 
 # %% ../nbs/14_steppers.ipynb #f90b5fa3
 @patch

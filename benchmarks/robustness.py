@@ -2,6 +2,7 @@
 
     python benchmarks/robustness.py                       # digits and a table: minutes on one core
     python benchmarks/robustness.py captions              # an hour; also unet, imagenette_quarter, multi30k_quarter, transfer
+    python benchmarks/robustness.py multi30k_quarter --seeds 1 --entries Adam adahessian    # a part of it; --seeds 3 goes on from there
     python benchmarks/robustness.py --report              # the table of what the file holds
     python benchmarks/robustness.py --smoke               # does it run? Seconds, and nothing is kept
 
@@ -88,17 +89,18 @@ def shares(m, reach=REACH):
         accuracy_within=(near.accuracy>=0.9*m.accuracy[best]).mean(), accuracy_lost=1-ten.accuracy.min()/m.accuracy[best], rates=len(near))
 
 def report(rows, seeds=3):
-    "A row for each problem and optimizer whose rates are complete"
+    "A row for each problem and optimizer whose rates are complete, by as many of `seeds` as all of them have"
     found = {}
     for (name,entry),_ in rows.groupby(['problem','entry'], sort=False):
-        m = means(rows, name, entry, seeds)
-        if len(m) and next_exponent(m, ENTRIES[entry][1]) is None: found[name,entry] = shares(m)
+        tried = ((n, means(rows, name, entry, n)) for n in range(seeds, 0, -1))
+        best = next((shares(m) | dict(seeds=n) for n,m in tried if len(m) and next_exponent(m, ENTRIES[entry][1]) is None), None)
+        if best: found[name,entry] = best
     return pd.DataFrame.from_dict(found, orient='index')
 
 def markdown(rows, seeds=3):
     "The same as Markdown"
-    head = ['problem','optimizer','best rate','loss there','accuracy there','rates with a loss within 10 %','rates with an accuracy within 10 %','accuracy lost over a factor of ten']
-    body = [[n, e, f'{o.best:.2g}', f'{o.loss:.3g}', f'{o.accuracy:.1%}', f'{o.loss_within:.0%}', f'{o.accuracy_within:.0%}', f'{o.accuracy_lost:.1%}']
+    head = ['problem','optimizer','best rate','loss there','accuracy there','rates with a loss within 10 %','rates with an accuracy within 10 %','accuracy lost over a factor of ten','seeds']
+    body = [[n, e, f'{o.best:.2g}', f'{o.loss:.3g}', f'{o.accuracy:.1%}', f'{o.loss_within:.0%}', f'{o.accuracy_within:.0%}', f'{o.accuracy_lost:.1%}', f'{o.seeds:.0f}']
         for (n,e),o in report(rows, seeds).iterrows()]
     return '\n'.join(f"| {' | '.join(o)} |" for o in (head, ['---']*len(head), *body))
 

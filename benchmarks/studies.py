@@ -14,6 +14,14 @@ def best_runs(
     return pd.concat([best(o) for _,o in runs.groupby('entry', sort=False)])
 
 
+def shipped(
+    runs:pd.DataFrame, # Rows of a `shipped_….csv`
+)->pd.DataFrame: # As for `best_runs`; where no part of the data was kept for the report, it reports what it chooses by
+    "The runs of `defaults.py --shipped` as those of a study"
+    kept = [k for k in runs if k.startswith('rest_') and runs[k].notna().any()]
+    return runs.assign(valid_loss=runs.loss, **{k.removeprefix('rest_'): runs[k] for k in kept})
+
+
 def study_table(
     runs:pd.DataFrame, # As for `best_runs`, with `epochs`, `seconds` and some of `accuracy`, `chrf`, `bleu` and `loss`
 )->pd.DataFrame: # One row for each entry; `time` is relative to the first one

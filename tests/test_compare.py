@@ -127,6 +127,12 @@ def test_the_rate_with_the_lowest_loss_at_the_first_seed_counts(studies, study):
     table = studies.study_table(study)
     assert list(table.accuracy)==['70.0% ± 14.1%','50.0%'] and list(table.lr)==[.1,1.] and list(table.time)==[1.,2.]
 
+def test_what_was_kept_for_the_report_is_reported(studies, study):
+    "`a` is chosen by `loss`, 0.1 before 1, and reported by `rest_loss`; without one by `loss` itself"
+    rows = study.rename(columns=dict(valid_loss='loss')).assign(rest_loss=[5.,6.,7.,8.,9.])
+    assert list(studies.study_table(studies.shipped(rows)).loss)==['6.000 ± 1.414','9.000']
+    assert list(studies.study_table(studies.shipped(rows.assign(rest_loss=math.nan))).loss)==['5.000 ± 5.657','3.000']
+
 def test_pictures_of_a_study(studies, study):
     points = studies.plot_study(study).containers
     assert [o[0].get_xydata().tolist()[0] for o in points]==[[3.,pytest.approx(.7)],[6.,.5]]
