@@ -114,10 +114,10 @@ class Clock:
         return F.cross_entropy(pred, y)
 
 def on_a_clock(overhead, n=12, **costs):
-    "An `opt_func` with a budget, and the loss function that tells its clock how many rows there were"
+    "An `opt_func` with a budget, and the loss function that tells its clock how many rows there were; its memory would be put back"
     def made(**kwargs):
         clock = Clock(**costs)
-        return partial(adahessian, **gentle[adahessian][1], probe=clock.probe, budget=Budget(overhead, n, clock), **kwargs),clock.loss
+        return partial(adahessian, **gentle[adahessian][1], probe=clock.probe, budget=Budget(overhead, n, clock), **kwargs),lambda *args: clock.loss(*args)
     return made
 
 def broken_probe(at=9):
