@@ -117,7 +117,8 @@ def on_a_clock(overhead, n=12, **costs):
     "An `opt_func` with a budget, and the loss function that tells its clock how many rows there were; its memory would be put back"
     def made(**kwargs):
         clock = Clock(**costs)
-        return partial(adahessian, **gentle[adahessian][1], probe=clock.probe, budget=Budget(overhead, n, clock), **kwargs),lambda *args: clock.loss(*args)
+        opt_func = partial(adahessian, **gentle[adahessian][1], probe=clock.probe, budget=Budget(overhead, n, clock), **kwargs)
+        return opt_func,lambda *args: clock.loss(*args)
     return made
 
 def broken_probe(at=9):
