@@ -107,7 +107,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'adahessian_fastai.batch.accumulate': ('batch.html#accumulate', 'adahessian_fastai/batch.py'),
                                          'adahessian_fastai.batch.autocast_of': ('batch.html#autocast_of', 'adahessian_fastai/batch.py'),
                                          'adahessian_fastai.batch.batch_of': ('batch.html#batch_of', 'adahessian_fastai/batch.py'),
-                                         'adahessian_fastai.batch.changes_loss': ('batch.html#changes_loss', 'adahessian_fastai/batch.py'),
                                          'adahessian_fastai.batch.check_rows_possible': ( 'batch.html#check_rows_possible',
                                                                                           'adahessian_fastai/batch.py'),
                                          'adahessian_fastai.batch.closure_problem': ( 'batch.html#closure_problem',

@@ -2,7 +2,7 @@
 import pickle,random
 import numpy as np,pytest,torch,torch.nn.functional as F
 from dataclasses import dataclass
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback,CancelBackwardException
 from functools import partial
 from torch import nn
 from types import SimpleNamespace
@@ -152,7 +152,8 @@ class Weighted(Callback):
 
 class Penalty(Callback):
     "The last word, when the backward pass begins"
-    def before_backward(self): self.learn.loss_grad = self.loss_grad+0.05*sum(p.square().sum() for p in self.model.parameters())
+    def before_backward(self): self.add(0.05*sum(p.square().sum() for p in self.model.parameters()))
+    def add(self, o): self.learn.loss_grad = self.loss_grad+o
 
 
 def uniform(own): return torch.rand(7, generator=own).double()+0.5
@@ -190,6 +191,17 @@ def test_each_evaluation_remembers_what_the_batch_did(name):
         again = remembering(name, hvp=hvp)
         assert distance(again.model, once.model)<tol, hvp
         if hasattr(once.loss_func, 'n'): assert again.loss_func.n==once.loss_func.n
+
+
+class Cancels(Callback):
+    "Wants no backward pass"
+    def before_backward(self): raise CancelBackwardException
+
+def test_a_cancelled_backward_pass_cancels_no_measurement():
+    learn = learner(mlp(), *data(36))
+    plain = str(learn.curvature_summary(n_samples=2))
+    learn.add_cb(Cancels())
+    assert str(learn.curvature_summary(n_samples=2))==plain
 
 
 @pytest.mark.parametrize('name', REMEMBER)
