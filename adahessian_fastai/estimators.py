@@ -12,12 +12,12 @@ __all__ = ['estimators', 'curvatures', 'Estimate', 'seeded', 'Hutchinson', 'Cont
            'with_samples', 'Preconditioner', 'made', 'gauss_newton', 'made_estimator']
 
 # %% ../nbs/09_estimators.ipynb #18af7d7a
-import inspect,torch
+import inspect,math,torch
 from contextlib import contextmanager,nullcontext
 from copy import copy
 from typing import Literal,NamedTuple
 from fastcore.basics import ifnone
-from .hvp import SettingError,check_choice,check_count,check_number,check_switch,flat,twice_differentiable
+from .hvp import SettingError,check_choice,check_count,check_number,check_switch,flat,gradient,twice_differentiable
 from .hutchinson import control_variate_samples,draw_like,get_probe,hutchinson_samples,mean_and_noise,sample_mean
 from .cg import diag_preconditioner
 from .ggn import NoOutputs,fisher_diagonal,output_tensors
@@ -120,6 +120,28 @@ class ControlVariate(Hutchinson):
         "Estimate of the diagonal"
         return super().__call__(problem, params, rng, [c*problem.weight for c in center(params)])
 
+# %% ../nbs/09_estimators.ipynb #c41ec91d
+def _loss_factor(problem, z):
+    "By how much the loss, without its scale, multiplies what the loss function gives for the outputs `z`; raises `ValueError`"
+    o,half = problem,z.dtype in (torch.half,torch.bfloat16)
+    leaf = (z.detach().float() if half else z.detach()).requires_grad_()
+    with torch.enable_grad(): bare = o.loss_func(leaf, *(o.targets if isinstance(o.targets, (tuple,list)) else [o.targets]))
+    b,g = (ifnone(gradient(f, [x], retain_graph=True)[0], torch.zeros_like(x)).double() for f,x in ((bare, leaf), (o.loss, z)))
+    k = (g*b).sum()/b.square().sum()
+    k,off,size = torch.stack([k, (g-k*b).norm(), g.norm()]).tolist()
+    if off>size*(1e-2 if half else 1e-3):
+        raise ValueError("estimator='gnb' knows the noise of the loss function alone, and a callback has made something else of the loss "
+            "than a multiple of it: use estimator='hutchinson' with curvature='ggn'")
+    return o.weight if math.isnan(k) else k/o.scale
+
+def _label_draws(problem, params, n_samples, rng):
+    "Single-draw estimates of the Gauss-Newton diagonal of the loss that is trained; raises `ValueError`"
+    o,zs = problem,output_tensors(problem.outputs)
+    z, = zs if len(zs)==1 else (o.outputs,)
+    noise,k = label_noise(o.loss_func, z, o.targets),o.weight if o.bare else _loss_factor(o, z)
+    samples = gnb_samples(z, params, noise, n_samples, rng(z.device), o.scale)
+    return samples if k==1 else ([d.mul_(k) for d in s] for s in samples)
+
 # %% ../nbs/09_estimators.ipynb #e9f22588
 class GNB:
     "Squared gradients at labels that the model draws"
@@ -138,11 +160,8 @@ class GNB:
         center=None, # Plays no part
     )->Estimate:
         "Estimate of the diagonal"
-        o = problem
-        if o.loss_func is None: raise ValueError("estimator='gnb' needs outputs, targets and loss function: give the `Problem` all three")
-        noise = label_noise(o.loss_func, o.outputs, o.targets)
-        samples = gnb_samples(o.outputs, params, noise, self.n_samples, rng(o.outputs.device), o.scale)
-        if o.weight!=1: samples = ([d.mul_(o.weight) for d in s] for s in samples)
+        if problem.loss_func is None: raise ValueError("estimator='gnb' needs outputs, targets and loss function: give the `Problem` them")
+        samples = _label_draws(problem, params, self.n_samples, rng)
         diag,noise = mean_and_noise(samples) if self.n_samples>1 else (sample_mean(samples),[])
         return Estimate(diag, noise, None)
 
@@ -228,12 +247,10 @@ class Preconditioner:
     def gnb(self, p, params):
         "Mean of a few draws of squared gradients at drawn labels"
         if p.outputs is None: p = p.again(twice=True)
-        z, = output_tensors(p.outputs) if len(output_tensors(p.outputs))==1 else (p.outputs,)
-        try: noise = label_noise(p.loss_func, z, p.targets)
-        except ValueError as e: raise NoOutputs(f"precondition='gnb' cannot be made here, take precondition='fisher': {e}") from e
         gen = torch.Generator(params[0].device).manual_seed(torch.randint(2**31, (), generator=self.generator).item())
-        samples = list(gnb_samples(z, params, noise, self.n_probes, gen))
-        return [sum(ds)*(p.weight/len(samples)) for ds in zip(*samples)]
+        try: samples = _label_draws(p, params, self.n_probes, lambda _: gen)
+        except ValueError as e: raise NoOutputs(f"precondition='gnb' cannot be made here, take precondition='fisher': {e}") from e
+        return sample_mean(samples)
 
     def inverse(self,
         mean, # As for a call

@@ -366,10 +366,8 @@ def upgraded_state(sd):
     return {**sd, 'curvature': dict(counts={k: old[k] for k in ('n_steps','n_skipped')}, record=old['record'],
         products=dict(costs=old.get('costs', {})), generator=old.get('generator'))}
 
-def _is_record(v): return isinstance(v, list) and all(isinstance(r, dict) and 'step' in r for r in v)
-
-own_rules = dict(counts=dict.fromkeys(('n_steps','n_skipped'), whole_number), record=(_is_record, 'a list of steps'), products={},
-    generator=None)
+own_rules = dict(counts=dict.fromkeys(('n_steps','n_skipped'), whole_number), products={}, generator=None,
+    record=(lambda v: isinstance(v, list) and all(isinstance(r, dict) and 'step' in r for r in v), 'a list of steps'))
 
 def check_own(own, state):
     "Raise `ValueError` for costs, a generator or a warm start that cannot be"

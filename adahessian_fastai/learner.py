@@ -10,8 +10,8 @@ of them trains exactly as before."""
 # %% auto #0
 __all__ = ['whole_number', 'unwrapped', 'callback_of', 'is_sharded', 'check_model', 'check_gradients', 'shard_group',
            'check_shards', 'reshard', 'sync_group', 'cross_rank_mean', 'Ranks', 'drop_pending', 'lr_untouched',
-           'own_lr', 'steps_of_run', 'lr_of_run', 'norms_of', 'look', 'all_finite', 'trainable_params', 'check_groups',
-           'check_part', 'check_entry', 'state_like', 'LossGuard', 'peek_seed', 'warn_rarely', 'Counts']
+           'own_lr', 'steps_of_run', 'lr_of_run', 'norms_of', 'look', 'trainable_params', 'check_groups', 'check_part',
+           'check_entry', 'state_like', 'LossGuard', 'peek_seed', 'warn_rarely', 'Counts']
 
 # %% ../nbs/10_learner.ipynb #d25dec26
 import inspect,math,pickle,traceback,warnings,zipfile
@@ -352,12 +352,6 @@ def look(
         return n if math.isfinite(n) or t.isfinite().all().item() else math.nan
     return values[:len(losses)],*([norm(t) for t in ts] for ts in lists)
 
-def all_finite(
-    tensors, # Any number of tensors
-)->bool:
-    "Are all entries of all `tensors` finite?"
-    return not any(map(math.isnan, look([], tensors)[1]))
-
 # %% ../nbs/10_learner.ipynb #e5fc839c
 def trainable_params(
     opt, # Any optimizer
@@ -419,7 +413,7 @@ def check_entry(
         if v.dtype!=p.dtype:
             raise ValueError(f"{where} is {v.dtype}, the parameter {p.dtype}: load it into a model of that type, or the weights alone "
                 f"with `with_opt=False`")
-        if finite and not all_finite([v.detach()]): raise ValueError(f"{where} is not finite")
+        if finite and math.isnan(look([], [v.detach()])[1][0]): raise ValueError(f"{where} is not finite")
     elif k in _counted and (isinstance(v, bool) or not isinstance(v, int) or v<0):
         raise ValueError(f"{where} must be a whole number >= 0, got {v!r}")
     elif k in _weighed and (isinstance(v, bool) or not isinstance(v, (int,float)) or not 0<=v<math.inf):

@@ -42,6 +42,7 @@ class Problem:
             raise ValueError(f"loss must be a tensor of one number with its graph, such as a mean, got {getattr(loss, 'shape', loss)}")
         store_attr()
 
+    bare = False # Is `loss` known to be `loss_func` with `weight` and `scale` alone?
     inputs,obstacle = None,'this problem has no `inputs` to call its model with' # For what calls the model as a function of its parameters
     def preserving(self): return nullcontext() # Around such a call
 

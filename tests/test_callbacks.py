@@ -6,7 +6,7 @@ from fastai.callback.core import Callback,CancelBackwardException,CancelBatchExc
 from fastai.callback.mixup import CutMix,MixUp
 from fastai.callback.schedule import ParamScheduler,SchedLin
 from fastai.callback.tracker import EarlyStoppingCallback,ReduceLROnPlateau,SaveModelCallback,TerminateOnNaNCallback
-from fastai.callback.training import BnFreeze,GradientClip,ShortEpochCallback
+from fastai.callback.training import BnFreeze,GradientAccumulation,GradientClip,ShortEpochCallback
 from fastai.losses import CrossEntropyLossFlat,LabelSmoothingCrossEntropy
 from fastai.optimizer import Adam
 from functools import partial
@@ -277,3 +277,42 @@ def test_hooks_of_a_parameter_are_called_once_with_a_plain_gradient():
     twin = Halved([dict(params=list(want.parameters()), **HYPERS)], given())
     for i,(a,b) in enumerate(split(x,y,6)): twin.step([partial(one_loss, want, F.cross_entropy, a, b, i)])
     assert seen==[False]*4*6 and distance(learn.model, want)<ROUNDING
+
+
+class Changed(Callback):
+    "Does `f` to the loss at `when`, in training"
+    run_valid = False
+    def __init__(self, when, f): setattr(self, when, lambda: f(self.learn))
+
+def in_place(learn): learn.loss_grad *= 5
+def anew(learn): learn.loss_grad,learn.loss = learn.loss_grad*5,learn.loss*5
+def weights_too(learn): learn.loss_grad = learn.loss_grad*5+sum(p.square().sum() for p in learn.model.parameters())
+
+FACTORS = dict(in_place=('after_loss',in_place), anew=('after_loss',anew), last_word=('before_backward',anew), weights_too=('after_loss',weights_too))
+
+@pytest.mark.parametrize('name', FACTORS)
+@pytest.mark.parametrize('kwargs', [dict(), dict(hessian_bs=4), dict(n_acc=2), dict(cbs=[GradientAccumulation(12)])], ids=str)
+def test_drawn_labels_have_the_curvature_of_the_loss_that_is_trained(name, kwargs):
+    "Five times the loss has five times the curvature, whoever multiplies it"
+    cbs,kwargs = kwargs.get('cbs', []),{k: v for k,v in kwargs.items() if k!='cbs'}
+    def diag(*changed):
+        log = Noted('before_step', lambda learn: torch.cat([d.flatten() for d in learn.opt.diags.values()]))
+        fit(learner(mlp(), *data(12), estimator='gnb', cbs=[*cbs, *changed, log], **kwargs))
+        return log.notes[0]
+    bare,five = diag(),diag(Changed(*FACTORS[name]))
+    assert bare.abs().max()>1e-3 and (five-5*bare).norm()<ROUNDING*bare.norm()
+
+
+def test_drawn_labels_are_refused_where_the_loss_is_no_multiple_and_the_way_out_works():
+    "A term of the outputs has curvature of its own"
+    def more(learn): learn.loss_grad = learn.loss_grad+learn.pred.square().mean()
+    def trained(**kwargs): return fit(learner(mlp(), *data(12), cbs=[Changed('after_loss', more)], **kwargs))
+    with pytest.raises(ValueError, match="estimator='hutchinson' with curvature='ggn'"): trained(estimator='gnb')
+    assert trained(estimator='hutchinson', curvature='ggn').opt.n_estimates==2
+
+
+def test_rows_of_a_sum_are_refused():
+    "A sum over half of the rows has half of the curvature"
+    kwargs = dict(loss_func=nn.CrossEntropyLoss(reduction='sum'), estimator='gnb')
+    with pytest.raises(ValueError, match='reduction'): fit(learner(mlp(), *data(12), hessian_bs=0.5, **kwargs))
+    assert fit(learner(mlp(), *data(12), **kwargs)).opt.n_estimates==2

@@ -8,7 +8,7 @@ from torch import nn
 
 import adahessian_fastai.steppers as room
 from adahessian_fastai.adahessian import AdaHessian,AdaHessianWrapper,adahessian_paper as adahessian
-from adahessian_fastai.learner import all_finite
+from adahessian_fastai.learner import look
 from adahessian_fastai.sophia import sophia
 from adahessian_fastai.steppers import adahessian_step,average_sqr_diag_hessian,list_forms,loop_step,portions,update
 
@@ -129,6 +129,7 @@ def test_state_goes_on_with_either():
     assert {k for s in a.state.values() for k in s}=={k for s in b.state.values() for k in s}
 
 def test_finite():
+    def all_finite(tensors): return not any(map(math.isnan, look([], tensors)[1]))
     assert all_finite([torch.ones(3), torch.zeros(0)]) and all_finite([]) and all_finite([torch.full((4,), 3e38)])
     for bad in (math.nan, math.inf, -math.inf):
         for dtype in (torch.float, torch.double, torch.bfloat16): assert not all_finite([torch.ones(3), torch.tensor([1.,bad], dtype=dtype)])

@@ -114,7 +114,7 @@ def test_all_is_for_users():
     names = {}
     exec(f'from {lib}.all import *', names)
     assert {'adahessian', 'sophia', 'hessian_free', 'AdaHessian', 'AdaHessianWrapper', 'hessian_product', 'compare_optimizers'} <= set(names)
-    helpers = {'loss_count', 'loss_callbacks', 'check_twice', 'borrowed', 'check_counts', 'check_choices', 'check_hypers', 'peek_seed', 'warn_rarely', 'all_finite', 'cross_rank_mean', 'loss_scale', 'step_size', 'total_norm'}
+    helpers = {'loss_count', 'loss_callbacks', 'check_twice', 'borrowed', 'check_counts', 'check_choices', 'check_hypers', 'peek_seed', 'warn_rarely', 'cross_rank_mean', 'loss_scale', 'step_size', 'total_norm'}
     assert not helpers & set(names)
     classes = {n for n,v in names.items() if isinstance(v, type) and v.__module__.split('.')[0]==lib}
     assert {'CG', 'Damping', 'LineSearch', 'Preconditioner', 'Batches'} <= classes and not [n for n in names if n.isupper() and n not in classes]
