@@ -161,8 +161,8 @@ def _cross_entropy_count(loss, y, axis):
     on = y[y!=loss.ignore_index].long()
     return len(on) if loss.weight is None else loss.weight[on].sum()
 
-cross_entropy_rule = row_rule(lambda f,z,y,axis: cross_entropy_weights(z, y, axis, **_settings(f, 'weight', 'ignore_index', 'label_smoothing',
-    'reduction')), _cross_entropy_count)
+cross_entropy_rule = row_rule(lambda f,z,y,axis: cross_entropy_weights(z, y, axis,
+    **_settings(f, 'weight', 'ignore_index', 'label_smoothing', 'reduction')), _cross_entropy_count)
 squared_error_rule = entry_rule(lambda z,s: lambda u: u*s, squared_error_noise, lambda f,z,y: squared_error_weight(z, y, f.reduction))
 binary_rule = entry_rule(binary_hessian, binary_noise,
     lambda f,z,y: binary_weights(z, y, **_settings(f, 'weight', 'pos_weight', 'reduction')))
