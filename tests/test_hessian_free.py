@@ -993,6 +993,16 @@ def test_gnb_preconditioner_lowers_cg_iterations_and_resembles_the_diagonal():
     exact = torch.stack([flat(G(unflat(e, ps)))[i] for i,e in enumerate(torch.eye(len(many)))])
     assert ((many-exact).norm()/exact.norm()).item() < .1   # 2000 draws: some 1/sqrt(2000)·2
 
+def test_gnb_preconditioner_is_that_of_the_loss_and_not_of_its_function_alone():
+    "Five times the loss, as a callback may make it; the same draws, up to rounding in float32"
+    (x,y),model = data(16),mlp()
+    ps = list(model.parameters())
+    def diag(k):
+        torch.manual_seed(0)
+        z = model(x)
+        return flat(Preconditioner('gnb')(MeanProblem([Problem(ps, k*F.cross_entropy(z, y), z, y, F.cross_entropy)]), ps))
+    assert diag(1).norm()>0 and (diag(5)-5*diag(1)).norm()<1e-5*diag(1).norm()
+
 def test_gnb_preconditioner_in_a_learner_and_what_it_cannot_do():
     learn = fit(learner(precondition='gnb', bs=32, n_acc=2), 3)
     assert learn.opt.n_skipped==0 and learn.opt.record[-1]['loss_after'] < learn.opt.record[0]['loss']
