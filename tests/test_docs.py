@@ -1,5 +1,5 @@
 "The documentation's tables and numbers are those of the result files"
-import csv,inspect,re,sys,typing
+import csv,inspect,json,re,sys,typing
 from pathlib import Path
 import pytest
 from fastai.basics import Learner,nn
@@ -48,6 +48,13 @@ def test_what_comes_with_the_package_is_compared_on_the_same_seeds(folder):
         'adahessian own 0 1', 'adahessian own 1 2', 'adahessian own 2 90', 'b own 0 7', 'b own 1 7')
     assert results.shipped('p').replace('\u00a0', ' ').splitlines()[::2]==['| loss | p, 2 seeds |', '| Adam | 4.000 ± 0.000 |', '| b | 7.000 ± 0.000 |']
     assert results.shipped('q')==''
+
+def test_a_table_ends_before_the_text_goes_on():
+    "Without an empty line between them the text becomes a row"
+    cells = [''.join(c['source']) for p in root.glob('nbs/*.ipynb') for c in json.loads(p.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='markdown']
+    for md in [*cells, *(p.read_text(encoding='utf-8') for p in (*guides, *root.glob('*.md')))]:
+        ls = md.splitlines()
+        assert not [b for a,b in zip(ls, ls[1:]) if a.startswith('|') and b.strip() and not b.startswith('|')]
 
 def test_sections_wait_for_their_files(folder):
     md = '# T\n\ntext\n\n## A\n\n<!-- results: training t -->\n\n## B\n\n<!-- results: plain p -->\n'
