@@ -1,5 +1,5 @@
 "The documentation's tables and numbers are those of the result files"
-import csv,inspect,re,sys,typing
+import csv,inspect,json,re,sys,typing
 from pathlib import Path
 import pytest
 from fastai.basics import Learner,nn
@@ -41,6 +41,20 @@ def test_best_rate_has_the_lowest_loss_at_the_first_seed(folder):
 def test_a_file_may_choose_by_the_loss_it_reports(folder):
     write(folder/'training_t.csv', 'task entry lr seed epochs loss chrf bleu seconds', 't a 1 0 5 2 30 10 9', 't a 2 0 5 1 40 20 9')
     assert results.training('t').splitlines()[::2]==['| entry | lr | loss | chrf | bleu | epochs | seconds | seeds |', '| a | 2 | 1 | 40 | 20 | 5 | 9 | 1 |']
+
+def test_what_comes_with_the_package_is_compared_on_the_same_seeds(folder):
+    "Seed 2 has no `b`; on seeds 0 and 1 Adam is best at 0.1"
+    write(folder/'shipped_p.csv', 'entry lr seed loss', *(f'Adam {lr} {s} {l}' for s in range(3) for lr,l in ((0.1,4),(0.2,4-2*(s==2)+s))),
+        'adahessian own 0 1', 'adahessian own 1 2', 'adahessian own 2 90', 'b own 0 7', 'b own 1 7')
+    assert results.shipped('p').replace('\u00a0', ' ').splitlines()[::2]==['| loss | p, 2 seeds |', '| Adam | 4.000 ± 0.000 |', '| b | 7.000 ± 0.000 |']
+    assert results.shipped('q')==''
+
+def test_a_table_ends_before_the_text_goes_on():
+    "Without an empty line between them the text becomes a row"
+    cells = [''.join(c['source']) for p in root.glob('nbs/*.ipynb') for c in json.loads(p.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='markdown']
+    for md in [*cells, *(p.read_text(encoding='utf-8') for p in (*guides, *root.glob('*.md')))]:
+        ls = md.splitlines()
+        assert not [b for a,b in zip(ls, ls[1:]) if a.startswith('|') and b.strip() and not b.startswith('|')]
 
 def test_sections_wait_for_their_files(folder):
     md = '# T\n\ntext\n\n## A\n\n<!-- results: training t -->\n\n## B\n\n<!-- results: plain p -->\n'

@@ -107,6 +107,19 @@ def resnet20(name='resnet20'):
     said = f"Epoch {last} of {rs[0]['epochs']}.\n\n"
     return said+table(['optimizer', 'lr', 'accuracy, %', 'loss', 'seconds', 'seeds'], body)+where(rs)
 
+def shipped(*problems):
+    "Loss of everything in shipped_….csv as it comes, Adam at its best rate, on the seeds that all entries have"
+    cells,head = dict(Adam={}, adahessian={}),[]
+    for o in problems:
+        rs = rows(f'shipped_{o}')
+        seeds = set.intersection(*({r['seed'] for r in g} for g in grouped(rs, 'entry').values())) if rs else set()
+        groups = grouped([r for r in rs if r['seed'] in seeds], 'entry', 'lr')
+        best = min((k for k in groups if k[0]=='Adam'), key=lambda k: mean(nums(groups[k], 'loss')), default=None)
+        for k,g in groups.items():
+            if k[0]!='Adam' or k==best: cells.setdefault(k[0], {})[o] = mean_sd(nums(g, 'loss'))
+        head.append(f"{o}, {len(seeds)} seed{'s'*(len(seeds)!=1)}")
+    return table(['loss', *head], [[k, *(c.get(o, '–') for o in problems)] for k,c in cells.items() if c])
+
 def products(): return pivot(rows('hessian_free_products'), lambda r: r['product'], 'problem', 'gradients', 'product')
 
 def plain(name):
@@ -120,7 +133,7 @@ def text(name):
     path = folder/name
     return re.sub('^#', '##', re.sub(r'\A# .*\n+', '', path.read_text(encoding='utf-8')), flags=re.M) if path.exists() else ''
 
-tables = {f.__name__: f for f in (training, forum, speed, scaling, autoencoder, resnet20, products, plain, text)}
+tables = {f.__name__: f for f in (training, forum, speed, scaling, autoencoder, resnet20, shipped, products, plain, text)}
 
 # Filling in
 
