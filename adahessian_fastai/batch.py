@@ -38,14 +38,19 @@ from .learner import shard_group,sync_group,unwrapped,whole_number
 from .replay import backward_hooks,restored,snapshot,without_backward_hooks
 
 # %% ../nbs/12_batch.ipynb #e3297adb
+_asked = set() # Callbacks that are answering at present
+
 def send(
     learn:Learner, # Its callbacks are asked in their order
     event:str, # Such as 'after_loss'
     leave_out:tuple=(), # Classes of callbacks that are not asked
 ):
-    "Fire `event` on the callbacks of `learn`"
+    "Fire `event` on the callbacks of `learn`, but on none that is asking itself"
     for cb in learn.cbs.sorted('order'):
-        if not isinstance(cb, leave_out): cb(event)
+        if isinstance(cb, leave_out) or id(cb) in _asked: continue
+        _asked.add(id(cb))
+        try: cb(event)
+        finally: _asked.discard(id(cb))
 
 @contextmanager
 def autocast_of(

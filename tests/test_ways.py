@@ -204,6 +204,23 @@ def test_a_cancelled_backward_pass_cancels_no_measurement():
     assert str(learn.curvature_summary(n_samples=2))==plain
 
 
+class Measures(Callback):
+    "Looks at the curvature of the batch under way, at `when`"
+    def __init__(self, when):
+        self.found = []
+        setattr(self, when, self.look)
+    def look(self): self.found.append(self.learn.curvature_product(n_batches=1)([torch.ones_like(p) for p in self.model.parameters()])[0])
+
+@pytest.mark.parametrize('when', ['after_pred','after_loss','before_backward'])
+def test_a_callback_may_measure_where_it_would_be_asked_itself(when):
+    "It is not asked without end; the numbers are those of a measurement before the training"
+    cb,model,xy = Measures(when),mlp(),data(36)
+    v = [torch.ones_like(p) for p in model.parameters()]
+    before = learner(model, *xy).curvature_product(n_batches=1)(v)[0]
+    learn = fit(learner(model, *xy, cbs=[cb]), 1)
+    assert torch.allclose(cb.found[0], before, atol=ROUNDING) and learn.opt.n_skipped==0
+
+
 @pytest.mark.parametrize('name', REMEMBER)
 def test_a_measurement_is_not_remembered(name):
     plain,measured = remembering(name),remembering(name, cbs=[CurvatureRecorder(every=2, max_iter=3)])
