@@ -319,11 +319,13 @@ class Perturbation:
     def ahead(self,
         opt:Optimizer, # About to see a batch
     ):
-        "Move against the momentum, where that is the way"
+        "Move against the momentum, where that is the way; a group that steps less moves less"
         self.asked = self.asked or not self.twice
         if not self.rho or self.along!='momentum': return
-        ps = trainable_params(opt)
-        self.move(ps, [opt.state[p].get('grad_avg') for p in ps], -1.)
+        ps,state,lrs = trainable_params(opt),opt.state,{p: h['lr'] for p,_,_,h in reversed(opt.all_params())}
+        most = max(map(lrs.get, ps), default=0)
+        ms = [(state[p].get('grad_avg'), lrs[p]/most if most else 1) for p in ps]
+        self.move(ps, [m if m is None or k==1 else m*k for m,k in ms], -1.)
 
     def up(self,
         problem, # The `LearnerProblem` of the batch, with `start`
