@@ -266,3 +266,20 @@ def test_autocast_is_left_as_often_as_entered(cpu_amp, along):
     before = nesting()
     learn = fit(learner(mlp().float(), X.float(), Y, opt_func=partial(moved, along=along), probe=given(), cbs=[Own(init_scale=2.**6)]))
     assert nesting()==before and learn.opt.n_steps==6
+
+
+@pytest.mark.parametrize('lrs,k', [((0.1,0.001),0.01), ((0.05,0.05),1.), ((0.,0.),1.)])
+def test_a_group_that_steps_less_moves_less(lrs, k):
+    "The momentum of a group counts by its rate, relative to the largest; without any rate all count alike"
+    model = nn.Sequential(nn.Linear(5,7), nn.Tanh(), nn.Linear(7,3)).double()
+    opt = moved([list(model[0].parameters()),list(model[2].parameters())])
+    opt.set_hyper('lr', list(reversed(lrs)))
+    ps = list(model.parameters())
+    home = [p.detach().clone() for p in ps]
+    for p in ps: opt.state[p]['grad_avg'] = torch.randn_like(p)
+    ms = [opt.state[p]['grad_avg']*(k if i<2 else 1.) for i,p in enumerate(ps)]
+    norm = sum(m.square().sum() for m in ms)**0.5
+    opt.perturb.ahead(opt)
+    assert all(torch.allclose(p, o-RHO*m/norm, atol=1e-12) for p,o,m in zip(ps, home, ms))
+    opt.perturb.back()
+    assert all(torch.equal(p, o) for p,o in zip(ps, home))
