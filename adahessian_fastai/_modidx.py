@@ -339,8 +339,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'adahessian_fastai/curvature.py'),
                                              'adahessian_fastai.curvature.batch_statistics': ( 'curvature.html#batch_statistics',
                                                                                                'adahessian_fastai/curvature.py'),
-                                             'adahessian_fastai.curvature.check_dense': ( 'curvature.html#check_dense',
-                                                                                          'adahessian_fastai/curvature.py'),
                                              'adahessian_fastai.curvature.checked_reverse': ( 'curvature.html#checked_reverse',
                                                                                               'adahessian_fastai/curvature.py'),
                                              'adahessian_fastai.curvature.choose_way': ( 'curvature.html#choose_way',

@@ -555,6 +555,8 @@ def add(self:Batches,
         raise ValueError(f"{type(learn).__name__} has a `_do_one_batch` of its own: put `with self.opt.forward_context(self):` around "
             f"its body")
     if first: check_checkpoints(learn.loss_grad)
+    before = next((p.params for r in (*self.rounds, self.pending) for p in r), params)
+    if [*map(id, before)]!=[*map(id, params)]: self.drop(params) # Half a step of other parameters
     p = LearnerProblem(learn, params, self.now.start)
     p = p.replace(loss=p.loss.clone().as_subclass(Tensor), count=loss_count(learn.loss_func, learn.yb), states=list(self.now.states),
         versions=versions(p.model), rescaled=partial(divided, scale=p.scale))
@@ -598,6 +600,7 @@ def of_closure(self:Batches,
     self.drop(params)
     with modes_kept(),twice_differentiable(ifnone(module, nn.Module())):
         with torch.set_grad_enabled(not own): p = closure_problem(closure, module, params, states_of(module))
+        p = p.replace(count=loss_count(None, p.outputs)) # Rows of the outputs, for all that a closure tells
         if any(o.grad is not None for o in params):
             self.drop(params)
             raise ValueError("the closure must not call `backward`: return the loss, and the optimizer differentiates it as often as it "

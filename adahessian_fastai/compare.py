@@ -338,15 +338,15 @@ def _with_arguments(name, args):
 def parse_lr(
     lr:str, # '', a number for all, or as 'adam=1e-3,adahessian=0.1'
     names:list, # The optimizers that are compared
-): # `None`, a number, or a dict by entry of `names`
+): # A dict by entry of `names`
     "Learning rates from the command line; raises `ValueError` if `lr` is not of that form"
-    if not lr: return None
+    if not lr: return {}
     try: res = {k: float(v) for k,v in (o.split('=') for o in lr.split(','))} if '=' in lr else float(lr)
     except ValueError: raise ValueError(f"lr must be a number or as adam=1e-3,adahessian=0.1, got {lr=}") from None
     vals = res.values() if isinstance(res,dict) else [res]
     if not all(0<o<math.inf for o in vals): raise ValueError(f"lr must be > 0, got {lr=}")
-    if not isinstance(res, dict): return res
     base = {n: n.split(':')[0] for n in names}
+    if not isinstance(res, dict): res = dict.fromkeys(base.values(), res)
     unknown = [o for o in res if o not in base.values()]
     if unknown: raise ValueError(f"lr names {unknown[0]!r}, which is not among the optimizers {','.join(names)}")
     return {n: res[b] for n,b in base.items() if b in res and not re.search(r'[:,]lr=', n)}
@@ -383,10 +383,9 @@ def prepare(data, arch, size, bs, epochs, opts, lr, rates, seeds, fp16, bf16, ou
     cbs = [MixedPrecision(AMPMode.FP16 if fp16 else AMPMode.BF16)] if fp16 or bf16 else []
     opts,n = parse_opts(opts),rates or (5 if data=='digits' and not lr else 1)
     given = parse_lr(lr, list(opts))
-    of = given if isinstance(given, dict) else dict.fromkeys(opts, given)
     dls = get_dls(data, size, bs)
     n_batches = epochs*len(dls.train)
-    def around(k): return rates_around(opts[k], n, None if 'lr=' in k else of.get(k) or middles.get(k.split(':')[0]), n_batches)
+    def around(k): return rates_around(opts[k], n, None if 'lr=' in k else given.get(k) or middles.get(k.split(':')[0]), n_batches)
     lrs = {k: around(k) for k in opts} if n>1 else given
     make = get_make_learner(dls, arch or ('cnn' if data=='digits' else 'xresnet18'), cbs)
     return dict(make_learner=make, opts=opts, n_epoch=epochs, lr=lrs, seeds=range(seeds))

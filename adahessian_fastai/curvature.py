@@ -10,12 +10,12 @@ graph that can be differentiated twice (`twice`), another evaluation of the batc
 
 # %% auto #0
 __all__ = ['nonsmooth_modules', 'nonsmooth_functions', 'hvp_ways', 'max_error', 'jvp_ways', 'max_adjoint_error', 'nonsmooth',
-           'nonsmooth_graph', 'Local', 'check_dense', 'reverse', 'without_padding', 'forward', 'finite_difference',
-           'batch_statistics', 'ModelWithLoss', 'compile_product', 'compiled', 'relative_error', 'trial_probes',
-           'asymmetry_of', 'checked_reverse', 'exact_way', 'another_function', 'against_differences',
-           'refuse_difference', 'choose_way', 'Hessian', 'against_reverse', 'Ride', 'outputs_again', 'PlainTensors',
-           'Evaluated', 'closed_hessian', 'NoProductError', 'AgreedError', 'FirstThatWorks', 'GaussNewton',
-           'agreed_costs', 'evaluated', 'way_product', 'OverBatches', 'mean_curvature']
+           'nonsmooth_graph', 'Local', 'reverse', 'without_padding', 'forward', 'finite_difference', 'batch_statistics',
+           'ModelWithLoss', 'compile_product', 'compiled', 'relative_error', 'trial_probes', 'asymmetry_of',
+           'checked_reverse', 'exact_way', 'another_function', 'against_differences', 'refuse_difference', 'choose_way',
+           'Hessian', 'against_reverse', 'Ride', 'outputs_again', 'PlainTensors', 'Evaluated', 'closed_hessian',
+           'NoProductError', 'AgreedError', 'FirstThatWorks', 'GaussNewton', 'agreed_costs', 'evaluated', 'way_product',
+           'OverBatches', 'mean_curvature']
 
 # %% ../nbs/08_curvature.ipynb #4338fba8
 import math,re,time,warnings,weakref
@@ -81,13 +81,6 @@ class Local:
         grads=None, # Like `problem.params`, or `None` where it was not computed
     ): self.product,self.grads = product,grads
 
-def check_dense(
-    grads, # Gradients, may hold `None`; raises `ValueError`
-):
-    "Refuse sparse gradients, which have no second derivative"
-    if any(g is not None and g.layout!=torch.strided for g in grads):
-        raise ValueError("curvature needs dense gradients: make the `nn.Embedding` with `sparse=False`")
-
 # %% ../nbs/08_curvature.ipynb #a289741e
 def reverse(
     problem, # The `Problem`; its graph is freed by the last product
@@ -96,7 +89,6 @@ def reverse(
 )->Local:
     "Double backward on the graph of the loss"
     grads = problem.gradient(create_graph=True)
-    check_dense(grads)
     if any(g is None for g in grads): check_checkpoints(problem.loss)
     of = dict(zip(problem.params, grads))
     return Local(graph_product([of[p] for p in params], params, n_products), grads)
@@ -146,7 +138,6 @@ def finite_difference(
 )->Local:
     "One-sided differences from the gradient of the step, two-sided ones where that does not have `all_bits`"
     grads = problem.gradient()
-    check_dense(grads)
     whole = all_bits.n or params[0].device.type!='cuda'
     difference = difference_product(lambda: problem.again().loss, params, _some(problem, params, grads) if whole else None)
     def product(v):
@@ -374,9 +365,11 @@ class Hessian:
         way,exact = exact_way(problem, params)
         if self.used=='finite_difference': refuse_difference(against_differences(problem, params, exact))
         local = hvp_ways[self.used](problem, params, n_products)
-        if self.used=='finite_difference' or problem.half or way!='reverse': return local
+        if self.used=='finite_difference' or problem.half or way=='forward': return local
         try: error = against_reverse(problem, local, exact, params)
-        except NotImplementedError as e: raise ValueError(f"hvp={self.used!r} is not possible here, use hvp='reverse': {e}") from e
+        except NotImplementedError as e:
+            use = "use hvp='reverse'" if way else "use estimator='gnb', or hvp='finite_difference' in a smooth network"
+            raise ValueError(f"hvp={self.used!r} is not possible here, {use}: {e}") from e
         if error: raise ValueError(f"hvp={self.used!r} is wrong here: {error}. Use hvp='reverse'")
         return local
 
@@ -387,13 +380,13 @@ class Hessian:
 def against_reverse(
     problem, # The `Problem`, with its graph
     local:Local, # With the product to look at
-    exact:Local, # By double backward
+    exact:Local, # By double backward, `None` where there is none
     params:list, # Tensors that give the shapes
 )->str: # Empty where they agree, and where they cannot be compared
     "How far the product of `local` is from the double backward"
     v, = trial_probes(params, 1)
     hv = local.product(v)
-    if another_function(problem, local): return ''
+    if exact is None or another_function(problem, local): return ''
     error = relative_error(hv, exact.product(v))
     return '' if error<=max_error else f"it is off by {error:.2g} from the double backward on the first batch"
 
@@ -545,7 +538,7 @@ class GaussNewton:
             with twice_differentiable(model, forward=along),ride as self.ride: yield
         except NotImplementedError as e:
             if not along or 'forward' not in str(e): raise
-            raise ValueError(f"curvature='ggn' with hvp='forward' is not possible here, use hvp='reverse': {e}") from e
+            raise ValueError(f"curvature='ggn' with hvp='forward' is not possible here, use hvp='reverse' or estimator='gnb': {e}") from e
         finally:
             if self.ride: self.ride.stack.close()
 

@@ -432,6 +432,7 @@ def plot_layers(self:CurvatureRecorder,
 @contextmanager
 def _on_one_batch(rec):
     "Parameters, a product for a training batch and a generator for the pictures of `rec`"
+    if rec.learn is None: raise ValueError("the training is over for which the recorder was added: give it back, `learn.add_cb(recorder)`")
     params,batches = learner_params(rec.learn),first_batches(rec.learn.dls.train)
     with products_of(rec.learn, batches, params, rec.curvature) as of:
         yield params,of(),torch.Generator(params[0].device).manual_seed(rec.seed)
@@ -481,8 +482,8 @@ def plot_diagonal(self:CurvatureRecorder,
     log:bool=None, # Logarithmic axes? By default for the absolute values that an optimizer keeps
 ):
     "Estimated against exact entries of the diagonal on a training batch at the present weights"
-    own,ax = own_diagonal(self.opt),ax or plt.subplots(figsize=(4,4), layout='constrained')[1]
     with _on_one_batch(self) as (params,product,gen):
+        own,ax = own_diagonal(self.opt),ax or plt.subplots(figsize=(4,4), layout='constrained')[1]
         idxs = torch.randperm(sum(p.numel() for p in params), generator=torch.Generator().manual_seed(self.seed))[:n_entries]
         exact = diag_entries(product, params, idxs)
         est = [own.get(p, torch.zeros_like(p)) for p in params] if own else hutchinson_diag(product, params, n_samples, generator=gen)

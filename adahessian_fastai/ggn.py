@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import Literal
 from torch import Tensor, nn
 from torch.func import functional_call, grad as func_grad, jvp as func_jvp, linearize, vjp as func_vjp
-from .hvp import SettingError,check_choice,check_count,check_twice,dual_numbers
+from .hvp import SettingError,check_choice,check_count,check_twice,dual_numbers,gradient
 
 # %% ../nbs/05_ggn.ipynb #c2844aa2
 def output_tensors(
@@ -48,7 +48,7 @@ def reverse_jvp(
 ): # `v -> Jv`: from a list like `params` to a list like `outputs`
     "Jacobian of `outputs`, by differentiating `Jᵀw` for `w`"
     ws = [torch.zeros_like(o.detach().as_subclass(Tensor)).requires_grad_() for o in outputs]
-    JTw = torch.autograd.grad(outputs, params, ws, create_graph=True, allow_unused=True)
+    JTw = gradient(outputs, params, create_graph=True, along=ws)
     check_twice(JTw)
     on = [i for i,g in enumerate(JTw) if g is not None and g.requires_grad]
     for i in on: JTw[i].data = JTw[i].new_zeros(()).expand(JTw[i].shape)

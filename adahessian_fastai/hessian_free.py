@@ -28,8 +28,8 @@ from .curvature import NoProductError,mean_curvature
 from .estimators import Preconditioner
 from .learner import trainable_params,warn_rarely,whole_number
 from .batch import Batches
-from .steppers import check_hypers,checked_steppers
-from .adahessian import check_names
+from .steppers import checked_steppers
+from .adahessian import check_names,made_steppers
 from ._help import describe
 
 # %% ../nbs/18_hessian_free.ipynb #bf4b3120
@@ -37,7 +37,7 @@ class HessianFree(Optimizer):
     "Hessian-free optimizer of Martens"
     __repr__,default_lr = describe,1.
     def __init__(self,
-        params, # Parameters, or lists of them as groups
+        params, # Parameters, or lists of them as groups; raises `ValueError` for anything else
         lr:float=1., # Factor on each step
         wd:float=0., # Weight decay, ½wd‖θ‖² in the objective
         curvature:Literal['ggn','hessian']='ggn', # Or a curvature such as `Hessian('forward')`
@@ -45,10 +45,9 @@ class HessianFree(Optimizer):
         **settings # Objects `cg`, `damping`, `line_search`, `precondition`, `batches`, or their flat keywords
     ):
         parts = grouped(settings)
-        hypers = check_hypers(lr=lr, wd=wd, damping=parts['damping'].start)
-        try: super().__init__(params, [], **hypers)
-        except AssertionError as e:
-            raise ValueError(f"lr, wd and damping are numbers, or lists of one for each parameter group: {e}") from None
+        made = made_steppers(params, [], lr=lr, wd=wd, damping=parts['damping'].start)
+        super().__init__(made.param_lists, [])
+        self.hypers = made.hypers
         self.cg,self.damping,self.line_search,self.preconditioner,self.batches = parts.values()
         self.curvature = mean_curvature(curvature, jvp)
         self.n_steps,self.n_skipped,self.record = 0,0,deque(maxlen=10_000)
@@ -223,7 +222,7 @@ def step(self:HessianFree,
 
 def put_hypers(opt):
     "Hyperparameters as numbers of Python, which schedules and users may have set since; raises `ValueError` for one that cannot be"
-    for h in opt.hypers: h.update(check_hypers(**h))
+    for h in opt.hypers: h.update(made_steppers(opt.param_lists, [], **h).hypers[0])
 
 # %% ../nbs/18_hessian_free.ipynb #cfe05b49
 @patch

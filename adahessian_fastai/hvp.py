@@ -213,10 +213,12 @@ def gradient(
     create_graph:bool=False, # Keep the graph of the gradient itself, to differentiate once more?
     retain_graph:bool=None, # Keep the graph of `loss`? Defaults to `create_graph`
     along:Tensor=None, # What `loss` is multiplied with, where it is no scalar: shaped like it
-)->list: # A plain tensor or `None` for each of `params`; a sharded one for a sharded parameter
+)->list: # A plain tensor or `None` for each of `params`, sharded for a sharded one; raises `ValueError` where one is sparse
     "Gradient of `loss` for each of `params`, `None` where `loss` does not depend on one"
     if shard_mesh(params): return sharded_gradient(loss, params, create_graph, retain_graph, along)
     gs = torch.autograd.grad(loss, params, along, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True)
+    if any(g is not None and g.layout!=torch.strided for g in gs):
+        raise ValueError("curvature needs dense gradients: make the `nn.Embedding` with `sparse=False`")
     return [g if g is None or type(g) is Tensor else g.as_subclass(Tensor) for g in gs]
 
 # %% ../nbs/00_hvp.ipynb #648be16a
@@ -247,7 +249,7 @@ def check_twice(
     "Refuse gradients that passed a function whose gradient is marked as not differentiable, which autograd may overlook"
     if any(map(_is_once, graph_nodes(grads))):
         raise RuntimeError("the network has a function that is not differentiable twice (`once_differentiable`): for adahessian take "
-            "hvp='forward', or hvp='finite_difference' in a smooth network.")
+            "estimator='gnb', hvp='finite_difference' in a smooth network, or hvp='forward' if it has a `jvp`.")
 
 # %% ../nbs/00_hvp.ipynb #f77098af
 def check_checkpoints(

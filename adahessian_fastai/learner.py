@@ -82,7 +82,7 @@ def check_model(
         raise ValueError(f"curvature is not available under DataParallel with {model.device_ids=}: use `learn.distrib_ctx()`")
     if getattr(model, 'static_graph', False):
         raise ValueError("curvature is not available under DistributedDataParallel with static_graph=True: leave it at False")
-    if any(isinstance(m, (nn.Embedding,nn.EmbeddingBag)) and m.sparse for m in model.modules()):
+    if any(isinstance(m, (nn.Embedding,nn.EmbeddingBag)) and m.sparse and m.weight.requires_grad for m in model.modules()):
         raise ValueError("curvature needs dense gradients: make the `nn.Embedding` with `sparse=False`")
     if is_sharded(model) and not (first_order and isinstance(model, _fsdp())):
         raise ValueError(f"curvature is not available for parameters sharded as in this {type(model).__name__}: use `learn.distrib_ctx()`, "

@@ -151,7 +151,7 @@ def lanczos(
         yield Q,alpha,beta
         if len(Q)+len(against)>=n: return
         if beta[-1] <= 10*torch.finfo(w.dtype).eps*max(map(abs, alpha+beta)):
-            beta[-1],w = 0.,_direction(params, probe, generator, [*against, *Q])
+            beta[-1],w = 0.,_direction(params, 'gaussian', generator, [*against, *Q]) # Signs may lie in the span of `Q`
         q = w/w.norm()
 
 # %% ../nbs/03_spectrum.ipynb #1bf1de4c

@@ -5,8 +5,9 @@ import pytest,torch
 import torch.nn.functional as F
 from fastai.basics import Callback,DataLoaders,Learner,nn,partial,set_seed
 import fastai.callback.all  # chkstyle: ignore
-from adahessian_fastai.all import adahessian as as_it_comes,adahessian_paper as adahessian
+from adahessian_fastai.all import Problem,adahessian as as_it_comes,adahessian_paper as adahessian,hessian_free
 from adahessian_fastai.optimizer import due
+from helpers_learner import data,fit,learner
 from twin import AsItComes,Twin
 
 # 50 steps of a contracting map amplify the last bit of float64 (1e-16) by less than 1e4
@@ -214,6 +215,22 @@ def test_sparse_gradients_are_refused_before_anything_changed():
     opt = adahessian(list(emb.parameters()))
     with pytest.raises(ValueError, match='sparse=False'): opt.differentiate(emb(torch.tensor([1,2])).pow(2).sum())
     assert emb.weight.grad is None and torch.equal(emb.weight,before) and opt.n_estimates==0
+
+
+@pytest.mark.parametrize('kwargs', [dict(estimator='gnb'),dict(curvature='ggn')], ids=str)
+def test_sparse_gradients_are_refused_in_every_way(kwargs):
+    emb,loss_func,y = nn.Embedding(4,2, sparse=True),nn.MSELoss(),torch.ones(2,2)
+    ps = list(emb.parameters())
+    opt,out = adahessian(ps, **kwargs),emb(torch.tensor([1,2]))
+    with pytest.raises(ValueError, match='sparse=False'): opt.differentiate(Problem(ps, loss_func(out, y), out, y, loss_func))
+    with pytest.raises(ValueError, match='sparse=False'): hessian_free(ps).step(lambda: (emb(torch.tensor([1,2])).pow(2).sum(), emb.weight))
+
+
+def test_a_sparse_embedding_may_be_frozen():
+    x,y = data(12)
+    body = nn.Sequential(nn.Embedding(6,4, sparse=True), nn.Flatten(), nn.Linear(20,3)).double()
+    body[0].weight.requires_grad_(False)
+    assert fit(learner(body, x.abs().clamp(max=5).long(), y)).opt.n_steps==2
 
 
 @pytest.mark.parametrize('value', [math.nan,math.inf], ids=str)

@@ -690,6 +690,14 @@ def test_plots_draw_what_was_recorded():
     with pytest.raises(ValueError, match='per_layer=True'): plain.plot_layers()
     with pytest.raises(ValueError, match='train first'): CurvatureRecorder().plot_timeline()
 
+def test_a_recorder_of_one_training_says_how_it_can_draw_afterwards():
+    learn,rec = learner(),CurvatureRecorder(every=2)
+    with learn.no_bar(),learn.no_logging(): learn.fit(1, cbs=rec)
+    for draw in (rec.plot_density,rec.plot_diagonal):
+        with pytest.raises(ValueError, match='add_cb'): draw()
+    learn.add_cb(rec)
+    assert len(rec.plot_density(n_steps=5, n_samples=1).lines)==1 and rec.plot_diagonal(n_entries=5).lines and len(rec.records)>0
+
 def test_scatter_is_the_dense_diagonal():
     learn = learner('no_dropout', cbs=CurvatureRecorder(every=2))
     run(learn, 1)

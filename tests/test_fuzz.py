@@ -181,7 +181,7 @@ def test_a_number_is_a_number_whoever_made_it(function, arg, kind):
 
 PARAMS = [None, 3, 'a', nan, [], [[],[]], [1.,2.], [nn.Linear(2,2)], nn.Sequential(nn.Linear(2,2)), nn.Linear(2,2), object(), dict(params=weights())]
 
-@pytest.mark.parametrize('opt', [adahessian,partial(AdaHessian, lr=0.1),sophia,partial(Sophia, lr=0.1)])
+@pytest.mark.parametrize('opt', [adahessian,partial(AdaHessian, lr=0.1),sophia,partial(Sophia, lr=0.1),hessian_free])
 def test_what_are_no_parameters(opt):
     said = {repr(v): refused(lambda: opt(v), 'param') for v in PARAMS}
     assert {k: v for k,v in said.items() if v is not True}=={}

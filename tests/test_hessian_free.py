@@ -437,6 +437,26 @@ def test_freeze_unfreeze_and_discriminative_lr():
     assert not torch.equal(first, learn.model[0].weight) and learn.opt.n_skipped == 0
     assert [h['lr'] for h in learn.opt.hypers] == [.1, 1.]
 
+@pytest.mark.parametrize('curvature', ['ggn','hessian'])
+@pytest.mark.parametrize('thaw', [False,True], ids=['freeze','thaw'])
+@pytest.mark.parametrize('by_hand', [False,True])
+def test_other_parameters_within_an_accumulation_begin_it_anew(by_hand, thaw, curvature, recwarn):
+    "What was kept of a batch has no curvature for parameters that were frozen since, and no gradient for those that were thawed"
+    def trained(forget):
+        learn = learner(bs=16, curvature=curvature, n_acc=3)
+        learn.splitter = two_groups
+        learn.create_opt()
+        if thaw: learn.freeze()
+        fit(learn)
+        assert len(learn.opt.batches)==1
+        if forget: learn.opt.forget()
+        if by_hand: learn.model[0].requires_grad_(thaw)
+        else: learn.freeze_to(0 if thaw else 1)
+        return fit(learn)
+    learn,ref = trained(False),trained(True)
+    assert learn.opt.n_steps==ref.opt.n_steps==2 and not learn.opt.curvature.failed
+    assert torch.equal(weights(learn), weights(ref))
+
 def test_lr_scales_the_step_of_its_group():
     x,y = data(64)
     steps_ = []
@@ -1285,9 +1305,21 @@ def test_structural_damping_helps_a_long_memory():
         opt = hessian_free(model.parameters(), structural=mu)
         f = objective(lambda: model(x), lambda z: F.binary_cross_entropy_with_logits(z, b))
         return steps(opt, f, 30, module=model)[-1]
-    plain,damped = ([end(seed, mu) for seed in range(5)] for mu in (0.,1.))
+    plain,damped = ([end(seed, mu) for seed in range(5)] for mu in (0.,4.))
     assert all(d<p for d,p in zip(damped, plain))
     assert sum(o<SOLVED for o in damped)>=3 and sum(o<SOLVED for o in plain)<=2
+
+def test_structural_damping_is_as_strong_in_a_loop_as_in_a_learner():
+    "It is divided by the samples of a mean there too"
+    set_seed(0)
+    x,y = torch.randn(8,4,2),torch.arange(8)%2
+    models = [Memory() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    loop,data = (HessianFree(m.parameters(), structural=1., x0_decay=0.) for m in models)
+    for _ in range(2):
+        loop.step(objective(lambda: models[0](x), lambda z: F.cross_entropy(z, y)), models[0])
+        data.acc_step(models[1], F.cross_entropy, [(x,y)])
+    assert torch.allclose(*(flat(list(m.parameters())) for m in models), **SAME)
 
 def test_structural_damping_in_a_learner_and_where_there_are_no_hidden_states():
     x,b = bits()

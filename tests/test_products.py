@@ -258,6 +258,25 @@ def test_once_differentiable_is_refused_and_not_taken_for_zero():
     ref = trained(model=functional(torch.tanh))
     assert relative(values(trained(model=functional(NoDouble.apply), hvp='forward')), values(ref)) < SAME_RUN
 
+class NoJvp(torch.autograd.Function):
+    "Smooth, with a first derivative alone"
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(y := x.tanh())
+        return y
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g): return g*(1-ctx.saved_tensors[0]**2)
+
+def test_the_ways_out_of_a_function_that_is_differentiable_once():
+    "Every error on the way names one that works"
+    run = partial(trained, model=functional(NoJvp.apply))
+    for kwargs in (dict(), dict(hvp='forward'), dict(curvature='ggn'), dict(curvature='ggn', hvp='forward')):
+        with pytest.raises((RuntimeError,ValueError), match="estimator='gnb'"): run(**kwargs)
+    ref = partial(trained, model=functional(torch.tanh))
+    assert relative(values(run(estimator='gnb')), values(ref(estimator='gnb'))) < SAME_RUN
+    assert relative(values(run(hvp='finite_difference')), values(ref())) < NEAR_RUN
+
 def test_auto_of_recurrent_and_compiled_models(capsys):
     def run(hvp, compiled):
         set_seed(5)

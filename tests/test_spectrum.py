@@ -308,6 +308,10 @@ def test_used_up_generator_is_an_error():
     mean(params)
     with pytest.raises(ValueError, match='generator is used up'): mean(params)
 
+def test_starts_in_the_span_of_earlier_ones_are_no_overflow():
+    "Every start vector of a multiple of the identity is one of its eigenvectors, and of two signs there are two directions"
+    for n in (2,4): assert spectral_density(lambda v: [2*v[0]], [torch.zeros(n).double()], n, 50, generator=gen()).mean(lambda x: x)==pytest.approx(2)
+
 def test_check_product_on_networks(net):
     loss,params,_,_ = net
     check_product(hessian_product(loss, params), params, generator=gen())
