@@ -234,9 +234,8 @@ class Preconditioner:
         "The diagonal over all problems"
         if self.diagonal=='gnb': return mean.mean(lambda p: self.gnb(p, params))
         rows = [self.fisher(w, p, params) for w,p in zip(mean.weights, mean.problems)]
-        n = sum(n for _,n in rows)
-        ds = [sum(o) for o in zip(*(d for d,_ in rows))]
-        return mean.reduce([d*n if reduction=='mean' else d for d in ds])
+        n = sum(n for _,n in rows) if reduction=='mean' else 1
+        return mean.reduce([sum(o)*n for o in zip(*(d for d,_ in rows))])
 
     def fisher(self, w, p, params):
         "Sum of the squared gradients of the samples of a problem, and their number"

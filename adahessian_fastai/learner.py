@@ -214,11 +214,12 @@ def __getstate__(self:Learner):
 def own_lr(
     opt, # An optimizer with a `default_lr`; one without `default_steps` has that rate in every training
     n_steps:float=None, # Steps of the training, if they are known
+    trained:bool=False, # Does the network know something already?
 )->float:
     "The learning rate of an optimizer that nobody gave one"
-    usual = getattr(opt, 'default_steps', None)
-    if not usual or (n_steps or 0)<=0: return opt.default_lr
-    return float(f'{opt.default_lr*min(max((usual/n_steps)**0.5, 2/3), 2):.2g}')
+    usual,(share,most) = getattr(opt, 'default_steps', None),(4/9,3/2) if trained else (1,2)
+    if not usual or (n_steps or 0)<=0: return float(f'{opt.default_lr*2/3:.2g}') if trained else opt.default_lr
+    return float(f'{opt.default_lr*share*min(max((usual/n_steps)**0.5, 2/3), most):.2g}')
 
 # %% ../nbs/10_learner.ipynb #runlen05
 def steps_of_run(
@@ -261,15 +262,16 @@ for o in (Learner.fit, Learner.fit_one_cycle, Learner.fit_flat_cos): patch_to(Le
 @patch
 def fine_tune(self:Learner,
     epochs:int, # Epochs with all layers
-    base_lr:float=None, # Learning rate of the head; two thirds of the optimizer's `default_lr`, or fastai's 2e-3 where it has none
+    base_lr:float=None, # Learning rate of the head; by default `own_lr` of a trained network, or fastai's 2e-3
+    freeze_epochs:int=1, # Epochs with the body frozen
     *args, **kwargs # As in fastai
 ):
-    "fastai's `fine_tune`; a rate that nobody gave becomes two thirds of the optimizer's own `default_lr`"
+    "fastai's `fine_tune`; a rate that nobody gave suits the optimizer and the length of the training"
     if self.opt is None: self.create_opt()
-    given = {} if base_lr is None else dict(base_lr=base_lr)
-    if base_lr is None and hasattr(self.opt, 'default_lr'): given = dict(base_lr=float(f'{self.opt.default_lr*2/3:.2g}'))
-    if args and not given: given = dict(base_lr=inspect.signature(self._orig_fine_tune).parameters['base_lr'].default)
-    return self._orig_fine_tune(epochs, *given.values(), *args, **kwargs)
+    if base_lr is None and hasattr(self.opt, 'default_lr'):
+        base_lr = own_lr(self.opt, steps_of_run(self, epochs+freeze_epochs, kwargs.get('cbs')), trained=True)
+    if base_lr is None: base_lr = inspect.signature(self._orig_fine_tune).parameters['base_lr'].default
+    return self._orig_fine_tune(epochs, base_lr, freeze_epochs, *args, **kwargs)
 
 # %% ../nbs/10_learner.ipynb #5132ae26
 @patch

@@ -196,8 +196,7 @@ def word_accuracy(
     targ:Tensor, # B×T
 )->Tensor:
     "Share of words that are right, given the right ones before"
-    mask = targ!=pad
-    return (logits.argmax(-1)==targ)[mask].float().mean()
+    return (logits.argmax(-1)==targ)[targ!=pad].float().mean()
 
 # %% ../nbs/24_translation.ipynb #87bd862c
 @delegates(TranslationTransformer, but='n_src,n_tgt')

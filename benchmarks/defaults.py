@@ -145,7 +145,8 @@ ENTRIES = {'Adam': Adam, 'update_each=1': partial(plain, update_each=1), 'update
     **named(partial(tried, cap=None), variants, 'no cap, '), 'sophia': sophia}
 DEFAULT_LR = 0.2 # Of the trials in `defaults_….csv`
 ours = dict(adahessian=adahessian, adahessian_paper=adahessian_paper, sophia=sophia, sassha=sassha, m_sassha=m_sassha)
-SHIPPED = {'Adam': Adam, **ours, **named(adahessian, {**variants, 'dense=0': dict(dense=0)}, 'adahessian, ')}
+cheaper = {'hvp=auto': dict(hvp='auto'), 'hessian_bs=0.25': dict(hessian_bs=0.25)} # For text
+SHIPPED = {'Adam': Adam, **ours, **named(adahessian, {**variants, **cheaper, 'dense=0': dict(dense=0)}, 'adahessian, ')}
 RATES = {'sophia': (1e-4,1e-3,3e-3,1e-2,3e-2), 'update_each=1': (0.15,), 'update_each=10': (0.15,), **dict.fromkeys(['dense',*pieces], (0.15,)), **{f'no cap, {k}': (0.15,) for k in variants}} # Others than the default
 
 # Runs

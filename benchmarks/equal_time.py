@@ -21,7 +21,7 @@ from training import Clock
 from transfer import own_rate
 
 from adahessian_fastai.adahessian import adahessian
-from adahessian_fastai.learner import lr_of_run
+from adahessian_fastai.learner import lr_of_run,steps_of_run
 
 ENTRIES = dict(Adam=Adam, adahessian=adahessian, own=adahessian) # `own`: at its own rate
 OURS = (0.063,0.2,0.63,2.) # Rates for AdaHessian; those for Adam are the problem's
@@ -43,7 +43,7 @@ def run(path, name, entry, variant, lr, seed, epochs):
     learn,_ = p.make(seed)
     learn.opt_func = partial(adahessian, **VARIANTS[variant]) if entry=='variant' else ENTRIES[entry]
     if lr is None:
-        with lr_of_run(learn, epochs): lr = own_rate(learn.opt_func) if p.fine_tune else learn.lr
+        with lr_of_run(learn, epochs): lr = own_rate(learn.opt_func, steps_of_run(learn, epochs+1)) if p.fine_tune else learn.lr
     fit,curve = learn.fine_tune if p.fine_tune else learn.fit_one_cycle,Curve(clock)
     with learn.no_bar(),learn.no_logging(): fit(epochs, lr, cbs=[clock,curve])
     for i,(secs,loss,metric) in enumerate(curve.points):

@@ -14,6 +14,7 @@ from fastai.vision.all import *
 from _common import machine
 
 from adahessian_fastai.adahessian import adahessian
+from adahessian_fastai.learner import own_lr
 
 def results(n_train, size): return Path(__file__).parent/'results'/('transfer.csv' if (n_train,size)==(1000,64) else 'transfer_large.csv')
 
@@ -88,15 +89,15 @@ def run(entry, lr, seed, n_train, size):
     task = dict(n_train=n_train, size=size, entry=entry, lr=lr, seed=seed, epochs=epochs)
     return pd.DataFrame([{**task, **o, 'machine': machine()} for o in clock.rows])
 
-def own_rate(opt_func):
+def own_rate(opt_func, n_steps):
     "What `fine_tune` takes where nobody gives a rate"
-    return float(f'{opt_func([nn.Parameter(torch.zeros(1))]).default_lr*2/3:.2g}')
+    return own_lr(opt_func([nn.Parameter(torch.zeros(1))]), n_steps, trained=True)
 
 def fill(n_train, size, seeds=(0,1,2)):
     "Run what is not in the file"
     for entry,lr,seed in RUNS if (n_train,size)==(1000,64) else large_runs(seeds):
         rows = read(n_train, size)
-        if lr=='own': lr = own_rate(LARGE[entry][0])
+        if lr=='own': lr = own_rate(LARGE[entry][0], n_train//32*3)
         lr = best_rate(rows, 'Adam') if lr=='best' else lr or DEFAULTS[entry]
         if ((rows.entry==entry)&(rows.lr==lr)&(rows.seed==seed)).any(): continue
         new = run(entry, lr, seed, n_train, size)

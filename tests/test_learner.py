@@ -6,7 +6,7 @@ import numpy as np,pandas as pd,pytest,torch
 import torch.nn.functional as F
 from fastai.callback.schedule import ParamScheduler,SchedLin
 from fastai.callback.training import GradientAccumulation
-from fastai.learner import Callback,Learner,defaults,load_learner
+from fastai.learner import Callback,CancelBatchException,Learner,defaults,load_learner
 from fastai.data.core import DataLoaders
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
@@ -305,11 +305,19 @@ def test_one_row_is_refused_by_a_batch_norm_and_not_chosen_for_it():
     with pytest.raises(ValueError, match='hessian_bs=1'): run(hessian_bs=1)
 
 
+class Rates(Callback):
+    "Notes the rate of each batch, which is not trained"
+    order,run_valid = ParamScheduler.order+1,False
+    def __init__(self): self.seen = []
+    def before_batch(self):
+        self.seen.append(self.opt.hypers[-1]['lr'])
+        raise CancelBatchException
+
 def rates(opt_func, call='fit_one_cycle', n_epoch=2, bs=16, cbs=None, **kwargs):
     "The largest rate of a training that nobody gave one, and the Learner's rate afterwards"
-    learn = Learner(data(bs=bs), nn.Linear(6,2), CrossEntropyLossFlat(), opt_func=opt_func, **kwargs)
-    getattr(learn, call)(n_epoch, cbs=cbs)
-    return max(learn.recorder.lrs, default=None) or learn.opt.hypers[0]['lr'],learn.lr
+    learn,seen = Learner(data(bs=bs), nn.Linear(6,2), CrossEntropyLossFlat(), opt_func=opt_func, **kwargs),Rates()
+    getattr(learn, call)(n_epoch, cbs=[*([cbs] if cbs else []),seen])
+    return max(seen.seen),learn.lr
 
 
 @pytest.mark.parametrize('call', ['fit','fit_one_cycle','fit_flat_cos'])
