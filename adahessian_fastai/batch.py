@@ -290,8 +290,7 @@ class LearnerProblem(Problem):
                 def evaluate(twice=False):
                     loss,outputs = p.evaluate_again(twice)
                     return loss*k,outputs
-                kept = dict(weight=self.weight, scale=self.scale, evaluate=evaluate if start else None)
-                yield p.replace(loss=p.loss*(k*self.scale), **kept)
+                yield p.replace(loss=p.loss*(k*self.scale), weight=self.weight, scale=self.scale, evaluate=evaluate if start else None)
 
 # %% ../nbs/12_batch.ipynb #nodual03
 def no_duals(

@@ -18,7 +18,7 @@ __all__ = ['nonsmooth_modules', 'nonsmooth_functions', 'hvp_ways', 'max_error', 
            'OverBatches', 'mean_curvature']
 
 # %% ../nbs/08_curvature.ipynb #4338fba8
-import math,re,time,warnings,weakref
+import copy,math,re,time,warnings,weakref
 import torch, torch.autograd.forward_ad as fwAD, torch.nn.functional as F
 from contextlib import ExitStack,contextmanager,nullcontext
 from fastcore.basics import noop
@@ -368,8 +368,7 @@ class Hessian:
         if self.used=='finite_difference' or problem.half or way=='forward': return local
         try: error = against_reverse(problem, local, exact, params)
         except NotImplementedError as e:
-            use = "use hvp='reverse'" if way else "use estimator='gnb', or hvp='finite_difference' in a smooth network"
-            raise ValueError(f"hvp={self.used!r} is not possible here, {use}: {e}") from e
+            raise ValueError(f"hvp={self.used!r} is not possible here, use hvp='reverse' or estimator='gnb': {e}") from e
         if error: raise ValueError(f"hvp={self.used!r} is wrong here: {error}. Use hvp='reverse'")
         return local
 
@@ -678,5 +677,6 @@ def mean_curvature(
     "The curvature of a `MeanProblem` that these arguments describe"
     check_choice('jvp', jvp, ('auto',*jvp_ways))
     if not callable(curvature): check_choice('curvature', curvature, ('ggn','hessian'))
+    if isinstance(curvature, (Hessian,GaussNewton)): curvature = copy.deepcopy(curvature) # What it learns is of one network
     if curvature=='ggn': return GaussNewton(jvp, closed=True)
     return curvature if isinstance(curvature, GaussNewton) else OverBatches(Hessian() if curvature=='hessian' else curvature)

@@ -14,7 +14,7 @@ __all__ = ['estimators', 'curvatures', 'Estimate', 'seeded', 'Hutchinson', 'Cont
 # %% ../nbs/09_estimators.ipynb #18af7d7a
 import inspect,math,torch
 from contextlib import contextmanager,nullcontext
-from copy import copy
+from copy import copy,deepcopy
 from typing import Literal,NamedTuple
 from fastcore.basics import ifnone
 from .hvp import SettingError,check_choice,check_count,check_number,check_switch,flat,gradient,twice_differentiable
@@ -300,9 +300,11 @@ def made_estimator(
 ): # Raises `ValueError` for what does not go together
     "The estimator that these keywords describe"
     if hvp is not None and not isinstance(hvp, str): raise ValueError(f"hvp must be one of {list(hvp_ways)}, got {hvp=}")
-    if isinstance(estimator, str) and estimator in ('hutchinson','control_variate'):
+    own = isinstance(estimator, str) and estimator in ('hutchinson','control_variate')
+    if own:
         ggn = isinstance(curvature, str) and curvature=='ggn'
         curvature = gauss_newton(hvp) if ggn else made('curvature', ifnone(curvature, 'hessian'), curvatures, method=hvp)
-        return made('estimator', estimator, estimators, curvature=curvature, probe=probe, n_samples=n_samples)
-    hvp = None if hvp=='auto' else hvp
-    return made('estimator', estimator, estimators, curvature=curvature, hvp=hvp, probe=probe, n_samples=n_samples)
+    hvp = None if own or hvp=='auto' else hvp
+    est = made('estimator', estimator, estimators, curvature=curvature, hvp=hvp, probe=probe, n_samples=n_samples)
+    if type(est) not in (Hutchinson,ControlVariate): return est
+    return deepcopy(est, {id(o): o for o in (est.probe, est.curvature) if type(o) not in curvatures.values()})

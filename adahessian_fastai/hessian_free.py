@@ -394,7 +394,7 @@ def made_group(name, cls, kwargs):
     flat = {own: kwargs.pop(k) for k,own in cls.flat.items() if k in kwargs and not isinstance(kwargs[k], cls)}
     given = kwargs.pop(name, cls is not Preconditioner)
     if isinstance(given, cls):
-        if not flat: return given
+        if not flat: return copy(given)
         names = ', '.join(k for k,own in cls.flat.items() if own in flat)
         raise SettingError(name, f"given without {names}, which the object has", given)
     if cls is Preconditioner and isinstance(given, str): given,flat['diagonal'] = True,given

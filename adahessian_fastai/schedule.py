@@ -12,6 +12,7 @@ __all__ = ['least_part', 'check_period', 'is_due', 'check_rows', 'rows_due', 'Ev
 # %% ../nbs/13_schedule.ipynb #132d79e8
 import math,statistics,time
 from collections import defaultdict
+from copy import copy
 from typing import NamedTuple
 from fastcore.basics import patch
 
@@ -116,13 +117,14 @@ class Budget(Every):
         if isinstance(overhead, bool) or not isinstance(overhead, (int,float)) or not 0<overhead<=10:
             raise ValueError(f"budget must be a number in (0,10], such as 0.25 for a quarter, got budget={overhead!r}")
         self.overhead,self.n_measured,self.clock,self.least_seconds = overhead,n_measured,clock,least_seconds
-        self.last,self.times,self.done,self.first = None,defaultdict(lambda: defaultdict(list)),False,dense
+        self.first = dense
         self.on(hessian_bs)
 
     def on(self,
         hessian_bs, # As for `Every`, or 'auto'
     )->'Budget': # Itself
-        "Take estimates on this part of the batch"
+        "Take estimates on this part of the batch, and measure anew"
+        self.last,self.times,self.done = None,defaultdict(lambda: defaultdict(list)),False
         self.auto = isinstance(hessian_bs, str) and hessian_bs=='auto'
         super().__init__(1, None if self.auto else hessian_bs, self.first)
         n = (self.n_measured or (18 if self.auto else 12)) + self.dense
@@ -230,10 +232,11 @@ def made_schedule(
     when=None, # A schedule, in the place of all these
 ): # Raises `ValueError` for what does not go together
     "The schedule that these keywords describe"
+    if isinstance(when, Budget): return copy(when).on('auto' if when.auto else when.hessian_bs)
     if when is not None: return when
     if budget is None: return Every(update_each, hessian_bs, dense)
     if update_each!=1: raise ValueError(f"budget chooses update_each: give one of them, got {budget=}, {update_each=}")
-    return budget.on(hessian_bs) if isinstance(budget, Budget) else Budget(budget, hessian_bs=hessian_bs, dense=dense)
+    return copy(budget).on(hessian_bs) if isinstance(budget, Budget) else Budget(budget, hessian_bs=hessian_bs, dense=dense)
 
 # %% ../nbs/13_schedule.ipynb #373f74a6
 class Due(NamedTuple):

@@ -277,8 +277,7 @@ def update(
     cbs, # Stats and steppers
 ):
     "Move the parameters in `work`, all at once where each of `cbs` has a form for lists"
-    fs = list_forms(cbs)
-    loop_step(work, cbs) if fs is None else foreach_step(work, cbs, fs)
+    foreach_step(work, cbs, fs) if (fs := list_forms(cbs)) else loop_step(work, cbs)
 
 # %% ../nbs/14_steppers.ipynb #be47f732
 class Perturbation:

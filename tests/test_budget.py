@@ -78,6 +78,17 @@ def test_measures_only_once():
     clock.cost = 30.
     assert fit(learn).opt.update_each==before and clock.n==12
 
+@pytest.mark.parametrize('key', ['budget','when'])
+def test_every_optimizer_of_a_budget_measures_for_itself(key):
+    clock = Clock(3.)
+    opt_func = partial(adahessian, lr=0.05, **{key: Budget(0.25, 12, clock)})
+    for clock.cost,k in ((3.,8), (2.1,5)):
+        learn = learner()
+        learn.opt_func = opt_func
+        learn.create_opt()
+        clock.opt = learn.opt
+        assert fit(learn).opt.update_each==(12,k)
+
 def test_period_is_in_the_state():
     learn = fit(learner(Clock(3.)))
     clock = Clock(30.)

@@ -187,6 +187,12 @@ def test_what_are_no_parameters(opt):
     assert {k: v for k,v in said.items() if v is not True}=={}
 
 
+@pytest.mark.parametrize('opt', [adahessian,m_sassha,hessian_free])
+def test_groups_may_be_tuples(opt):
+    groups = [tuple(nn.Linear(2,2).parameters()) for _ in range(2)]
+    assert [len(o) for o in opt(groups).param_lists]==[2,2] and all(p.requires_grad for p,*_ in opt(tuple(groups)).all_params())
+
+
 @pytest.mark.parametrize('opt', [adahessian,sophia])
 @pytest.mark.parametrize('arg', ['lr','mom','sqr_mom','eps','wd'])
 def test_numpys_numbers_train_as_pythons_do(opt, arg):

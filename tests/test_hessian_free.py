@@ -18,6 +18,7 @@ from fastai.vision.core import TensorImage, TensorMask
 from fastai.vision.models.unet import DynamicUnet
 from sklearn.datasets import load_digits
 from adahessian_fastai.hvp import flat, unflat
+from adahessian_fastai.curvature import Hessian
 from adahessian_fastai.ggn import ggn_product
 from adahessian_fastai.problem import MeanProblem, Problem
 from adahessian_fastai.hessian_free import *
@@ -1083,6 +1084,14 @@ def test_objects_and_flat_keywords_are_the_same_settings():
     assert flat_.preconditioner.n_probes==made.preconditioner.n_probes==3 and flat_.batches.n_acc==made.batches.n_acc==2
     with pytest.raises(ValueError, match='cg must be given without cg_max_iter'): hessian_free([nn.Parameter(torch.zeros(1))], cg=CG(), cg_max_iter=3)
     with pytest.raises(TypeError, match="has no argument 'momentum'"): hessian_free([nn.Parameter(torch.zeros(1))], momentum=.9)
+
+def test_objects_may_serve_several_optimizers():
+    "What waits for a step, and what was learned of a network, stays with each"
+    made = partial(hessian_free, batches=Batches(n_acc=3), curvature=Hessian('auto'))
+    first = fit(learner(bs=16, opt=made))
+    other = fit(learner(bs=16, opt=made, model=lambda: mlp(act=nn.ReLU)))
+    assert [len(o.opt.batches) for o in (first,other)]==[1,1]
+    assert [o.opt.curvature.curvature.used for o in (first,other)]==['finite_difference','reverse']
 
 def test_rates_that_were_set_later_are_looked_at_before_a_step():
     learn = learner()

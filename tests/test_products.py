@@ -10,6 +10,8 @@ from adahessian_fastai.hvp import difference_product,dual_gradient,gradient,hess
 from adahessian_fastai.curvature import hvp_ways,nonsmooth,nonsmooth_graph,twice_differentiable,without_padding
 from adahessian_fastai.adahessian import AdaHessianWrapper
 from adahessian_fastai.problem import Problem
+from adahessian_fastai.curvature import Hessian
+from adahessian_fastai.estimators import Hutchinson
 
 EXACT = 1e-10 # Relative, double precision: a dozen layers of rounding
 CENTRAL = 1e-7 # Relative, double precision: the square of the step size 1e-6 times a third derivative
@@ -238,6 +240,12 @@ def test_auto(act, cbs, want, why, capsys):
     assert learn.opt.estimator.curvature.used==want and said.count("hvp='auto'")==1 and repr(want) in said and why in said
     assert learn.opt.state_dict()['curvature']['estimator']['used']==want
     if not cbs: assert relative(values(learn), values(trained(act, hvp=want))) < SAME_RUN
+
+@pytest.mark.parametrize('kwargs', [dict(curvature=Hessian('auto')), dict(estimator=Hutchinson(Hessian('auto')))], ids=['curvature','estimator'])
+def test_what_one_network_taught_holds_for_no_other(kwargs):
+    "Objects in a `partial` serve several Learners: a smooth network and one with kinks"
+    for act,want in ((nn.GELU(),'finite_difference'), (nn.ReLU(),'reverse'), (nn.GELU(),'finite_difference')):
+        assert trained(act, **kwargs).opt.estimator.curvature.used==want
 
 def test_auto_without_double_backward(capsys):
     "A function that is differentiable once, before a kink: neither finite differences nor a double backward"
