@@ -219,9 +219,7 @@ def step_rule(
 # %% ../nbs/20_diagnostics.ipynb #43cc3df2
 def _adam_scaling(s, h): return (s['sqr_avg']/debias(h['sqr_mom'], 1-h['sqr_mom'], s['step'])).sqrt() + h['eps']
 
-def _sophia_scaling(s, h):
-    d = denominator(s, h)
-    return d.masked_fill(s['grad_avg'].abs()>=d, math.inf)
+def _sophia_scaling(s, h): return (d := denominator(s, h)).masked_fill(s['grad_avg'].abs()>=d, math.inf)
 
 def _adahessian_scaling(s, h):
     d,(clip,cap) = denominator(s, h),(h.get('clip') or 0.,h.get('cap') or 0.)
@@ -237,11 +235,11 @@ def step_scaling(
     opt, # Any optimizer
     params:list, # Its parameters
     states:dict=None, # State by parameter, by default the present one
-)->list: # One tensor for each of `params`; `None` where the optimizer does not scale or has not trained yet
+)->list: # A tensor for each of `params`, infinity for one that no step has moved; `None` where nothing is scaled, or trained yet
     "What `opt` divides the step of each parameter by"
     of,scaling = {p: (ifnone(states, {}).get(p, state), hyper) for p,_,state,hyper in opt.all_params()},scaled_rules.get(step_rule(opt)[0])
-    if scaling is None or not all('sqr_avg' in of[p][0] or of[p][0].get('hess_step') for p in params): return
-    return [scaling(*of[p]) for p in params]
+    moved = {p for p in params if 'sqr_avg' in of[p][0] or of[p][0].get('hess_step')}
+    if scaling is not None and moved: return [scaling(*of[p]) if p in moved else math.inf for p in params]
 
 # %% ../nbs/20_diagnostics.ipynb #4a73685d
 def scaled_product(

@@ -88,7 +88,9 @@ def stability(self:Learner,
     gen = torch.Generator(params[0].device).manual_seed(seed)
     with optimizer_of(self) as opt:
         (rule,factor),P = step_rule(opt),step_scaling(opt, params)
-        if P is None and rule in scaled_rules: P = step_scaling(opt, params, fresh_states(self, opt, params, batches, seed))
+        if rule in scaled_rules and not (P and all(isinstance(o, Tensor) for o in P)):
+            fresh = step_scaling(opt, params, fresh_states(self, opt, params, batches, seed))
+            P = [o if isinstance(o, Tensor) else new for o,new in zip(P or fresh, fresh)]
         rates = step_rates(opt, params, P, relative=True)
     with products_of(self, batches, params, curvature) as of:
         eig = extreme_eigenvalues(scaled_product(of(), rates), params, tol=tol, max_iter=max_iter, generator=gen)

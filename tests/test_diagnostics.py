@@ -782,6 +782,18 @@ def test_recorded_edge_is_that_of_the_optimizers_own_step(opt):
     assert learn.dense.edges[-1]>0
     assert [r['edge'] for r in learn.curvature_recorder.records]==pytest.approx(learn.dense.edges, rel=EIGEN)
 
+@pytest.mark.parametrize('opt', ['adam','adahessian','bounded','sophia'])
+def test_a_parameter_that_no_step_moves_has_no_part_in_the_edge(opt):
+    "The same training, and the same limit after it, with a parameter that the loss does not know"
+    def trained(spare):
+        learn = learner('no_dropout', scaled_opts[opt], cbs=CurvatureRecorder(every=1, tol=1e-5, max_iter=300))
+        if spare: learn.model.out.spare = nn.Parameter(torch.ones(3)) # The last one, so that the others have the same probes
+        run(learn, 1)
+        return [r['edge'] for r in learn.curvature_recorder.records],learn.stability(n_batches=1, tol=1e-5, max_iter=300)
+    (edges,limit),(same,also) = map(trained, (False,True))
+    assert all(map(math.isfinite, edges)) and edges==pytest.approx(same, rel=EIGEN)
+    assert also.limit==pytest.approx(limit.limit, rel=EIGEN)
+
 def test_sophia_takes_part_with_what_it_does_not_clip():
     learn = run(learner('no_dropout', scaled_opts['sophia']), 1)
     P = flat(step_scaling(learn.opt, learner_params(learn)))
