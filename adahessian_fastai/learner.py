@@ -217,9 +217,9 @@ def own_lr(
     trained:bool=False, # Does the network know something already?
 )->float:
     "The learning rate of an optimizer that nobody gave one"
-    usual,(share,most) = getattr(opt, 'default_steps', None),(4/9,3/2) if trained else (1,2)
+    usual,(share,least,most) = getattr(opt, 'default_steps', None),(4/9,1,3/2) if trained else (1,2/3,2)
     if not usual or (n_steps or 0)<=0: return float(f'{opt.default_lr*2/3:.2g}') if trained else opt.default_lr
-    return float(f'{opt.default_lr*share*min(max((usual/n_steps)**0.5, 2/3), most):.2g}')
+    return float(f'{opt.default_lr*share*min(max((usual/n_steps)**0.5, least), most):.2g}')
 
 # %% ../nbs/10_learner.ipynb #runlen05
 def steps_of_run(
