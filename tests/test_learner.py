@@ -334,6 +334,18 @@ def test_a_short_training_has_a_higher_rate_unless_somebody_gave_one(call):
         assert rates(opt, call)==pytest.approx((own,own))
 
 
+@pytest.mark.parametrize('n_epoch,kwargs,want', [(1,{},0.1), (5,{},0.1), (13,{},0.067), (20,{},0.067), (1,dict(freeze_epochs=13),0.067)], ids=str)
+def test_a_long_fine_tuning_has_a_lower_rate(n_epoch, kwargs, want):
+    "16 steps an epoch, the frozen ones among them: two thirds of 0.15 up to 100 steps, two thirds of that from 225 on; other rates stay"
+    def top(opt_func, *args):
+        learn,seen = Learner(data(), nn.Linear(6,2), CrossEntropyLossFlat(), opt_func=opt_func),Rates()
+        learn.fine_tune(n_epoch, *args, cbs=seen, **kwargs)
+        return max(seen.seen)
+    reached = top(modern, 1.) # The largest share of a rate that a batch comes to see
+    assert top(modern)==pytest.approx(want*reached) and top(partial(modern, estimator='gnb'))==pytest.approx(0.033*reached)
+    assert top(Adam)==pytest.approx(2e-3*reached)
+
+
 def test_the_rate_of_a_length_with_loaders_of_pytorch():
     "112 steps of two batches each: 0.15√2"
     ds = torch.utils.data.TensorDataset(torch.randn(256,6), torch.randint(2, (256,)))
