@@ -219,9 +219,9 @@ def measure_budget(name, args, budget=0.25, hessian_bs=None):
     "One row of a run with `budget`, whole periods after the measurement, each step beside one of Adam"
     model,xb,yb = problem(name, args.device)
     clock,timer = time.process_time if args.clock=='cpu' else time.perf_counter,Timer(args)
-    b = Budget(budget, 12 if hessian_bs is None else 18, clock)
-    ours,adam = (trainer(model, f, args.device, len(xb)) for f in (partial(adahessian, budget=b, hessian_bs=hessian_bs), Adam))
-    pairs = []
+    wanted = Budget(budget, 12 if hessian_bs is None else 18, clock)
+    ours,adam = (trainer(model, f, args.device, len(xb)) for f in (partial(adahessian, budget=wanted, hessian_bs=hessian_bs), Adam))
+    b,pairs = ours.opt.when,[] # A copy, which is the optimizer's own
     while not b.done or len(pairs) < ours.opt.update_each[0]+2*ours.opt.update_each[1]:
         pairs.append(tuple(timer(o.one_batch, 1, (*xb,yb)) for o in (ours,adam)))
         b.begin() # the step of Adam in between is not ours
@@ -510,7 +510,7 @@ def parts(args):
     for m in args.models: yield partial(measure, m, args)
     if 'products' not in args.skip: yield from (partial(measure_products, m, args) for m in args.models if m!='resnet18-smooth')
     if 'scale' not in args.skip: yield from (partial(measure_scale, w, args) for w in args.scale)
-    for m,part in (('resnet18',None), ('transformer',None), ('resnet18','auto')):
+    for m,part in (('resnet18',None), ('transformer',None), ('resnet18','auto'), ('tiny',None)):
         if m in args.models and 'budget' not in args.skip: yield partial(measure_budget, m, args, hessian_bs=part)
 
 if __name__=='__main__': main()
