@@ -1,5 +1,5 @@
 "Help for the person in front of it: comments beside parameters become part of `__doc__`, optimizers say what they are"
-import inspect,re
+import difflib,inspect,re
 from itertools import groupby
 from linecache import getlines
 from textwrap import wrap
@@ -67,6 +67,24 @@ def add_all_notes(
     own += [f for c in patched for f in vars(c).values()]
     mine = [o for o in own if (getattr(o, '__module__', None) or '').startswith(f'{_lib}.')]
     for f in {id(f): f for o in mine for f in functions_of(o)}.values(): add_notes(f)
+
+# Names that are not there
+
+_renamed = dict(betas='mom and sqr_mom', beta1='mom', beta2='sqr_mom', momentum='mom', weight_decay='wd', weight_decouple='decouple_wd',
+    learning_rate='lr', update_period='update_each', hessian_update_interval='update_each', num_samples='n_samples',
+    hessian_distribution='probe', avg_conv_kernel='average_kernels', average_conv_kernel='average_kernels',
+    seed='torch.manual_seed before the optimizer is made')
+
+def check_names(
+    f, # Function that makes an optimizer
+    given:dict, # Keywords that `f` does not have; raises `TypeError` if there are any
+):
+    "Answer an argument that `f` lacks with the name that it has here"
+    takes = inspect.signature(f).parameters
+    for k in given:
+        near = _renamed.get(k) or ' '.join(difflib.get_close_matches(k, takes, 1))
+        if near.split(' ')[0].isidentifier() and near.split(' ')[0] not in takes: near = '' # Neither does this optimizer have
+        raise TypeError(f"{f.__name__} has no argument {k!r}{near and f': use {near}'}")
 
 # What an object is
 

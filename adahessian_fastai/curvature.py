@@ -1,7 +1,7 @@
 """Which matrix, which way to its products, and which networks allow it
 
 A *curvature* is a callable `(problem, params, n_products) -> Local`: at the present point it gives a product `v -> Bv`, and the gradient
-where that came along. There are two. `Hessian` is the matrix of second derivatives, with several ways to its products; `GaussNewton`
+where that came along. There are two. `Hessian` is the matrix of second derivatives, with several ways to its products. `GaussNewton`
 leaves out the curvature of the network itself and is never negative where the loss is convex in the outputs. Each says what it needs: a
 graph that can be differentiated twice (`twice`), another evaluation of the batch (`again`), a context around the forward pass
 (`surround`)."""

@@ -16,7 +16,8 @@ from .estimators import made_estimator
 from .schedule import made_schedule
 from .steppers import Perturbation
 from .optimizer import CurvatureOptimizer
-from .adahessian import AdaHessian,check_names
+from .adahessian import AdaHessian
+from ._help import check_names
 
 # %% ../nbs/19_sassha.ipynb #4af58502
 def sassha(

@@ -13,8 +13,9 @@ __all__ = ['sophia', 'Sophia', 'win_rate']
 from fastai.basics import *
 from typing import Literal
 
-from .steppers import average_diag_hessian,denominator,sophia_step
-from .adahessian import AdaHessianWrapper,check_names,made_steppers
+from .steppers import average_diag_hessian,denominator,made_steppers,sophia_step
+from .adahessian import AdaHessianWrapper
+from ._help import check_names
 
 # %% ../nbs/17_sophia.ipynb #59deeb8e
 def sophia(

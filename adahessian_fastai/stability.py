@@ -13,7 +13,6 @@ import math
 from copy import deepcopy
 from typing import Literal,NamedTuple
 from fastai.basics import *
-from .hvp import hooks_disabled
 from .spectrum import extreme_eigenvalues
 from .curvature import Hessian
 from .estimators import Hutchinson,seeded
@@ -32,7 +31,7 @@ def _estimator(opt):
 
 def _seen(learn, opt, params, b, est, rng):
     "Gradient, and its square or the diagonal (squared, where `opt` averages squares) on the batch `b`"
-    with problem_of(learn, b, params) as problem,hooks_disabled(params):
+    with problem_of(learn, b, params) as problem:
         gs = [torch.zeros_like(p) if g is None else g for p,g in zip(params, problem.gradient(retain_graph=True))]
         gs = [g.detach() for g in gs]
         ds = [opt.smooth(d) for d in est(problem, params, rng, lambda ps: [torch.zeros_like(p) for p in ps]).diag] if est else gs

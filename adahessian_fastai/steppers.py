@@ -8,8 +8,8 @@ receive the estimate of the Hessian's diagonal as `diag_hessian`, or `None` on a
 # %% auto #0
 __all__ = ['signed_adahessian_step', 'forms', 'cpu_portion', 'average_sqr_diag_hessian', 'average_diag_hessian', 'denominator',
            'bounded', 'adahessian_step', 'sophia_step', 'Portion', 'list_forms', 'portions', 'foreach_step',
-           'loop_step', 'update', 'Perturbation', 'perturbed', 'check_hypers', 'put_hyper', 'Pending', 'Work',
-           'one_ready', 'signed_average', 'check_averages', 'checked_steppers']
+           'loop_step', 'update', 'Perturbation', 'perturbed', 'check_hypers', 'put_hyper', 'plain_params',
+           'made_steppers', 'Pending', 'Work', 'one_ready', 'signed_average', 'check_averages', 'checked_steppers']
 
 # %% ../nbs/14_steppers.ipynb #bc6ee5b2
 import itertools,math
@@ -18,7 +18,7 @@ from typing import Literal
 
 from fastai.optimizer import Optimizer,average_grad,debias,l2_reg,step_stat,weight_decay
 from fastai.torch_basics import *
-from .hvp import check_choice,check_number,copy_all,shard_mesh,total_norm,whole
+from .hvp import check_choice,check_number,check_real,copy_all,shard_mesh,total_norm,whole
 from .averaging import average_all
 from .learner import check_entry,check_groups,check_part,cross_rank_mean,look,state_like,trainable_params,whole_number
 from .batch import plain_number
@@ -218,11 +218,12 @@ def _cut(row, size):
 def portions(
     rows:list, # Tuples of tensors of the same size; from the fifth on `None` stands for a missing one
     size:int, # Entries in a portion; longer tensors are cut, shorter ones collected
+    cut:bool=True, # May tensors be cut?
 ): # Yields lists of rows
     "Rows in portions of about `size` entries"
     part,n = [],0
     for row in rows:
-        for piece in _cut(row, size) if row[0].numel()>size else (row,):
+        for piece in _cut(row, size) if cut and row[0].numel()>size else (row,):
             part.append(piece)
             n += piece[0].numel()
             if n<size: continue
@@ -256,9 +257,9 @@ def foreach_step(
         hypers[id(hyper)] = hyper
         groups[key].append((p.data, p.grad, state['grad_avg'], state[name], d, e))
     for (id_hyper,step,hess_step,weight,do_wd,*_,device),rows in groups.items():
-        whole = device.type!='cpu' or shard_mesh(r[0] for r in rows) or hypers[id_hyper].get('clip') or hypers[id_hyper].get('cap')
-        for part in [rows] if whole else portions(rows, cpu_portion):
-            b = Portion(part, step, hess_step, do_wd, hypers[id_hyper], weight)
+        h,whole = hypers[id_hyper],device.type!='cpu' or shard_mesh(r[0] for r in rows)
+        for part in [rows] if whole else portions(rows, cpu_portion, cut=not (h.get('clip') or h.get('cap'))):
+            b = Portion(part, step, hess_step, do_wd, h, weight)
             for f in fs: f(b)
 
 # %% ../nbs/14_steppers.ipynb #baa274d9
@@ -391,6 +392,33 @@ def put_hyper(
     if own and k not in own: raise ValueError(f"{k} is none of the hyperparameters, which are {', '.join(sorted(own))}, got {k}={v!r}")
     try: opt.set_hyper(k, check_hypers(**{k: v})[k])
     except AssertionError as e: raise ValueError(f"{e}, got {k}={v!r}") from None
+
+# %% ../nbs/14_steppers.ipynb #b8d2f1e3
+def plain_params(
+    params, # Parameters, or lists of them as groups; raises `ValueError` for anything else, groups of PyTorch's form among them
+):
+    "Refuse what are no parameters"
+    several = isinstance(params, Iterable) and not isinstance(params, (Tensor,nn.Module))
+    params = params if isinstance(params, Tensor) else [list(o) if isinstance(o, tuple) else o for o in params] if several else [params]
+    if any(isinstance(p, dict) for p in params):
+        raise ValueError("the parameters are groups in PyTorch's form: give `opt_func=adahessian` itself, without `OptimWrapper`, and "
+            "in a plain loop lists of parameters")
+    flat = [p for o in params for p in (o if isinstance(o, (list,tuple,L)) else [o])]
+    if odd := {type(p).__name__ for p in flat if not isinstance(p, Tensor)} or ({'nothing (is all of it frozen?)'} if not flat else None):
+        raise ValueError(f"params must be parameters, such as `model.parameters()`, or lists of them as groups, got "
+            f"{', '.join(sorted(odd))}")
+    check_real(flat)
+    return params
+
+def made_steppers(
+    params, # Model parameters, or lists of them as groups
+    cbs:list, # Steppers
+    **hypers # Hyperparameters; raises `ValueError` for one outside its range
+)->Optimizer:
+    "An `Optimizer` of fastai with checked hyperparameters"
+    opt = Optimizer(plain_params(params), cbs)
+    for k,v in hypers.items(): put_hyper(opt, k, v)
+    return opt
 
 # %% ../nbs/14_steppers.ipynb #40f90865
 class Pending:
