@@ -116,20 +116,21 @@ class Budget(Every):
         overhead = plain_number(overhead)
         if isinstance(overhead, bool) or not isinstance(overhead, (int,float)) or not 0<overhead<=10:
             raise ValueError(f"budget must be a number in (0,10], such as 0.25 for a quarter, got budget={overhead!r}")
-        self.overhead,self.n_measured,self.clock,self.least_seconds = overhead,n_measured,clock,least_seconds
-        self.first = dense
-        self.on(hessian_bs)
-
-    def on(self,
-        hessian_bs, # As for `Every`, or 'auto'
-    )->'Budget': # Itself
-        "Take estimates on this part of the batch, and measure anew"
+        self.overhead,self.n_measured,self.clock,self.least_seconds,self.first = overhead,n_measured,clock,least_seconds,dense
         self.last,self.times,self.done = None,defaultdict(lambda: defaultdict(list)),False
         self.auto = isinstance(hessian_bs, str) and hessian_bs=='auto'
-        super().__init__(1, None if self.auto else hessian_bs, self.first)
-        n = (self.n_measured or (18 if self.auto else 12)) + self.dense
+        super().__init__(1, None if self.auto else hessian_bs, dense)
+        n = (n_measured or (18 if self.auto else 12)) + self.dense
         self.update_each,self.last_measured,self.hessian_bs = (n,2),n,hessian_bs
-        return self
+
+    def anew(self,
+        hessian_bs=None, # As for `Every`, or 'auto', where this one was told of no part
+        dense:int|tuple=0, # As for `Every`, where this one was told of no start
+    )->'Budget': # A copy for an optimizer of its own
+        "The same budget, nothing measured yet"
+        new,own = copy(self),'auto' if self.auto else self.hessian_bs or hessian_bs
+        Budget.__init__(new, self.overhead, self.n_measured, self.clock, own, self.first or dense, self.least_seconds)
+        return new
 
     def begin(self):
         "The next step begins now, so what lay between (validation, say) is no part of it"
@@ -232,11 +233,10 @@ def made_schedule(
     when=None, # A schedule, in the place of all these
 ): # Raises `ValueError` for what does not go together
     "The schedule that these keywords describe"
-    if isinstance(when, Budget): return copy(when).on('auto' if when.auto else when.hessian_bs)
-    if when is not None: return when
+    if when is not None: return when.anew() if isinstance(when, Budget) else copy(when) if type(when) is Every else when
     if budget is None: return Every(update_each, hessian_bs, dense)
     if update_each!=1: raise ValueError(f"budget chooses update_each: give one of them, got {budget=}, {update_each=}")
-    return copy(budget).on(hessian_bs) if isinstance(budget, Budget) else Budget(budget, hessian_bs=hessian_bs, dense=dense)
+    return budget.anew(hessian_bs, dense) if isinstance(budget, Budget) else Budget(budget, hessian_bs=hessian_bs, dense=dense)
 
 # %% ../nbs/13_schedule.ipynb #373f74a6
 class Due(NamedTuple):

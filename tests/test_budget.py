@@ -1,12 +1,12 @@
 "A budget for curvature, on a clock of the test's own"
-import math
+import math,time
 
 import pytest,torch
 from fastai.basics import Callback,CrossEntropyLossFlat,DataLoaders,Learner,partial,set_seed
 from torch import nn
 
 from adahessian_fastai.adahessian import adahessian_paper as adahessian
-from adahessian_fastai.schedule import Budget,check_period,is_due,rows_due
+from adahessian_fastai.schedule import Budget,Every,check_period,is_due,rows_due
 
 class Clock:
     "Seconds as `opt` would spend them: `cost` for a step with an estimate, 1 for another"
@@ -88,6 +88,21 @@ def test_every_optimizer_of_a_budget_measures_for_itself(key):
         learn.create_opt()
         clock.opt = learn.opt
         assert fit(learn).opt.update_each==(12,k)
+
+def test_an_object_as_a_budget_takes_what_it_was_not_told():
+    from adahessian_fastai.adahessian import adahessian
+    p = nn.Parameter(torch.ones(1))
+    def when(*args, **kwargs): return adahessian([p], budget=Budget(*args), **kwargs).when
+    assert when(0.25).dense==20 and when(0.25, None, time.perf_counter, None, 7).dense==7
+    assert when(0.25, dense=5).dense==5 and when(0.25, dense=0).dense==0
+    assert when(0.25, None, time.perf_counter, 'auto').hessian_bs=='auto' and when(0.25, hessian_bs=0.5).hessian_bs==0.5
+    assert adahessian([p], when=Budget(0.25)).when.dense==0
+
+def test_every_optimizer_of_a_period_has_its_own():
+    opt_func = partial(adahessian, when=Every(3))
+    a,b = (opt_func([nn.Parameter(torch.ones(1))]) for _ in range(2))
+    a.update_each = 7
+    assert b.update_each==3 and opt_func.keywords['when'].update_each==3
 
 def test_period_is_in_the_state():
     learn = fit(learner(Clock(3.)))
