@@ -509,19 +509,14 @@ def current(self:Batches, p):
     return p.again(twice=True) if stale else p
 
 @patch
-def taken(self:Batches)->MeanProblem:
-    "The problems of the curvature, which are forgotten here"
-    curv,self.curv = self.curv,None
-    return curv.map(self.current)
-
-# %% ../nbs/12_batch.ipynb #e2b6d4f8
-@patch
 @contextmanager
 def curvature(self:Batches,
     ps:list # Parameters, whose hooks are for gradients and not for products
 ): # Yields a `MeanProblem`, which nothing keeps here
-    "Context with the problems of the curvature"
-    with hooks_disabled(ps): yield self.taken()
+    "Context with the problems of the curvature, which are forgotten"
+    with hooks_disabled(ps):
+        curv,self.curv = [self.curv.map(self.current)],None
+        yield curv.pop()
 
 # %% ../nbs/12_batch.ipynb #a64f001b
 @patch

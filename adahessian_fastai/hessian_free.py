@@ -11,7 +11,7 @@ gradient must have little noise, so a batch is all samples or some thousands. Fo
 # %% auto #0
 __all__ = ['own_rules', 'groups', 'HessianFree', 'hessian_free', 'skipped', 'hyper_of', 'descended', 'decay', 'scaled', 'adapt',
            'warm_start', 'warm', 'present_state', 'note_skipped', 'put_hypers', 'warn_of_batch_norm', 'progress',
-           'upgraded_state', 'check_own', 'grouped', 'made_group', 'checked_only', 'flat_signature']
+           'upgraded_state', 'check_own', 'grouped', 'made_group', 'flat_signature']
 
 # %% ../nbs/18_hessian_free.ipynb #9cc3f5b5
 import functools,inspect,math,time,warnings
@@ -398,12 +398,9 @@ def made_group(name, cls, kwargs):
     if cls is Preconditioner and isinstance(given, str): given,flat['diagonal'] = True,given
     if not isinstance(given, (bool,np.bool_)) or not given and name not in ('line_search','precondition'):
         raise SettingError(name, f"{'True, False or ' if name in ('line_search','precondition') else ''}a {cls.__name__}", given)
-    try: return cls(**flat) if given else checked_only(cls, flat)
+    try: made = cls(**flat)
     except SettingError as e: raise SettingError(next((k for k,own in cls.flat.items() if own==e.name), e.name), e.what, e.value) from None
-
-def checked_only(cls, flat):
-    "`None`, if `cls` takes `flat`"
-    with torch.random.fork_rng([]): cls(**flat)
+    return made if given else None
 
 # %% ../nbs/18_hessian_free.ipynb #426be17c
 def flat_signature(f):

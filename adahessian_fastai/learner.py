@@ -11,7 +11,7 @@ these trains as before."""
 __all__ = ['whole_number', 'unwrapped', 'callback_of', 'is_sharded', 'check_model', 'check_gradients', 'shard_group',
            'check_shards', 'reshard', 'sync_group', 'cross_rank_mean', 'Ranks', 'drop_pending', 'lr_untouched',
            'own_lr', 'steps_of_run', 'lr_of_run', 'norms_of', 'look', 'trainable_params', 'check_groups', 'check_part',
-           'check_entry', 'state_like', 'LossGuard', 'peek_seed', 'warn_rarely', 'Counts']
+           'check_entry', 'state_like', 'LossGuard', 'warn_rarely', 'Counts']
 
 # %% ../nbs/10_learner.ipynb #d25dec26
 import inspect,math,pickle,traceback,warnings,zipfile
@@ -28,7 +28,7 @@ from fastai.learner import load_model,save_model
 from .hvp import is_part,loaded,shard_mesh,sharded_like
 from .problem import modes_kept
 from .curvature import AgreedError
-from .estimators import seeded
+from .estimators import peek_seed,seeded
 
 # %% ../nbs/10_learner.ipynb #c598e581
 @patch
@@ -234,6 +234,10 @@ def steps_of_run(
     return n_epoch*len(dl)/max(batches, 1)/max(num_distrib(), 1)
 
 # %% ../nbs/10_learner.ipynb #runlen08
+def _lr_is_own(learn):
+    "Has nobody given a learning rate, to `learn` or with its `opt_func`?"
+    return lr_untouched(learn) and 'lr' not in getattr(learn.opt_func, 'keywords', {})
+
 @contextmanager
 def lr_of_run(
     learn:Learner, # Is about to be trained
@@ -242,7 +246,7 @@ def lr_of_run(
 ):
     "Context in which a learning rate that nobody gave suits the length of the training"
     if learn.opt is None: learn.create_opt()
-    own,free = learn.lr,lr_untouched(learn) and hasattr(learn.opt, 'default_steps') and 'lr' not in getattr(learn.opt_func, 'keywords', {})
+    own,free = learn.lr,_lr_is_own(learn) and hasattr(learn.opt, 'default_steps')
     if free: learn.lr = learn.lr_untouched = own_lr(learn.opt, steps_of_run(learn, n_epoch, cbs))
     try: yield
     finally:
@@ -262,14 +266,15 @@ for o in (Learner.fit, Learner.fit_one_cycle, Learner.fit_flat_cos): patch_to(Le
 @patch
 def fine_tune(self:Learner,
     epochs:int, # Epochs with all layers
-    base_lr:float=None, # Learning rate of the head; by default `own_lr` of a trained network, or fastai's 2e-3
+    base_lr:float=None, # Learning rate of the head; by default the one given to the Learner or `opt_func`, else `own_lr`; for Adam 2e-3
     freeze_epochs:int=1, # Epochs with the body frozen
     *args, **kwargs # As in fastai
 ):
     "fastai's `fine_tune`; a rate that nobody gave suits the optimizer and the length of the training"
     if self.opt is None: self.create_opt()
     if base_lr is None and hasattr(self.opt, 'default_lr'):
-        base_lr = own_lr(self.opt, steps_of_run(self, epochs+freeze_epochs, kwargs.get('cbs')), trained=True)
+        own = own_lr(self.opt, steps_of_run(self, epochs+freeze_epochs, kwargs.get('cbs')), trained=True)
+        base_lr = own if _lr_is_own(self) else getattr(self.lr, 'stop', self.lr)
     if base_lr is None: base_lr = inspect.signature(self._orig_fine_tune).parameters['base_lr'].default
     return self._orig_fine_tune(epochs, base_lr, freeze_epochs, *args, **kwargs)
 
@@ -447,12 +452,6 @@ class LossGuard:
         return f"The loss has grown: its average is {avg:.3g}, {avg/self.best:.3g} times its best of {self.best:.3g}"
 
 # %% ../nbs/10_learner.ipynb #50b9360b
-def peek_seed()->int:
-    "A seed from torch's global random state, which stays as it is"
-    generator = torch.Generator()
-    generator.set_state(torch.get_rng_state())
-    return torch.randint(2**31, (1,), generator=generator).item()
-
 def warn_rarely(
     n:int, # How often it has happened
     text:str, # What has happened; the count is added

@@ -1340,3 +1340,18 @@ def test_structural_damping_in_a_learner_and_where_there_are_no_hidden_states():
     with pytest.raises(ValueError, match='hidden='): opt.acc_step(m, F.cross_entropy, [data(10)])
     opt = hessian_free(m.parameters(), structural=1., hidden=lambda m: [m[1]])   # the way out
     assert opt.acc_step(m, F.cross_entropy, [data(10)]) < opt.record[0]['loss']
+
+
+def test_a_preconditioner_leaves_the_random_state_and_each_optimizer_has_its_own():
+    "An object in a `partial` gives a second run the numbers of the first, and those of the flat keyword"
+    def run(**kwargs):
+        torch.manual_seed(0)
+        model,x,y = nn.Sequential(nn.Linear(4,8), nn.Tanh(), nn.Linear(8,3)).double(),torch.randn(32, 4).double(),torch.randint(3, (32,))
+        before = torch.get_rng_state()
+        opt = hessian_free(model.parameters(), **kwargs)
+        assert torch.equal(before, torch.get_rng_state())
+        for _ in range(2): opt.acc_step(model, F.cross_entropy, [(x,y)])
+        return flat(model.parameters())
+    made = Preconditioner(n_probes=2)
+    first,second,keyword = run(precondition=made),run(precondition=made),run(precondition=True, fisher_probes=2)
+    assert torch.equal(first, second) and torch.equal(first, keyword)

@@ -346,6 +346,19 @@ def test_a_long_fine_tuning_has_a_lower_rate(n_epoch, kwargs, want):
     assert top(Adam)==pytest.approx(2e-3*reached)
 
 
+@pytest.mark.parametrize('lr', [0.03, slice(0.001,0.03)], ids=str)
+def test_fine_tuning_at_the_rate_that_was_given(lr):
+    "To the Learner, with `opt_func`, or afterwards; a rate of the call comes first, and Adam has fastai's as ever"
+    def top(opt_func, *args, then=None, **kwargs):
+        learn,seen = Learner(data(), nn.Linear(6,2), CrossEntropyLossFlat(), opt_func=opt_func, **kwargs),Rates()
+        if then: learn.lr = then
+        learn.fine_tune(1, *args, cbs=seen)
+        return max(seen.seen)
+    reached = top(modern, 1.)
+    assert top(modern, lr=lr)==top(partial(modern, lr=lr))==top(modern, then=lr)==pytest.approx(0.03*reached)
+    assert top(partial(modern, lr=lr), 0.01)==pytest.approx(0.01*reached) and top(Adam, lr=0.03)==pytest.approx(2e-3*reached)
+
+
 def test_the_rate_of_a_length_with_loaders_of_pytorch():
     "112 steps of two batches each: 0.15√2"
     ds = torch.utils.data.TensorDataset(torch.randn(256,6), torch.randint(2, (256,)))
