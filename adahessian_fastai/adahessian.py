@@ -96,15 +96,15 @@ def adahessian(
     dense:int|tuple=20, # So many steps at the start have an estimate each; `(20, 4)`: with four probes
     hessian_bs:int|float|str=None, # Rows of the batch to estimate on, or a fraction; `None` for all, 'auto' with a `budget`
     budget:float=None, # Mean overhead that curvature may have, such as 0.25; chooses `update_each`, and `hessian_bs` if 'auto'
-    when=None, # A schedule of one's own, in the place of the four above
+    when=None, # A schedule of one's own, in the place of the four above; raises `ValueError` beside them
     **others # Names of other packages, which are answered with those here; raises `TypeError`
 )->AdaHessianWrapper: # Raises `ValueError` for an argument outside its range
     "AdaHessian as `opt_func` of a `Learner`"
     check_names(adahessian, others)
     steppers = AdaHessian(params, ifnone(lr, 0.15), mom, sqr_mom, eps, wd, hessian_power, decouple_wd, signed, clip, cap, spike)
     opt = AdaHessianWrapper(steppers, block_length, n_acc, estimator, curvature, hvp, probe, n_samples, signed_blocks, average_kernels,
-        debiased, Perturbation(rho), update_each=1 if budget is not None and update_each==10 else update_each,
-        hessian_bs=hessian_bs, budget=budget, dense=dense, when=when)
+        debiased, Perturbation(rho), hessian_bs=hessian_bs, budget=budget, when=when, dense=0 if when is not None and dense==20 else dense,
+        update_each=1 if (budget,when)!=(None,None) and update_each==10 else update_each)
     opt.default_lr,opt.opt.default_steps = lr_for(opt)
     if lr is None: opt.set_hyper('lr', opt.default_lr)
     return opt
@@ -148,7 +148,6 @@ def AdaHessian(
     "An `Optimizer` of AdaHessian's steppers, to be wrapped by `AdaHessianWrapper`"
     hypers = dict(lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, hessian_power=hessian_power)
     hypers.update({k: ifnone(v, 0.) for k,v in dict(clip=clip, cap=cap, spike=spike).items()})
-    cbs = [weight_decay] if decouple_wd else [l2_reg]
-    cbs += [partial(average_grad, dampening=True), step_stat]
+    cbs = [weight_decay if decouple_wd else l2_reg, partial(average_grad, dampening=True), step_stat]
     cbs += [average_diag_hessian if signed else average_sqr_diag_hessian, adahessian_step]
     return made_steppers(params, cbs, **hypers)

@@ -34,7 +34,7 @@ from .problem import MeanProblem,Problem,hidden_states,mean_of,modes_kept,struct
 from .estimators import is_first_order,with_samples
 from .learner import Ranks,callback_of,check_gradients,check_model,check_shards,reshard
 from .learner import shard_group,sync_group,unwrapped,whole_number
-from .replay import backward_hooks,restored,snapshot,without_backward_hooks
+from .replay import backward_hooks,preserving,restored,snapshot,without_backward_hooks
 
 # %% ../nbs/12_batch.ipynb #e3297adb
 _asked = set() # Callbacks that are answering at present
@@ -256,8 +256,7 @@ class LearnerProblem(Problem):
     @property
     def obstacle(self):
         "Why model and loss function alone are not the loss of this batch; empty where they are"
-        at_work = [type(cb).__name__ for cb in self.learn.cbs if takes_part(cb)]
-        if at_work: return f"the callbacks {at_work} take part in the loss"
+        if names := [type(cb).__name__ for cb in self.learn.cbs if takes_part(cb)]: return f"the callbacks {names} take part in the loss"
         return '' if self.learn.model is self.model else f"the model is wrapped in a {type(self.learn.model).__name__}"
 
     def evaluate_again(self, twice=False):
@@ -675,7 +674,8 @@ def over(self:Batches,
     data # Batches `(inputs, targets)`
 )->MeanProblem:
     "All of `data`, with graphs"
-    return mean_of([[DataBatch(model, loss_func, params, (), False, *o).first(True)] for o in data], self.reduction)
+    with preserving(model, loss_func):
+        return mean_of([[DataBatch(model, loss_func, params, (), False, *o).first(True)] for o in data], self.reduction)
 
 # %% ../nbs/12_batch.ipynb #e30bbd7d
 losses[LabelSmoothingCrossEntropy] = smoothed_cross_entropy_rule

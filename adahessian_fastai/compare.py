@@ -103,12 +103,12 @@ def train_once(
     seed:int=0, # Of weights and batches
 )->dict: # A row for `compare_optimizers`
     "Train and measure"
-    set_seed(seed, reproducible=True)
-    learn,meter = make_learner(opt_func),Meter()
-    for rng in [dl.rng for dl in learn.dls.loaders if hasattr(dl, 'rng')]: rng.seed(seed)
-    with lr_of_run(learn, n_epoch): default = learn.lr
-    print(f"seed {seed}, lr={lr or default:.3g}", flush=True)
-    with plain_progress(learn): learn.fit_one_cycle(n_epoch, lr, cbs=meter)
+    with no_random(seed):
+        learn,meter = make_learner(opt_func),Meter()
+        for rng in [dl.rng for dl in learn.dls.loaders if hasattr(dl, 'rng')]: rng.seed(seed)
+        with lr_of_run(learn, n_epoch): default = learn.lr
+        print(f"seed {seed}, lr={lr or default:.3g}", flush=True)
+        with plain_progress(learn): learn.fit_one_cycle(n_epoch, lr, cbs=meter)
     values = pd.DataFrame(learn.recorder.values, columns=learn.recorder.metric_names[1:-1])
     return dict(seed=seed, lr=lr or default, default=default, **values.iloc[-1], **{'s/epoch': np.median(meter.secs), 'peak MB': meter.mb},
         losses=[o.item() for o in learn.recorder.losses], valid_losses=list(values.valid_loss), seconds=list(np.cumsum(meter.secs)))
@@ -122,6 +122,7 @@ def compare_optimizers(
 )->pd.DataFrame: # One row for each run; `losses`, `valid_losses` and `seconds` hold lists by batch and by epoch
     "Train with each of `opts` from each of `seeds`, everything else equal"
     check_count('n_epoch', n_epoch)
+    if isinstance(lr, dict) and (odd := set(lr)-set(opts)): raise ValueError(f"lr names {odd}, which are none of {list(opts)}")
     rows = []
     for seed,(name,opt_func) in itertools.product(seeds, opts.items()):
         for one in L(lr.get(name) if isinstance(lr, dict) else lr) or [None]:
@@ -343,10 +344,9 @@ def parse_lr(
     if not lr: return {}
     try: res = {k: float(v) for k,v in (o.split('=') for o in lr.split(','))} if '=' in lr else float(lr)
     except ValueError: raise ValueError(f"lr must be a number or as adam=1e-3,adahessian=0.1, got {lr=}") from None
-    vals = res.values() if isinstance(res,dict) else [res]
-    if not all(0<o<math.inf for o in vals): raise ValueError(f"lr must be > 0, got {lr=}")
     base = {n: n.split(':')[0] for n in names}
     if not isinstance(res, dict): res = dict.fromkeys(base.values(), res)
+    if not all(0<o<math.inf for o in res.values()): raise ValueError(f"lr must be > 0, got {lr=}")
     unknown = [o for o in res if o not in base.values()]
     if unknown: raise ValueError(f"lr names {unknown[0]!r}, which is not among the optimizers {','.join(names)}")
     return {n: res[b] for n,b in base.items() if b in res and not re.search(r'[:,]lr=', n)}

@@ -15,10 +15,10 @@ __all__ = ['nonsmooth_modules', 'nonsmooth_functions', 'hvp_ways', 'max_error', 
            'checked_reverse', 'exact_way', 'another_function', 'against_differences', 'refuse_difference', 'choose_way',
            'Hessian', 'against_reverse', 'Ride', 'outputs_again', 'PlainTensors', 'Evaluated', 'closed_hessian',
            'NoProductError', 'AgreedError', 'FirstThatWorks', 'GaussNewton', 'agreed_costs', 'evaluated', 'way_product',
-           'OverBatches', 'mean_curvature']
+           'OverBatches']
 
 # %% ../nbs/08_curvature.ipynb #4338fba8
-import copy,math,re,time,warnings,weakref
+import math,re,time,warnings,weakref
 import torch, torch.autograd.forward_ad as fwAD, torch.nn.functional as F
 from contextlib import ExitStack,contextmanager,nullcontext
 from fastcore.basics import noop
@@ -134,10 +134,10 @@ def forward(
 def finite_difference(
     problem, # The `Problem`, with `evaluate`
     params:list, # Tensors to differentiate for, some of `problem.params`
-    n_products:int=None, # Plays no part
+    n_products:int=None, # How many there will be; `None` keeps the graph, for products with other blocks
 )->Local:
     "One-sided differences from the gradient of the step, two-sided ones where that does not have `all_bits`"
-    grads = problem.gradient()
+    grads = problem.gradient(retain_graph=n_products is None)
     whole = all_bits.n or params[0].device.type!='cuda'
     difference = difference_product(lambda: problem.again().loss, params, _some(problem, params, grads) if whole else None)
     def product(v):
@@ -189,11 +189,12 @@ def compiled(
         raise ValueError(f"hvp='compiled' knows the parameters of model and loss function, and not those of the shapes {lost}: use "
             f"hvp='forward'")
     if _compiled.get(model, (None,))[0] is not problem.loss_func: _compiled[model] = problem.loss_func,compile_product(whole)
+    both = _compiled[model][1]
     def product(v):
         values = {names[p]: p.detach() for p in problem.params}
         tangents = {names[p]: torch.zeros_like(p) if o is None else o for p,o in zip(problem.params, _spread(problem, params, v))}
         with problem.preserving(),batch_statistics(model),math_attention:
-            gs,hs = _compiled[model][1](values, tangents, _plain(problem.inputs), _plain(problem.targets))
+            gs,hs = both(values, tangents, _plain(problem.inputs), _plain(problem.targets))
         local.grads = [gs[names[p]] for p in problem.params]
         return _some(problem, params, [hs[names[p]] for p in problem.params])
     local.product = product
@@ -669,14 +670,3 @@ class OverBatches:
 
     def state_dict(self): return self.curvature.state_dict()
     def load_state_dict(self, sd): self.curvature.load_state_dict(sd)
-
-def mean_curvature(
-    curvature='ggn', # 'ggn', 'hessian', or a curvature such as `Hessian('forward')`; raises `SettingError` for others
-    jvp:str='auto' # Way to Jacobian products of 'ggn': 'auto', 'reverse', 'dual' or 'linearize'; raises `SettingError` for others
-): # `(mean, params, n_products) -> Local`
-    "The curvature of a `MeanProblem` that these arguments describe"
-    check_choice('jvp', jvp, ('auto',*jvp_ways))
-    if not callable(curvature): check_choice('curvature', curvature, ('ggn','hessian'))
-    if isinstance(curvature, (Hessian,GaussNewton)): curvature = copy.deepcopy(curvature) # What it learns is of one network
-    if curvature=='ggn': return GaussNewton(jvp, closed=True)
-    return curvature if isinstance(curvature, GaussNewton) else OverBatches(Hessian() if curvature=='hessian' else curvature)

@@ -80,7 +80,7 @@ def products_of(
     start:tuple=None, # `snapshot_of` the Learner to start from; the present one by default
 ): # Yields `group -> product`, for any `group` of `params`
     "Context for products with the curvature of the mean loss over `batches`, and with blocks of it"
-    how = made('curvature', curvature, curvatures)
+    how = made('curvature', curvature, curvatures).__call__ # A method is no curvature to be copied again
     if len(batches)>1:
         yield lambda group=params: learn.curvature_product(group, batches, curvature=how)
         return
@@ -311,6 +311,7 @@ class CurvatureRecorder(Callback):
     def before_train(self):
         if self.fitting: return
         self.records,self.n_seen,self.spent,self.fitting,self.began = [],0,0.,True,time.perf_counter()
+        self.how = made('curvature', self.curvature, curvatures).__call__
 
     def due(self):
         "Is this batch to be measured?"
@@ -372,7 +373,7 @@ def measure(self:CurvatureRecorder)->dict:
     params,opt = learner_params(self.learn),self.opt
     gen = torch.Generator(params[0].device).manual_seed(self.seed+len(self.records))
     how = dict(max_iter=self.max_iter, tol=self.tol, generator=gen)
-    with products_of(self.learn, [None], params, self.curvature, self.before) as of:
+    with products_of(self.learn, [None], params, self.how, self.before) as of:
         product = of()
         res,st = curvature_stats(product, params, self.n_samples, **how)
         if self.per_layer: res['layers'] = {k: self.layer(of, ps, params, st, gen) for k,ps in layer_params(self.model, params).items()}

@@ -9,7 +9,8 @@ alone). `Given` hands on a diagonal that is known."""
 
 # %% auto #0
 __all__ = ['estimators', 'curvatures', 'Estimate', 'peek_seed', 'seeded', 'Hutchinson', 'ControlVariate', 'GNB', 'Given',
-           'is_first_order', 'with_samples', 'Preconditioner', 'made', 'gauss_newton', 'made_estimator']
+           'is_first_order', 'with_samples', 'Preconditioner', 'made', 'gauss_newton', 'made_estimator',
+           'mean_curvature']
 
 # %% ../nbs/09_estimators.ipynb #18af7d7a
 import inspect,math,torch
@@ -22,7 +23,7 @@ from .hutchinson import control_variate_samples,draw_like,get_probe,hutchinson_s
 from .cg import diag_preconditioner
 from .ggn import NoOutputs,fisher_diagonal,output_tensors
 from .losses import gnb_samples,label_noise
-from .curvature import GaussNewton,Hessian,hvp_ways
+from .curvature import GaussNewton,Hessian,OverBatches,hvp_ways,jvp_ways
 
 # %% ../nbs/09_estimators.ipynb #6dd1de9b
 class Estimate(NamedTuple):
@@ -266,19 +267,18 @@ class Preconditioner:
         reduction:str='mean', # How the loss reduces over samples
     ): # `v -> Mv` over flat vectors
         "The preconditioner of a system with `damping`"
-        ds = self(mean, params, reduction)
-        return diag_preconditioner(flat([d+lam for d,lam in zip(ds, damping)]), exponent=self.exponent)
+        return diag_preconditioner(flat([d+lam for d,lam in zip(self(mean, params, reduction), damping)]), exponent=self.exponent)
 
 # %% ../nbs/09_estimators.ipynb #f2953c35
 estimators = dict(hutchinson=Hutchinson, control_variate=ControlVariate, gnb=GNB)
 curvatures = dict(hessian=Hessian, ggn=GaussNewton)
-_usual = dict(curvature='hessian', hvp='reverse', method='reverse', probe='rademacher', n_samples=1)
+_usual = dict(hvp='reverse', jvp='reverse', probe='rademacher')
 
 def made(
     what:str, # Name of the argument, for errors
-    name, # A key of `table`, or an object that is handed through
+    name, # A key of `table`, or an object; a curvature is copied, for what it learns is of one network
     table:dict, # Classes by name
-    **kwargs # Their arguments; `None`, or what is usual, asks for nothing
+    **kwargs # Their arguments; `None` asks for nothing, nor does what is usual beside a key
 ): # Raises `ValueError` for an unknown name, and for an argument that is not the object's own
     "The object that `name` and `kwargs` describe"
     given = {k: v for k,v in kwargs.items() if v is not None}
@@ -287,9 +287,10 @@ def made(
         raise ValueError(f"{what} must be one of {list(table)}, or an object made by one of {[o.__name__ for o in table.values()]}, got "
             f"{what}={name!r}")
     takes = inspect.signature(table[name]).parameters if isinstance(name, str) else ()
-    odd = {k: v for k,v in given.items() if k not in takes and v!=_usual.get(k)}
-    if odd: raise ValueError(f"{what}={name!r} takes no {', '.join(odd)}, got {', '.join(f'{k}={v!r}' for k,v in odd.items())}")
-    return table[name](**{k: v for k,v in given.items() if k in takes}) if isinstance(name, str) else name
+    if odd := {k: v for k,v in given.items() if k not in takes and not (isinstance(name, str) and v==_usual.get(k))}:
+        raise ValueError(f"{what}={name!r} takes no {', '.join(odd)}, got {', '.join(f'{k}={v!r}' for k,v in odd.items())}")
+    if not isinstance(name, str): return deepcopy(name) if isinstance(name, (Hessian,GaussNewton)) else name
+    return table[name](**{k: v for k,v in given.items() if k in takes})
 
 # %% ../nbs/09_estimators.ipynb #f32b376d
 def gauss_newton(
@@ -312,7 +313,17 @@ def made_estimator(
     if own:
         ggn = isinstance(curvature, str) and curvature=='ggn'
         curvature = gauss_newton(hvp) if ggn else made('curvature', ifnone(curvature, 'hessian'), curvatures, method=hvp)
-    hvp = None if own or hvp=='auto' else hvp
+    if own or isinstance(estimator, str) and hvp=='auto': hvp = None
     est = made('estimator', estimator, estimators, curvature=curvature, hvp=hvp, probe=probe, n_samples=n_samples)
     if type(est) not in (Hutchinson,ControlVariate): return est
     return deepcopy(est, {id(o): o for o in (est.probe, est.curvature) if type(o) not in curvatures.values()})
+
+def mean_curvature(
+    curvature='ggn', # 'ggn', 'hessian', or a curvature such as `Hessian('forward')`; raises `ValueError` for others
+    jvp:str='auto' # Way to Jacobian products of 'ggn': 'auto', 'reverse', 'dual' or 'linearize'; raises `ValueError` for others
+): # `(mean, params, n_products) -> Local`
+    "The curvature of a `MeanProblem` that these arguments describe"
+    ggn = isinstance(curvature, str) and curvature=='ggn'
+    jvp = check_choice('jvp', jvp, ('auto',*jvp_ways))
+    how = made('curvature', curvature, curvatures, jvp=jvp if ggn or jvp!='auto' else None, closed=ggn or None)
+    return how if isinstance(how, GaussNewton) else OverBatches(how)

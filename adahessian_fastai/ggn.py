@@ -65,8 +65,7 @@ def model_forward(
 ): # `values -> [outputs]`
     "`model(*args)` as a function of the values of `params`"
     names = {p:n for n,p in model.named_parameters()}
-    odd = [tuple(p.shape) for p in params if p not in names]
-    if odd: raise ValueError(f"the module has no parameters of these shapes: {odd}")
+    if odd := [tuple(p.shape) for p in params if p not in names]: raise ValueError(f"the module has no parameters of these shapes: {odd}")
     return lambda values: output_tensors(functional_call(model, {names[p]:v for p,v in zip(params, values)}, args), graph=False)
 
 # %% ../nbs/05_ggn.ipynb #51e78c27

@@ -24,8 +24,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .hvp import SettingError,flat,unflat
 from .cg import CG,Damping,LineSearch
 from .problem import Trial
-from .curvature import NoProductError,mean_curvature
-from .estimators import Preconditioner
+from .curvature import NoProductError
+from .estimators import Preconditioner,mean_curvature
 from .learner import trainable_params,warn_rarely,whole_number
 from .batch import Batches
 from .steppers import checked_steppers,made_steppers
@@ -155,13 +155,11 @@ def solve(self:HessianFree, ps, b, product=None, preconditioner=None):
 # %% ../nbs/18_hessian_free.ipynb #65154380
 def present_state(opt):
     "A function that puts back damping, warm start and count as they are now"
-    n,lams,x0s = opt.n_steps,[h['damping'] for h in opt.hypers],[(s, s.get('x0')) for _,_,s,_ in opt.all_params()]
+    n,lams,states = opt.n_steps,[h['damping'] for h in opt.hypers],[(s, s.copy()) for _,_,s,_ in opt.all_params()]
     def back():
         opt.n_steps = n
         for h,lam in zip(opt.hypers, lams): h['damping'] = lam
-        for s,x0 in x0s:
-            s.pop('x0', None)
-            if x0 is not None: s['x0'] = x0
+        for s,old in states: s.clear(), s.update(old)
     return back
 
 # %% ../nbs/18_hessian_free.ipynb #f82049bc
@@ -250,7 +248,7 @@ def check_reduction(self:HessianFree,
 ):
     "Raise `ValueError` unless loss, gradient and curvature over `data` are those of the concatenation"
     ps = trainable_params(self)
-    v = [torch.randn_like(p) for p in ps]
+    with no_random(): v = [torch.randn_like(p) for p in ps]
     def three(data):
         mean = self.batches.over(model, loss_func, ps, data)
         gs = mean.gradient(retain_graph=True)
@@ -390,11 +388,11 @@ def grouped(
 def made_group(name, cls, kwargs):
     "The object `name`, whose keywords are taken out of `kwargs`"
     flat = {own: kwargs.pop(k) for k,own in cls.flat.items() if k in kwargs and not isinstance(kwargs[k], cls)}
+    told,names = name in kwargs,', '.join(k for k,own in cls.flat.items() if own in flat)
     given = kwargs.pop(name, cls is not Preconditioner)
-    if isinstance(given, cls):
-        if not flat: return copy(given)
-        names = ', '.join(k for k,own in cls.flat.items() if own in flat)
-        raise SettingError(name, f"given without {names}, which the object has", given)
+    if names and (isinstance(given, cls) or not given and not told):
+        raise SettingError(name, f'given without {names}, which the object has' if given else f'True beside {names}', given)
+    if isinstance(given, cls): return copy(given)
     if cls is Preconditioner and isinstance(given, str): given,flat['diagonal'] = True,given
     if not isinstance(given, (bool,np.bool_)) or not given and name not in ('line_search','precondition'):
         raise SettingError(name, f"{'True, False or ' if name in ('line_search','precondition') else ''}a {cls.__name__}", given)

@@ -131,8 +131,7 @@ def control_variate_samples(
     shapes = [[tuple(o.shape) for o in ts] for ts in (center, params)]
     if shapes[0]!=shapes[1]: raise ValueError(f"center must be shaped like params, got {shapes[0]} for {shapes[1]}")
     rest = lambda v: [h.addcmul(c, o, value=-1) for h,c,o in zip(product(v), center, v)]
-    samples = hutchinson_samples(rest, params, n_samples, probe, generator)
-    return ([o.add_(c) for o,c in zip(s, center)] for s in samples)
+    return ([o.add_(c) for o,c in zip(s, center)] for s in hutchinson_samples(rest, params, n_samples, probe, generator))
 
 # %% ../nbs/01_hutchinson.ipynb #a9bcf549
 def mean_and_noise(

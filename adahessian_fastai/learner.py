@@ -164,8 +164,7 @@ class Ranks:
     def __call__(self, tensors):
         "Mean of `tensors` in place; raises `AgreedError` where a process failed"
         if self.group is None: return tensors
-        code = self.worst(0)
-        if code: raise AgreedError(code, "another process failed")
+        if code := self.worst(0): raise AgreedError(code, "another process failed")
         return cross_rank_mean(tensors, self.group)
 
     def tell(self, error):
@@ -188,7 +187,8 @@ def lr_untouched(
     learn:Learner, # Any Learner
 )->bool:
     "Has nobody given `learn` a learning rate?"
-    return learn.lr is _fastai_lr or vars(learn).get('lr_untouched') is not None and vars(learn)['lr_untouched']==learn.lr
+    mark = vars(learn).get('lr_untouched', 0) # This very number: somebody may give an equal one; in a copy a list of it
+    return learn.lr is _fastai_lr or mark is learn.lr or mark==[learn.lr]
 
 @patch
 def create_opt(self:Learner):
@@ -208,7 +208,7 @@ def create_opt(self:Learner):
 @patch
 def __getstate__(self:Learner):
     "fastai's state of a Learner, with a note of a learning rate that nobody gave"
-    return {**self._orig___getstate__(), 'lr_untouched': self.lr if lr_untouched(self) else None}
+    return {**self._orig___getstate__(), 'lr_untouched': [self.lr] if lr_untouched(self) else None}
 
 # %% ../nbs/10_learner.ipynb #runlen02
 def own_lr(

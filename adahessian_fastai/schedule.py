@@ -14,10 +14,10 @@ import math,statistics,time
 from collections import defaultdict
 from copy import copy
 from typing import NamedTuple
-from fastcore.basics import patch
+from fastcore.basics import partial,patch
 
 import torch
-from .hvp import check_count
+from .hvp import check_count,check_number
 from .learner import cross_rank_mean
 from .batch import n_rows,plain_number
 
@@ -107,7 +107,7 @@ class Budget(Every):
     "Measures steps with and without estimate in turn, and chooses the period from that"
     def __init__(self,
         overhead:float, # Mean overhead over steps without estimate, b; raises `ValueError` outside (0,10]
-        n_measured:int=None, # Steps to look at; 12, or 18 with `hessian_bs='auto'`
+        n_measured:int=None, # Steps to look at; 12, or 18 with `hessian_bs='auto'`; raises `ValueError` below 1
         clock=time.perf_counter, # Gives the time in seconds
         hessian_bs=None, # As for `Every`, or 'auto' to choose the part of the batch too
         dense:int|tuple=0, # As for `Every`
@@ -116,12 +116,13 @@ class Budget(Every):
         overhead = plain_number(overhead)
         if isinstance(overhead, bool) or not isinstance(overhead, (int,float)) or not 0<overhead<=10:
             raise ValueError(f"budget must be a number in (0,10], such as 0.25 for a quarter, got budget={overhead!r}")
-        self.overhead,self.n_measured,self.clock,self.least_seconds,self.first = overhead,n_measured,clock,least_seconds,dense
-        self.last,self.times,self.done = None,defaultdict(lambda: defaultdict(list)),False
+        self.overhead,self.clock,self.least_seconds,self.first = overhead,clock,check_number('least_seconds', least_seconds, least=0),dense
+        self.n_measured = check_count('n_measured', n_measured, optional=True)
+        self.last,self.times,self.done = None,defaultdict(partial(defaultdict, list)),False
         self.auto = isinstance(hessian_bs, str) and hessian_bs=='auto'
         super().__init__(1, None if self.auto else hessian_bs, dense)
         n = (n_measured or (18 if self.auto else 12)) + self.dense
-        self.update_each,self.last_measured,self.hessian_bs = (n,2),n,hessian_bs
+        self.update_each,self.last_measured,self.hessian_bs,self.asked = (n,2),n,hessian_bs,[overhead,hessian_bs]
 
     def anew(self,
         hessian_bs=None, # As for `Every`, or 'auto', where this one was told of no part
@@ -160,10 +161,10 @@ class Budget(Every):
 
     def known(self): return any(all(t[o] for o in (0,*self.parts())) for t in self.times.values())
 
-    def state_dict(self): return dict(update_each=self.update_each, hessian_bs=self.hessian_bs, done=self.done)
+    def state_dict(self): return dict(update_each=self.update_each, hessian_bs=self.hessian_bs, done=self.done, asked=self.asked)
     def load_state_dict(self, sd):
         "Go on from `sd`; measure anew where it is of another schedule"
-        if not {'update_each','hessian_bs','done'}<=set(sd): return
+        if not {'update_each','hessian_bs','done'}<=set(sd) or sd.get('asked', self.asked)!=self.asked: return
         check_period(sd['update_each'])
         if sd['hessian_bs']!='auto': check_rows(sd['hessian_bs'])
         if not isinstance(sd['done'], bool): raise ValueError(f"done must be True or False, got done={sd['done']!r}")
@@ -233,9 +234,11 @@ def made_schedule(
     when=None, # A schedule, in the place of all these
 ): # Raises `ValueError` for what does not go together
     "The schedule that these keywords describe"
+    if budget is not None and update_each!=1 or when is not None and (update_each,hessian_bs,budget,dense)!=(1,None,None,0):
+        raise ValueError(f"budget chooses update_each, and when chooses everything: give one of them, got {update_each=}, {hessian_bs=}, "
+            f"{budget=}, {dense=}, {when=}")
     if when is not None: return when.anew() if isinstance(when, Budget) else copy(when) if type(when) is Every else when
     if budget is None: return Every(update_each, hessian_bs, dense)
-    if update_each!=1: raise ValueError(f"budget chooses update_each: give one of them, got {budget=}, {update_each=}")
     return budget.anew(hessian_bs, dense) if isinstance(budget, Budget) else Budget(budget, hessian_bs=hessian_bs, dense=dense)
 
 # %% ../nbs/13_schedule.ipynb #373f74a6

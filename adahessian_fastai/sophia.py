@@ -36,13 +36,14 @@ def sophia(
     probe:Literal['rademacher','gaussian']=None, # For 'hutchinson': by default 'rademacher'; or a callable as for `adahessian`
     hessian_bs:int|float=None, # Rows of the batch that the estimate is taken on, a number or a fraction; `None` for all
     dense:int|tuple=0, # So many steps at the start have an estimate each; a pair: with so many draws
-    when=None, # A schedule of one's own, in the place of `update_each`, `hessian_bs` and `dense`
+    when=None, # A schedule of one's own, in the place of `update_each`, `hessian_bs` and `dense`; raises `ValueError` beside them
     block_length:int=1, # Entries averaged together in a 2-D parameter; 1 for none
     average_kernels:bool=False, # Average over the kernels of convolutions?
     **others # Names of other packages, which are answered with those here; raises `TypeError`
 )->AdaHessianWrapper: # Raises `ValueError` for an argument outside its range
     "Sophia as `opt_func` of a `Learner`"
     check_names(sophia, others)
+    if when is not None and update_each==10: update_each = 1 # Nobody gave it
     opt = AdaHessianWrapper(Sophia(params, lr, mom, sqr_mom, rho, wd, eps), block_length, n_acc, estimator, curvature, hvp, probe,
         n_samples, average_kernels=average_kernels, update_each=update_each, hessian_bs=hessian_bs, dense=dense, when=when)
     opt.default_lr,opt.opt.default_steps = 1.5e-3,225

@@ -42,8 +42,7 @@ def dense_matrix(
     progress:bool=False, # Show a progress bar?
 )->Tensor: # n×n, rows and columns in the order of `flat(params)`
     "The matrix behind `product`, column by column"
-    cols = _columns(product, params, check_count('chunk_size', chunk_size), progress)
-    return torch.cat([o for _,o in cols]).T
+    return torch.cat([o for _,o in _columns(product, params, check_count('chunk_size', chunk_size), progress)]).T
 
 def dense_hessian(
     loss, # Callable `() -> scalar tensor`

@@ -75,7 +75,7 @@ def sentence_pairs(
     if data=='multi30k': return list(zip(*(multi30k_lines(multi30k_files[split], lang) for lang in ('en','de'))))[:n]
     if data!='toy': raise ValueError(f"data must be 'multi30k' or 'toy', got {data=}")
     rng = random.Random(split)
-    return [toy_pair(rng) for _ in range(n or 2000)]
+    return [toy_pair(rng) for _ in range(ifnone(n, 2000))]
 
 # %% ../nbs/24_translation.ipynb #875421a7
 unk,pad,bos,eos = range(4)

@@ -1,12 +1,13 @@
 "A budget for curvature, on a clock of the test's own"
-import math,time
+import math,pickle,time
 
 import pytest,torch
 from fastai.basics import Callback,CrossEntropyLossFlat,DataLoaders,Learner,partial,set_seed
 from torch import nn
 
-from adahessian_fastai.adahessian import adahessian_paper as adahessian
+from adahessian_fastai.adahessian import AdaHessian,AdaHessianWrapper,adahessian as default,adahessian_paper as adahessian
 from adahessian_fastai.schedule import Budget,Every,check_period,is_due,rows_due
+from adahessian_fastai.sophia import sophia
 
 class Clock:
     "Seconds as `opt` would spend them: `cost` for a step with an estimate, 1 for another"
@@ -242,3 +243,37 @@ def test_an_error_in_a_dense_start_leaves_the_estimator_alone():
 @pytest.mark.parametrize('dense', [-1, (3,0), (-1,2), (2.,3), (1,2,3), None, '3', True])
 def test_starts_that_are_none(dense):
     with pytest.raises(ValueError, match='dense'): adahessian([nn.Parameter(torch.ones(1))], dense=dense)
+
+@pytest.mark.parametrize('given', [dict(update_each=3), dict(dense=5), dict(hessian_bs=0.5), dict(budget=0.25)], ids=str)
+def test_a_schedule_comes_without_what_it_decides(given):
+    "It was taken and the other was ignored; the defaults of a factory are nobody's"
+    p = [nn.Parameter(torch.ones(1))]
+    for f in (default, adahessian, sophia):
+        assert f(p, when=Every(4)).update_each==4
+        if f is sophia and 'budget' in given: continue
+        with pytest.raises(ValueError, match=f"when chooses everything.*{list(given)[0]}="): f(p, when=Every(4), **given)
+    with pytest.raises(ValueError, match='when chooses everything'): AdaHessianWrapper(AdaHessian(p, lr=0.1), when=Every(4), **given)
+
+def test_budgets_can_be_pickled():
+    "With an optimizer that measures, too"
+    p = nn.Parameter(torch.ones(3))
+    opt = pickle.loads(pickle.dumps(adahessian([p], budget=0.25)))
+    p = opt.param_lists[0][0]
+    for _ in range(3): opt.differentiate((p**4).sum()), opt.step(), opt.zero_grad()
+    assert pickle.loads(pickle.dumps(opt.when)).times==opt.when.times!={}
+
+@pytest.mark.parametrize('kwargs', [dict(n_measured=0), dict(n_measured=2.5), dict(least_seconds=-1), dict(least_seconds='1')], ids=str)
+def test_arguments_of_a_budget_are_looked_at(kwargs):
+    with pytest.raises(ValueError, match=list(kwargs)[0]): Budget(0.25, **kwargs)
+
+@pytest.mark.parametrize('kwargs', [dict(budget=0.5), dict(hessian_bs=0.5), dict(hessian_bs='auto')], ids=str)
+def test_a_checkpoint_does_not_answer_for_another_budget(kwargs):
+    "What was measured for 0.25 was taken for 0.5, and a schedule without 'auto' for one with it"
+    learn,other = fit(learner(Clock(3.))),learner()
+    args = {'budget': 0.25, 'hessian_bs': None, **kwargs}
+    clock = RowClock(0.5, 1.5)
+    other.opt = adahessian(other.model.parameters(), lr=0.05, budget=Budget(args['budget'], 12, clock, args['hessian_bs']))
+    clock.opt = other.opt
+    other.opt.load_state_dict(learn.opt.state_dict())
+    assert not other.opt.when.done and other.opt.hessian_bs==args['hessian_bs']
+    assert fit(other).opt.when.done and clock.n>0

@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import matplotlib,numpy as np,pandas as pd,pytest,torch
-from fastai.basics import Adam,DataLoaders,Learner
+from fastai.basics import Adam,DataLoaders,Learner,get_random_states
 matplotlib.use('Agg')
 from PIL import Image
 from adahessian_fastai.adahessian import adahessian
@@ -148,3 +148,17 @@ def test_loaders_of_pytorch_begin_at_the_seed_too():
         return Learner(dls, torch.nn.Linear(3, 2), torch.nn.CrossEntropyLoss(), opt_func=opt_func)
     a,b = compare_optimizers(make, dict(a=Adam, b=Adam), 1).losses
     assert a==b
+
+
+def test_a_comparison_leaves_the_random_state_and_the_switches_of_cudnn():
+    "They stayed at those of the last run; `deterministic` made all that came after slow"
+    ds = [(torch.randn(4),torch.randint(2, ())) for _ in range(16)]
+    dls = DataLoaders.from_dsets(ds, ds, bs=8, num_workers=0)
+    before,cudnn = get_random_states(),torch.backends.cudnn
+    runs = compare_optimizers(lambda opt: Learner(dls, torch.nn.Linear(4,2), torch.nn.functional.cross_entropy, opt_func=opt), dict(adam=Adam), 1)
+    now = get_random_states()
+    assert len(runs)==1 and not cudnn.deterministic and before['random_state']==now['random_state']
+    assert torch.equal(before['torch_state'], now['torch_state']) and (before['numpy_state'][1]==now['numpy_state'][1]).all()
+
+def test_a_rate_for_an_unknown_name_is_refused():
+    with pytest.raises(ValueError, match="adma.*'adam'"): compare_optimizers(None, dict(adam=Adam), 1, lr=dict(adma=1e-2))

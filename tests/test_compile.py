@@ -7,6 +7,7 @@ from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint
 from adahessian_fastai import curvature as room
+from adahessian_fastai.problem import Problem
 from contextlib import nullcontext
 from helpers_learner import ROUNDING,Noted,data,distance,fit,given,learner,mlp,plain,split
 
@@ -135,3 +136,17 @@ def test_reentrant_checkpoints_get_a_clear_error(grad_input):
     x,y = data(12)
     if not grad_input: x.requires_grad_(True)
     with pytest.raises((ValueError,RuntimeError), match='use_reentrant=False'): fit(learner(Net(), x, y))
+
+
+def test_two_losses_of_one_model(monkeypatch):
+    "The first product was that of the second loss"
+    monkeypatch.setattr(torch, 'compile', lambda f: f)
+    model = nn.Linear(2, 1, bias=False).double()
+    x,y = torch.randn(8,2).double(),torch.randn(8,1).double()
+    def product(loss_func):
+        p = Problem([model.weight], loss_func(model(x), y), loss_func=loss_func, targets=y, model=model)
+        p.obstacle,p.inputs = '',(x,)
+        return room.compiled(p, p.params).product
+    mean,total = product(lambda z,y: (z-y).square().mean()),product(lambda z,y: (z-y).square().sum())
+    v = [torch.ones_like(model.weight)]
+    assert torch.allclose(mean(v)[0]*8, total(v)[0]) and torch.allclose(mean(v)[0], 2*x.T@x.sum(1)/8)

@@ -26,6 +26,7 @@ from torch import Tensor,nn
 from torch.nn.attention import SDPBackend,sdpa_kernel
 from torch.utils.data import TensorDataset
 
+from adahessian_fastai.curvature import Hessian
 from adahessian_fastai.adahessian import adahessian as adahessian_default,adahessian_paper as adahessian
 from adahessian_fastai.batch import batch_of,problem_of
 from adahessian_fastai.diagnostics import *
@@ -931,3 +932,25 @@ def test_an_optimizer_of_torch():
 
 def test_the_suggestion_says_what_to_use_instead():
     with pytest.raises(NotImplementedError, match='lr_find'): learner().suggest_lr_from_curvature(n_steps=4)
+
+
+@pytest.mark.parametrize('call', [lambda l,how: l.stability(2, curvature=how), lambda l,how: l.curvature_summary(curvature=how, n_samples=2),
+    lambda l,how: l.curvature_product(curvature=how)([torch.ones_like(p) for p in l.model.parameters()])], ids=['stability','summary','product'])
+def test_what_a_curvature_learns_of_one_network_is_no_other_ones(call):
+    "Finite differences, looked at in a smooth network, were believed in one with kinks"
+    models = [nn.Sequential(nn.Flatten(), nn.Linear(36,8), act(), nn.Linear(8,3)) for act in (nn.Tanh,nn.ReLU)]
+    smooth,kinked = [Learner(dls(), m, CrossEntropyLossFlat(), opt_func=Adam) for m in models]
+    how = Hessian('finite_difference')
+    call(smooth, how)
+    with pytest.raises(ValueError, match='has a kink'): call(kinked, how)
+
+def test_a_recorder_looks_anew_in_each_training(capsys):
+    "'auto' had the way of the first network in the second; within a training it is chosen once, and may be pickled"
+    rec,used = CurvatureRecorder(every=2, curvature=Hessian('auto'), per_layer=True),[]
+    for act in (nn.GELU,nn.ReLU):
+        learn = Learner(dls(), nn.Sequential(nn.Flatten(), nn.Linear(36,8), act(), nn.Linear(8,3)), CrossEntropyLossFlat(), opt_func=Adam, cbs=rec)
+        with learn.no_bar(),learn.no_logging(): learn.fit(1, 1e-2)
+        used.append(capsys.readouterr().out.count("hvp='auto' is"))
+        assert len(rec.records)==2 and not rec.frame.lambda_max.isna().any() and rec.curvature.used is None
+        pickle.loads(pickle.dumps(learn))
+    assert used==[1,1]

@@ -532,3 +532,16 @@ def test_given_takes_the_step_that_the_exact_diagonal_gives():
     ks = iter((1.,2.))
     given = Given(lambda problem, params: [next(ks)*6*p for p in params])
     assert (stepped(given, 8.)-stepped('hutchinson', 8.)).abs().max()<1e-12
+
+
+@pytest.mark.parametrize('kw', [dict(estimator=Hutchinson(n_samples=4), n_samples=1), dict(estimator=GNB(2), n_samples=1),
+    dict(estimator=Hutchinson(Hessian('forward')), hvp='reverse'), dict(estimator=Hutchinson(Hessian('forward')), hvp='auto'),
+    dict(estimator=Hutchinson(probe='gaussian'), probe='rademacher'), dict(estimator=Hutchinson(GaussNewton()), curvature='hessian'),
+    dict(curvature=Hessian('forward'), hvp='reverse'), dict(curvature=GaussNewton('along'), hvp='reverse'),
+    dict(estimator='gnb', curvature='hessian')], ids=lambda o: ','.join(o))
+def test_a_keyword_beside_an_object_is_never_ignored(kw):
+    "What is usual was let through, and the object had it otherwise"
+    with pytest.raises(ValueError, match='takes no'): adahessian([nn.Parameter(torch.zeros(2))], **kw)
+
+def test_what_is_usual_may_be_said_beside_a_name():
+    for kw in (dict(hvp='reverse'), dict(hvp='auto'), dict(probe='rademacher')): adahessian([nn.Parameter(torch.zeros(2))], estimator='gnb', **kw)

@@ -18,7 +18,7 @@ from fastai.vision.core import TensorImage, TensorMask
 from fastai.vision.models.unet import DynamicUnet
 from sklearn.datasets import load_digits
 from adahessian_fastai.hvp import flat, unflat
-from adahessian_fastai.curvature import Hessian
+from adahessian_fastai.curvature import GaussNewton,Hessian
 from adahessian_fastai.ggn import ggn_product
 from adahessian_fastai.problem import MeanProblem, Problem
 from adahessian_fastai.hessian_free import *
@@ -131,10 +131,9 @@ def test_preconditioner_lowers_cg_iterations_on_a_badly_scaled_problem(probes):
         its[precondition] = sum(r['n_iter'] for r in opt.record)
     assert its[True]*2 < its[False]
 
-@pytest.mark.parametrize('curvature,damping', [('hessian',1.5), ('ggn',.1)])
+@pytest.mark.parametrize('curvature,damping,jvp', [('hessian',1.5,'auto'), *(('ggn',.1,o) for o in ('reverse','dual','linearize'))])
 @pytest.mark.parametrize('precondition', [False,True])
-@pytest.mark.parametrize('jvp', ['reverse','dual','linearize'])
-def test_three_steps_with_a_frozen_first_layer(curvature, damping, precondition, jvp):
+def test_three_steps_with_a_frozen_first_layer(curvature, damping, jvp, precondition):
     torch.manual_seed(0)
     x,y = torch.randn(16,7),torch.randn(16,3)
     model = nn.Sequential(nn.Linear(7,5), nn.ReLU(), nn.Linear(5,5), nn.ReLU(), nn.Linear(5,3))
@@ -1355,3 +1354,21 @@ def test_a_preconditioner_leaves_the_random_state_and_each_optimizer_has_its_own
     made = Preconditioner(n_probes=2)
     first,second,keyword = run(precondition=made),run(precondition=made),run(precondition=True, fisher_probes=2)
     assert torch.equal(first, second) and torch.equal(first, keyword)
+
+@pytest.mark.parametrize('kwargs', [dict(curvature='hessian', jvp='dual'), dict(curvature=GaussNewton('reverse'), jvp='dual'), dict(fisher_probes=2),
+    dict(fisher_exponent=1.)], ids=str)
+def test_a_keyword_that_would_change_nothing_is_refused(kwargs):
+    with pytest.raises(ValueError, match=list(kwargs)[-1]): hessian_free([nn.Parameter(torch.zeros(1))], **kwargs)
+
+def test_a_keyword_beside_what_is_switched_off():
+    "Told so: a comparison of on and off gives both the same keywords"
+    hessian_free([nn.Parameter(torch.zeros(1))], precondition=False, fisher_probes=2, line_search=False, ls_beta=0.5)
+
+
+def test_a_look_at_the_reduction_changes_nothing():
+    "Neither the statistics of a batch norm nor the random state"
+    torch.manual_seed(0)
+    model,x,y = nn.Sequential(nn.Linear(4,3), nn.BatchNorm1d(3, momentum=0.5)),torch.randn(8, 4),torch.randint(3, (8,))
+    opt,before,rng = hessian_free(model.parameters()),{k: v.clone() for k,v in model.state_dict().items()},torch.get_rng_state()
+    opt.check_reduction(model, F.cross_entropy, [(x,y),(x,y)])
+    assert torch.equal(rng, torch.get_rng_state()) and all(torch.equal(before[k], v) for k,v in model.state_dict().items())

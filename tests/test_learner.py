@@ -1,5 +1,5 @@
 "The route that fastai's users take, and that other optimizers do not notice"
-import copy,gc,warnings,weakref
+import copy,gc,pickle,warnings,weakref
 from functools import partial
 
 import numpy as np,pandas as pd,pytest,torch
@@ -357,6 +357,19 @@ def test_fine_tuning_at_the_rate_that_was_given(lr):
     reached = top(modern, 1.)
     assert top(modern, lr=lr)==top(partial(modern, lr=lr))==top(modern, then=lr)==pytest.approx(0.03*reached)
     assert top(partial(modern, lr=lr), 0.01)==pytest.approx(0.01*reached) and top(Adam, lr=0.03)==pytest.approx(2e-3*reached)
+
+
+def test_a_number_that_equals_the_default_is_given_all_the_same(tmp_path):
+    "`learn.lr = 0.15` after a training was taken for nobody's, and became 0.3; a copy still knows what nobody gave"
+    def top(learn):
+        seen = Rates()
+        learn.fit(1, cbs=seen)
+        return max(seen.seen)
+    learn = Learner(data(), nn.Linear(6,2), CrossEntropyLossFlat(), opt_func=modern)
+    assert top(learn)==0.3 and learn.lr==0.15
+    for copied in (copy.deepcopy(learn), pickle.loads(pickle.dumps(learn))): assert top(copied)==0.3 and copied.lr==0.15
+    learn.lr = float('0.15')
+    assert top(learn)==top(copy.deepcopy(learn))==top(pickle.loads(pickle.dumps(learn)))==0.15
 
 
 def test_the_rate_of_a_length_with_loaders_of_pytorch():

@@ -146,7 +146,7 @@ def test_what_is_never_said():
 
 def test_stand_in_is_reproducible_and_its_parts_differ():
     train,valid = (sentence_pairs('toy', o, 50) for o in ('train','valid'))
-    assert train==sentence_pairs('toy', 'train', 50) and train==sentence_pairs('toy', 'train', 60)[:50] and train!=valid
+    assert sentence_pairs('toy', n=0)==[] and train==sentence_pairs('toy', 'train', 50) and train==sentence_pairs('toy', 'train', 60)[:50] and train!=valid
     with pytest.raises(ValueError, match="split='dev'"): sentence_pairs('toy', 'dev')
     with pytest.raises(ValueError, match="data='europarl'"): sentence_pairs('europarl')
 
