@@ -64,7 +64,7 @@ class AdaHessianWrapper(CurvatureOptimizer):
         check_together(est, signed, signed_blocks, debiased)
         check_block_length(block_length)
         smooth = partial(average_diag, block_length=block_length, signed=signed_blocks, average_kernels=average_kernels)
-        super().__init__(opt, est, made_schedule(**schedule), smooth, n_acc, debiased, perturb)
+        super().__init__(opt, est, made_schedule(**schedule), smooth, n_acc, debiased, copy(perturb))
 
 # %% ../nbs/16_adahessian.ipynb #0373d378
 def adahessian(

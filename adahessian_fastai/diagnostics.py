@@ -178,8 +178,7 @@ def layer_params(
     left = {id(p): p for p in (inside.parameters() if params is None else params) if p.requires_grad}
     res = {}
     for name,m in inside.named_modules():
-        ps = [left.pop(id(p)) for p in m.parameters(recurse=False) if id(p) in left]
-        if ps: res[f'{name} {type(m).__name__}'.strip()] = ps
+        if ps := [left.pop(id(p)) for p in m.parameters(recurse=False) if id(p) in left]: res[f'{name} {type(m).__name__}'.strip()] = ps
     return {**res, 'outside the model': list(left.values())} if left else res
 
 # %% ../nbs/20_diagnostics.ipynb #f6f2b311

@@ -14,7 +14,7 @@ import math,statistics,time
 from collections import defaultdict
 from copy import copy
 from typing import NamedTuple
-from fastcore.basics import partial,patch
+from fastcore.basics import ifnone,partial,patch
 
 import torch
 from .hvp import check_count,check_number
@@ -129,7 +129,7 @@ class Budget(Every):
         dense:int|tuple=0, # As for `Every`, where this one was told of no start
     )->'Budget': # A copy for an optimizer of its own
         "The same budget, nothing measured yet"
-        new,own = copy(self),'auto' if self.auto else self.hessian_bs or hessian_bs
+        new,own = copy(self),ifnone(self.asked[1], hessian_bs)
         Budget.__init__(new, self.overhead, self.n_measured, self.clock, own, self.first or dense, self.least_seconds)
         return new
 
@@ -234,9 +234,10 @@ def made_schedule(
     when=None, # A schedule, in the place of all these
 ): # Raises `ValueError` for what does not go together
     "The schedule that these keywords describe"
-    if budget is not None and update_each!=1 or when is not None and (update_each,hessian_bs,budget,dense)!=(1,None,None,0):
-        raise ValueError(f"budget chooses update_each, and when chooses everything: give one of them, got {update_each=}, {hessian_bs=}, "
-            f"{budget=}, {dense=}, {when=}")
+    both = isinstance(budget, Budget) and (None not in (hessian_bs,budget.asked[1]) or budget.first and dense not in (0,20))
+    if both or budget is not None and update_each!=1 or when is not None and (update_each,hessian_bs,budget,dense)!=(1,None,None,0):
+        raise ValueError(f"budget chooses update_each, a Budget what it was told, and when everything: give one of them, got "
+            f"{update_each=}, {hessian_bs=}, {budget=}, {dense=}, {when=}")
     if when is not None: return when.anew() if isinstance(when, Budget) else copy(when) if type(when) is Every else when
     if budget is None: return Every(update_each, hessian_bs, dense)
     return budget.anew(hessian_bs, dense) if isinstance(budget, Budget) else Budget(budget, hessian_bs=hessian_bs, dense=dense)

@@ -98,6 +98,9 @@ def test_an_object_as_a_budget_takes_what_it_was_not_told():
     assert when(0.25, dense=5).dense==5 and when(0.25, dense=0).dense==0
     assert when(0.25, None, time.perf_counter, 'auto').hessian_bs=='auto' and when(0.25, hessian_bs=0.5).hessian_bs==0.5
     assert adahessian([p], when=Budget(0.25)).when.dense==0
+    for told in (dict(hessian_bs=0.25), dict(hessian_bs='auto'), dict(dense=7)):
+        with pytest.raises(ValueError, match='a Budget what it was told'):
+            adahessian([p], budget=Budget(0.25, **told), **{k: 0.5 if k=='hessian_bs' else 5 for k in told})
 
 def test_every_optimizer_of_a_period_has_its_own():
     opt_func = partial(adahessian, when=Every(3))
@@ -251,8 +254,8 @@ def test_a_schedule_comes_without_what_it_decides(given):
     for f in (default, adahessian, sophia):
         assert f(p, when=Every(4)).update_each==4
         if f is sophia and 'budget' in given: continue
-        with pytest.raises(ValueError, match=f"when chooses everything.*{list(given)[0]}="): f(p, when=Every(4), **given)
-    with pytest.raises(ValueError, match='when chooses everything'): AdaHessianWrapper(AdaHessian(p, lr=0.1), when=Every(4), **given)
+        with pytest.raises(ValueError, match=f"when everything.*{list(given)[0]}="): f(p, when=Every(4), **given)
+    with pytest.raises(ValueError, match='when everything'): AdaHessianWrapper(AdaHessian(p, lr=0.1), when=Every(4), **given)
 
 def test_budgets_can_be_pickled():
     "With an optimizer that measures, too"

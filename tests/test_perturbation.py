@@ -6,7 +6,7 @@ from fastai.callback.training import GradientAccumulation
 from functools import partial
 from torch import nn
 from adahessian_fastai.all import AdaHessian,AdaHessianWrapper
-from adahessian_fastai.steppers import Perturbation
+from adahessian_fastai.steppers import Perturbation,perturbed
 from helpers_learner import HYPERS,ROUNDING,data,distance,fit,given,learner,mlp,one_loss,split
 from twin import Twin
 
@@ -283,3 +283,15 @@ def test_a_group_that_steps_less_moves_less(lrs, k):
     assert all(torch.allclose(p, o-RHO*m/norm, atol=1e-12) for p,o,m in zip(ps, home, ms))
     opt.perturb.back()
     assert all(torch.equal(p, o) for p,o in zip(ps, home))
+
+
+def test_a_perturbation_serves_two_optimizers():
+    "Each has its own, so the second is told as well that its loop moves nothing"
+    made,p = Perturbation(0.1),nn.Parameter(torch.ones(2))
+    first,second = (AdaHessianWrapper(AdaHessian([p], lr=0.1), perturb=made) for _ in range(2))
+    first.perturb.rho = 0.3
+    with perturbed(first): first.differentiate((p**4).sum())
+    first.step()
+    assert second.perturb.rho==made.rho==0.1
+    second.differentiate((p**4).sum())
+    with pytest.warns(UserWarning, match='rho=0.1 does nothing'): second.step()
