@@ -105,7 +105,8 @@ def train_once(
     "Train and measure"
     with no_random(seed):
         learn,meter = make_learner(opt_func),Meter()
-        for rng in [dl.rng for dl in learn.dls.loaders if hasattr(dl, 'rng')]: rng.seed(seed)
+        rngs = [o for dl in learn.dls.loaders for k in ('rng','generator') if (o := vars(dl).get(k))]
+        for o in rngs: getattr(o, 'manual_seed', o.seed)(seed)
         with lr_of_run(learn, n_epoch): default = learn.lr
         print(f"seed {seed}, lr={lr or default:.3g}", flush=True)
         with plain_progress(learn): learn.fit_one_cycle(n_epoch, lr, cbs=meter)

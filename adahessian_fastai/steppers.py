@@ -630,5 +630,4 @@ def checked_steppers(
         for k,v in s.items(): check_entry(i, k, v, p)
         check_averages(opt.cbs, i, s)
     check_part('the state', sd['curvature'], rules)
-    state = {p: {k: state_like(v, p) for k,v in s.items()} for p,s in pairs}
-    return L(dict(h) for h in sd['hypers']),defaultdict(dict, state)
+    return L(dict(h) for h in sd['hypers']),defaultdict(dict, {p: {k: state_like(v, p) for k,v in s.items()} for p,s in pairs})

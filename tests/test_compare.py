@@ -162,3 +162,12 @@ def test_a_comparison_leaves_the_random_state_and_the_switches_of_cudnn():
 
 def test_a_rate_for_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="adma.*'adam'"): compare_optimizers(None, dict(adam=Adam), 1, lr=dict(adma=1e-2))
+
+def test_a_loader_of_pytorch_begins_each_run_alike():
+    "Its generator went on where the run before had left it, so the second optimizer saw other batches"
+    ds = torch.utils.data.TensorDataset(torch.randn(64,4), torch.randint(2, (64,)))
+    train = torch.utils.data.DataLoader(ds, bs := 8, shuffle=True, generator=torch.Generator())
+    dls = DataLoaders(train, torch.utils.data.DataLoader(ds, bs))
+    def make(opt): return Learner(dls, torch.nn.Linear(4,2), torch.nn.functional.cross_entropy, opt_func=opt)
+    runs = compare_optimizers(make, dict(a=Adam, b=Adam), 2)
+    assert runs.losses[0]==runs.losses[1]
