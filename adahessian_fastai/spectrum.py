@@ -291,7 +291,7 @@ class SpectralDensity:
     ):
         "Smoothed density on a logarithmic scale"
         ax,lo,hi = ax or plt.subplots(figsize=(5,3))[1],self.nodes.min().item(),self.nodes.max().item()
-        sigma = sigma or (hi-lo or 1.)/100
+        sigma = (hi-lo or 1.)/100 if sigma is None else sigma
         x = torch.linspace(lo-5*sigma, hi+5*sigma, bins, dtype=torch.double)
         ax.semilogy(x, self(x, sigma).clamp_min(floor), **kwargs)
         ax.set(xlabel='eigenvalue', ylabel='density', title='Spectral density')

@@ -111,6 +111,7 @@ def test_bad_tolerances_name_themselves(x):
         with pytest.raises(ValueError, match='level'): confidence_interval(0., 1., 9, level=level)
     for sigma in (0., -1., math.nan):
         with pytest.raises(ValueError, match='sigma'): spectral_density(product, params)(torch.zeros(1), sigma)
+        with pytest.raises(ValueError, match='sigma'): spectral_density(product, params).plot(sigma=sigma)
 
 def test_no_parameters_is_an_error_that_says_so():
     for f in (extreme_eigenvalues, spectral_density, hutch_plus_plus, dense_matrix):
