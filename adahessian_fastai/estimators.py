@@ -195,10 +195,10 @@ class Given:
         center=None, # Plays no part
     )->Estimate: # Raises `ValueError` for another number of tensors, or other shapes
         "The diagonal as it is"
-        diag = [d.detach().clone() for d in self.diagonal(problem, params)]
-        if [d.shape for d in diag]!=[p.shape for p in params]:
-            raise ValueError(f"the diagonal must be like the parameters, got the shapes {[tuple(d.shape) for d in diag]}")
-        return Estimate(diag, [], None)
+        found = list(self.diagonal(problem, params))
+        if [d.shape for d in found]!=[p.shape for p in params]:
+            raise ValueError(f"the diagonal must be like the parameters, got the shapes {[tuple(d.shape) for d in found]}")
+        return Estimate([d.detach().to(p, copy=True) for d,p in zip(found, params)], [], None)
 
     def state_dict(self): return {}
     def load_state_dict(self, sd): pass
