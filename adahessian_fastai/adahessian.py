@@ -104,7 +104,7 @@ def adahessian(
     steppers = AdaHessian(params, ifnone(lr, 0.15), mom, sqr_mom, eps, wd, hessian_power, decouple_wd, signed, clip, cap, spike)
     opt = AdaHessianWrapper(steppers, block_length, n_acc, estimator, curvature, hvp, probe, n_samples, signed_blocks, average_kernels,
         debiased, Perturbation(rho), hessian_bs=hessian_bs, budget=budget, when=when, dense=0 if when is not None and dense==20 else dense,
-        update_each=1 if (budget,when)!=(None,None) and update_each==10 else update_each)
+        update_each=1 if (budget is not None or when is not None) and update_each==10 else update_each)
     opt.default_lr,opt.opt.default_steps = lr_for(opt)
     if lr is None: opt.set_hyper('lr', opt.default_lr)
     return opt

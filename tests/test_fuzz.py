@@ -70,6 +70,7 @@ HF = dict(lr='least0', wd='least0', damping='least0', curvature='name', jvp='nam
     held_out='held_out', cg_max_iter='maybe_count', cg_tol='least0', martens_eps='maybe_least0', x0_decay='power', neg_curv='name', check_every='maybe_count', grid='maybe_grid',
     keep_iterates='maybe_count', ls_beta='inside', ls_c='least0', ls_max_iter='count', fisher_exponent='number', fisher_probes='maybe_count',
     lm_bounds='pair', lm_factors='pair', damping_bounds='pair')
+ON = dict(precondition=True) # What `fisher_probes` belongs to
 bad.update(  # chkstyle: ignore-node
     limit0=[o for o in [*NO_COUNT, None] if o is not inf and (isinstance(o, bool) or not isinstance(o, int) or o)],
     open1=[*NO_NUMBER, None, 0., 1., -1., inf], grid=[*NO_NUMBER, None, 1., 0.5, -1., inf],
@@ -86,7 +87,7 @@ functions = dict(  # chkstyle: ignore-node
         n_samples='maybe_count', along='name')), Perturbation=(Perturbation, dict(rho='bound', along='name')),
     sophia=(lambda **k: sophia(weights(), **k), dict(OWN, rho='positive', **CURVED)),
     Sophia=(lambda **k: Sophia(weights(), **{'lr': 0.1, **k}), dict(OWN, rho='positive')),
-    hessian_free=(lambda **k: hessian_free(weights(), **k), HF), HessianFree=(lambda **k: HessianFree(weights(), **k), HF),
+    hessian_free=(lambda **k: hessian_free(weights(), **ON, **k), HF), HessianFree=(lambda **k: HessianFree(weights(), **ON, **k), HF),
     CurvatureOptimizer=(lambda **k: CurvatureOptimizer(AdaHessian(weights(), 0.1), **k), dict(n_acc='count')),
     Every=(Every, dict(update_each='period', hessian_bs='rows', dense='count0')), Budget=(lambda overhead=0.5, **k: Budget(overhead, **k), dict(overhead='budget')),
     Hutchinson=(Hutchinson, dict(n_samples='count', probe='probe')), ControlVariate=(ControlVariate, dict(n_samples='count', probe='probe')),
