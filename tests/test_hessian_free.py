@@ -1356,7 +1356,7 @@ def test_a_preconditioner_leaves_the_random_state_and_each_optimizer_has_its_own
     assert torch.equal(first, second) and torch.equal(first, keyword)
 
 @pytest.mark.parametrize('kwargs', [dict(curvature='hessian', jvp='dual'), dict(curvature=GaussNewton('reverse'), jvp='dual'), dict(fisher_probes=2),
-    dict(fisher_exponent=1.)], ids=str)
+    dict(fisher_exponent=1.)], ids=['a word','an object','probes','exponent'])
 def test_a_keyword_that_would_change_nothing_is_refused(kwargs):
     with pytest.raises(ValueError, match=list(kwargs)[-1]): hessian_free([nn.Parameter(torch.zeros(1))], **kwargs)
 
