@@ -150,8 +150,9 @@ def test_loaders_of_pytorch_begin_at_the_seed_too():
     assert a==b
 
 
-def test_a_comparison_leaves_the_random_state_and_the_switches_of_cudnn():
+def test_a_comparison_leaves_the_random_state_and_the_switches_of_cudnn(monkeypatch):
     "They stayed at those of the last run; `deterministic` made all that came after slow"
+    monkeypatch.setattr(torch.backends.cudnn, 'deterministic', False)
     ds = [(torch.randn(4),torch.randint(2, ())) for _ in range(16)]
     dls = DataLoaders.from_dsets(ds, ds, bs=8, num_workers=0)
     before,cudnn = get_random_states(),torch.backends.cudnn
