@@ -101,9 +101,10 @@ def adahessian(
 )->AdaHessianWrapper: # Raises `ValueError` for an argument outside its range
     "AdaHessian as `opt_func` of a `Learner`"
     check_names(adahessian, others)
+    own_start = when is not None or getattr(budget, 'first', 0)
     steppers = AdaHessian(params, ifnone(lr, 0.15), mom, sqr_mom, eps, wd, hessian_power, decouple_wd, signed, clip, cap, spike)
     opt = AdaHessianWrapper(steppers, block_length, n_acc, estimator, curvature, hvp, probe, n_samples, signed_blocks, average_kernels,
-        debiased, Perturbation(rho), hessian_bs=hessian_bs, budget=budget, when=when, dense=0 if when is not None and dense==20 else dense,
+        debiased, Perturbation(rho), hessian_bs=hessian_bs, budget=budget, when=when, dense=0 if own_start and dense==20 else dense,
         update_each=1 if (budget is not None or when is not None) and update_each==10 else update_each)
     opt.default_lr,opt.opt.default_steps = lr_for(opt)
     if lr is None: opt.set_hyper('lr', opt.default_lr)
@@ -146,8 +147,7 @@ def AdaHessian(
     spike:float=0., # Largest length of the gradient, in running means of that length; 0 or `None` for no bound
 )->Optimizer: # Raises `ValueError` for a value outside its range
     "An `Optimizer` of AdaHessian's steppers, to be wrapped by `AdaHessianWrapper`"
-    hypers = dict(lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, hessian_power=hessian_power)
-    hypers.update({k: ifnone(v, 0.) for k,v in dict(clip=clip, cap=cap, spike=spike).items()})
+    bounds = {k: ifnone(v, 0.) for k,v in dict(clip=clip, cap=cap, spike=spike).items()}
     cbs = [weight_decay if decouple_wd else l2_reg, partial(average_grad, dampening=True), step_stat]
     cbs += [average_diag_hessian if signed else average_sqr_diag_hessian, adahessian_step]
-    return made_steppers(params, cbs, **hypers)
+    return made_steppers(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, hessian_power=hessian_power, **bounds)

@@ -234,7 +234,7 @@ def made_schedule(
     when=None, # A schedule, in the place of all these
 ): # Raises `ValueError` for what does not go together
     "The schedule that these keywords describe"
-    both = isinstance(budget, Budget) and (None not in (hessian_bs,budget.asked[1]) or budget.first and dense not in (0,20))
+    both = isinstance(budget, Budget) and (None not in (hessian_bs,budget.asked[1]) or budget.first and dense)
     if both or budget is not None and update_each!=1 or when is not None and (update_each,hessian_bs,budget,dense)!=(1,None,None,0):
         raise ValueError(f"budget chooses update_each, a Budget what it was told, and when everything: give one of them, got "
             f"{update_each=}, {hessian_bs=}, {budget=}, {dense=}, {when=}")
