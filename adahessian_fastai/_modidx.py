@@ -80,6 +80,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'adahessian_fastai/batch.py'),
                                          'adahessian_fastai.batch.LearnerProblem.evaluate_again': ( 'batch.html#learnerproblem.evaluate_again',
                                                                                                     'adahessian_fastai/batch.py'),
+                                         'adahessian_fastai.batch.LearnerProblem.half': ( 'batch.html#learnerproblem.half',
+                                                                                          'adahessian_fastai/batch.py'),
                                          'adahessian_fastai.batch.LearnerProblem.obstacle': ( 'batch.html#learnerproblem.obstacle',
                                                                                               'adahessian_fastai/batch.py'),
                                          'adahessian_fastai.batch.LearnerProblem.preserving': ( 'batch.html#learnerproblem.preserving',

@@ -16,6 +16,7 @@ __all__ = ['send', 'autocast_of', 'takes_part', 'evaluate_batch', 'snapshot_of',
 # %% ../nbs/12_batch.ipynb #d4f4fa69
 import math,warnings
 from contextlib import contextmanager,nullcontext,suppress
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Literal,NamedTuple
 
@@ -246,10 +247,14 @@ class LearnerProblem(Problem):
         leave_out:tuple=(), # Classes of callbacks that have no part in this loss
     ):
         super().__init__(params, learn.loss_grad, learn.pred, learn.yb[0] if len(learn.yb)==1 else learn.yb, learn.loss_func,
-            start and self.evaluate_again, loss_weight(learn, leave_out), loss_scale(learn), unwrapped(learn.model), half=in_half(learn))
+            start and self.evaluate_again, loss_weight(learn, leave_out), loss_scale(learn), unwrapped(learn.model))
+        del self.half # Most batches never ask, and it is a walk through the model
         self.learn,self.start,self.leave_out,self.inputs = learn,start,leave_out,learn.xb
         self.bare = not any(takes_part(cb) and not isinstance(cb, (MixedPrecision,GradientAccumulation)) for cb in learn.cbs)
         self.attrs,self.cbs = dict(xb=learn.xb, yb=learn.yb),noted(learn) if start else ()
+
+    @cached_property
+    def half(self): return in_half(self.learn)
 
     def preserving(self): return batch_of(self.learn, self.start)
 
@@ -320,7 +325,7 @@ class Turn(NamedTuple):
         "Decide on the rows, and take a snapshot where one is needed"
         params,share,n_samples = due
         estimator,model = with_samples(estimator, n_samples),unwrapped(learn.model)
-        check_model(learn.model, is_first_order(estimator))
+        if params or vars(learn).get('iter', 0)==0: check_model(learn.model, is_first_order(estimator))
         if n_acc>1 and callback_of(learn, GradientAccumulation):
             raise ValueError(f"n_acc and GradientAccumulation do the same: use one of them, got {n_acc=}")
         reshard(learn.model)

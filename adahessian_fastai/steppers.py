@@ -304,7 +304,7 @@ class Perturbation:
         on = [(p,o) for p,o in zip(params, d) if o is not None]
         if not on or self.kept: return
         ps,ds = zip(*on)
-        self.kept,norm = [(p, p.detach().clone()) for p in ps],total_norm(list(ds))
+        self.kept,norm = list(zip(ps, torch._foreach_mul(ps, 1))),total_norm(list(ds)) # Times 1: all copies in one operation
         size = torch.where(norm>0, sign*self.rho/norm, 0.)
         with torch.autograd._unsafe_preserve_version_counter(ps): torch._foreach_addcmul_(ps, ds, [size]*len(ds))
 

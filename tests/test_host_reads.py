@@ -7,6 +7,7 @@ from fastai.learner import Learner
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import adahessian_fastai.batch
 from adahessian_fastai.all import adahessian,adahessian_paper,sassha,sophia
 from adahessian_fastai.schedule import Every
 
@@ -93,3 +94,39 @@ def test_reads_do_not_grow():
     few,many = (learner(adahessian, depth)[0] for depth in (0,4))
     assert len(list(many.model.parameters()))>2*len(list(few.model.parameters()))
     assert [[len(o) for _,o in reads(partial(adahessian, when=AtThird()), depth)] for depth in (0,4)] == [[1+trial,1,1,1]]*2
+
+class Launches(TorchDispatchMode):
+    "Counts operations that a GPU would be asked for: all but views"
+    n = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += not (func.is_view or 'detach' in func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+@pytest.mark.parametrize('opt_func', [adahessian,adahessian_paper,sophia,partial(adahessian, signed=True)])
+def test_launches_do_not_grow(opt_func):
+    "The parameters of a larger network are moved for the forward pass, put back and stepped by as many operations"
+    def launches(depth):
+        learn,batch = learner(partial(opt_func, when=AtThird()), depth)
+        for i in range(2): learn.one_batch(i, batch)
+        opt = learn.opt
+        with Launches() as moved:
+            opt.perturb.ahead(opt)
+            opt.perturb.back()
+        for p in learn.model.parameters(): p.grad = torch.ones_like(p)
+        with Launches() as stepped: opt.step()
+        return moved.n,stepped.n
+    assert launches(0)==launches(4)
+
+@pytest.mark.parametrize('opt_func', [adahessian,sophia])
+def test_models_are_looked_through_for_estimates_alone(opt_func, monkeypatch):
+    "A walk through all modules takes the host a millisecond: a batch without an estimate goes without"
+    (learn,batch),walks = learner(partial(opt_func, when=AtThird()), 1),[]
+    for name in ('check_model','in_half'):
+        orig = getattr(adahessian_fastai.batch, name)
+        monkeypatch.setattr(adahessian_fastai.batch, name, lambda *args,name=name,orig=orig: walks.append(name) or orig(*args))
+    found = []
+    for i in range(4):
+        learn.one_batch(i, batch)
+        found.append(set(walks))
+        walks.clear()
+    assert all('check_model' in found[i] for i in (0,2)) and found[1]==found[3]==set()
