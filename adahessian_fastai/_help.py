@@ -9,9 +9,7 @@ _lib,_width = __package__,88 # What JupyterLab shows unbroken on a small screen
 
 # Notes of parameters
 
-def signature_lines(
-    f, # Function with its source at hand
-): # Lines from `def` to the end of its signature
+def signature_lines(f): # Lines from `def` to the end of its signature
     "The signature of `f` as it is written"
     code = inspect.unwrap(f).__code__
     lines = getlines(code.co_filename)[code.co_firstlineno-1:]
@@ -22,9 +20,7 @@ def signature_lines(
     end = next((i for i in range(start+1, len(lines)) if re.match(r'\s*\)', lines[i])), start)
     return lines[start:end+1]
 
-def parameter_notes(
-    f, # Function with its source at hand
-)->dict: # Comments by parameter; 'returns' for the one behind the closing parenthesis
+def parameter_notes(f)->dict: # Comments by parameter; 'returns' for the one behind the closing parenthesis
     "The comments of the parameters of `f`"
     to,notes = getattr(f, '__delwrap__', None),{}
     for l in signature_lines(f):
@@ -35,25 +31,19 @@ def parameter_notes(
     more = {k: v for k,v in more.items() if k in takes} | {k: parameter_notes(cls.__init__)[own] for k,(cls,own) in flat.items()}
     return {**notes, **{k: v for k,v in more.items() if k not in notes}}
 
-def notes_text(
-    notes:dict, # Text by name
-)->str:
+def notes_text(notes:dict)->str:
     "`notes` as a list of at most 88 columns"
     n = max(map(len, notes))+4
     def entry(k, v): return f'  {k}'.ljust(n) + f'\n{" "*n}'.join(wrap(v, _width-n, break_on_hyphens=False))
     return '\n'.join(entry(k, v) for k,v in notes.items())
 
-def add_notes(
-    f, # Function; one without docstring or without notes stays as it is
-):
+def add_notes(f):
     "Put the notes of the parameters of `f` under its docstring"
     doc = f.__doc__
     if '\n' in (doc or '') or doc is None and f.__name__!='__init__' or not (notes := parameter_notes(f)): return
     f.__doc__ = f"{f'{doc}{chr(10)*2}' if doc else ''}Parameters:\n{notes_text(notes)}"
 
-def functions_of(
-    o, # A function or a class; anything else has none
-)->list: # `o` itself, or its public methods
+def functions_of(o)->list: # `o` itself, or its public methods
     "What a person may ask about in `o`"
     if inspect.isfunction(o): return [o]
     return [f for nm,f in vars(o).items() if inspect.isfunction(f) and (nm[0]!='_' or nm=='__init__')] if inspect.isclass(o) else []
@@ -96,18 +86,14 @@ def arguments(
     kept = {p.name: (vars(o)[p.name],p.default) for p in ps if vars(o).get(p.name) is not None}
     return {k: v for k,(v,default) in kept.items() if v is not default and v!=default}
 
-def shown(
-    o, # Number, text, function or part of an optimizer
-)->str:
+def shown(o)->str:
     "`o` in a few letters"
     if isinstance(o, float): return f'{o:.4g}'
     if hasattr(o, '__name__'): return o.__name__
     if not type(o).__module__.startswith(_lib): return repr(o)
     return f"{type(o).__name__}({', '.join(f'{k}={shown(v)}' for k,v in arguments(o).items())})"
 
-def described_groups(
-    opt, # Any fastai optimizer
-)->list: # A line for all groups with the same hyperparameters that follow one another
+def described_groups(opt)->list: # A line for all groups with the same hyperparameters that follow one another
     "Parameters and hyperparameters of the groups of `opt`"
     def hypers(i): return ', '.join(f'{k}={shown(v)}' for k,v in opt.hypers[i].items())
     def line(idxs, text):
@@ -117,16 +103,15 @@ def described_groups(
         return f"{name}: {len(ps)} tensors, {free:,} of {sum(p.numel() for p in ps):,} weights train; {text}"
     return [line(list(idxs), text) for text,idxs in groupby(range(len(opt.param_lists)), hypers)]
 
-def describe(
-    opt, # Optimizer of this package
-)->str: # Name and steppers, estimator, schedule, groups
+def describe(opt)->str: # Name and steppers, estimator, schedule, groups
     "What `opt` is, in a few lines"
     inner = getattr(opt, 'opt', None)
     cbs = [getattr(cb, 'func', cb).__name__ for cb in getattr(inner, 'cbs', ())]
     name = getattr(inner, 'name', cbs[-1].removesuffix('_step') if cbs else type(opt).__name__)
     parts = {k: vars(opt)[k] for k in ('estimator','when','perturb','n_acc','curvature') if k in vars(opt)}
     settings = {k: vars(opt).get(k) for k in ('cg','damping','line_search','preconditioner','batches')}
-    parts.update({k: v for k,v in settings.items() if v is not None and arguments(v)})
+    told = {'line_search'} if vars(opt).get('line_search', 1) is None else set() # It is there by default, and a preconditioner is not
+    parts.update({k: v for k,v in settings.items() if k in told or v is not None and (arguments(v) or k=='preconditioner')})
     parts = {k: v for k,v in parts.items() if not (k=='perturb' and not v.rho or k=='n_acc' and v==1)}
     head = f"{name}: {', '.join(cbs)}" if cbs else name
     return '\n  '.join([head, *(f'{k}: {shown(v)}' for k,v in parts.items()), *described_groups(opt)])

@@ -10,8 +10,8 @@ and diagnostics all use it, so they all mean the same function."""
 # %% auto #0
 __all__ = ['send', 'autocast_of', 'takes_part', 'evaluate_batch', 'snapshot_of', 'noted', 'batch_of', 'loss_scale',
            'CurvatureScale', 'loss_weight', 'plain_number', 'n_rows', 'take_rows', 'check_rows_possible', 'in_half',
-           'LearnerProblem', 'no_duals', 'Turn', 'problem_of', 'Batches', 'versions', 'divided', 'closure_problem',
-           'DataBatch', 'accumulate']
+           'LearnerProblem', 'no_duals', 'Turn', 'problem_of', 'Batches', 'versions', 'divided', 'check_whole_step',
+           'check_trained', 'pairs', 'closure_problem', 'DataBatch', 'accumulate']
 
 # %% ../nbs/12_batch.ipynb #d4f4fa69
 import math,warnings
@@ -53,9 +53,7 @@ def send(
         finally: _asked.discard(id(cb))
 
 @contextmanager
-def autocast_of(
-    learn:Learner, # Maybe with mixed precision
-):
+def autocast_of(learn:Learner):
     "Context that begins the autocast of `learn`, and ends it if something is raised inside"
     cb = callback_of(learn, MixedPrecision)
     if cb: cb.before_batch()
@@ -65,9 +63,7 @@ def autocast_of(
         raise
 
 # %% ../nbs/12_batch.ipynb #f9d3ed13
-def takes_part(
-    cb:Callback, # Any callback
-)->bool:
+def takes_part(cb:Callback)->bool:
     "Does `cb` take part in the loss of a batch?"
     return any(hasattr(cb, o) for o in ('after_pred','after_loss','before_backward'))
 
@@ -165,9 +161,7 @@ class CurvatureScale:
         "`problem` with the scale of a second derivative in place of the loss scale"
         return problem.replace(loss=problem.loss*(self.fit(grads, problem.scale)/problem.scale), rescaled=self.product)
 
-    def update(self,
-        finite:bool, # Was the estimate finite?
-    ):
+    def update(self,finite:bool):
         "Halve `c` after an overflow, double it after `growth_interval` finite estimates"
         self.n_good = self.n_good+1 if finite else 0
         factor = 0.5 if not finite else 2. if self.n_good==self.growth_interval else 1.
@@ -201,8 +195,8 @@ def n_rows(
     hessian_bs = plain_number(hessian_bs)
     whole = isinstance(hessian_bs, int) and not isinstance(hessian_bs, bool) and hessian_bs>=1
     if not whole and not (isinstance(hessian_bs, float) and 0<hessian_bs<=1):
-        raise ValueError(f"hessian_bs must be a whole number >= 1, a fraction in (0,1] or, with budget=0.25, say, 'auto', got "
-            f"{hessian_bs=}")
+        raise ValueError(f"hessian_bs must be a whole number >= 1, a fraction in (0,1] or, in adahessian with budget=0.25, say, 'auto', "
+            f"got {hessian_bs=}")
     return min(hessian_bs if whole else max(2, round(hessian_bs*bs)), bs)
 
 def take_rows(
@@ -232,9 +226,7 @@ def check_rows_possible(
         raise ValueError(f"hessian_bs takes rows of inputs and targets alike, got {k} rows of inputs for {bs} of targets: leave it alone")
 
 # %% ../nbs/12_batch.ipynb #03769933
-def in_half(
-    learn:Learner, # In the middle of a batch
-)->bool:
+def in_half(learn:Learner)->bool:
     "Is something computed in half precision?"
     return callback_of(learn, MixedPrecision) is not None or any(p.dtype in (torch.half,torch.bfloat16) for p in learn.model.parameters())
 
@@ -253,9 +245,7 @@ class LearnerProblem(Problem):
         self.bare = not any(takes_part(cb) and not isinstance(cb, (MixedPrecision,GradientAccumulation)) for cb in learn.cbs)
         self.attrs,self.cbs = dict(xb=learn.xb, yb=learn.yb),noted(learn) if start else ()
 
-    @cached_property
-    def half(self): return in_half(self.learn)
-
+    half = cached_property(lambda self: in_half(self.learn))
     def preserving(self): return batch_of(self.learn, self.start)
 
     @property
@@ -296,9 +286,7 @@ class LearnerProblem(Problem):
                 yield p.replace(loss=p.loss*(k*self.scale), weight=self.weight, scale=self.scale, evaluate=evaluate if start else None)
 
 # %% ../nbs/12_batch.ipynb #nodual03
-def no_duals(
-    learn:Learner, # At the start of a batch
-)->bool:
+def no_duals(learn:Learner)->bool:
     "Can no dual numbers come through the model as it is called?"
     model = getattr(learn.model, '_orig_mod', learn.model)
     return in_half(learn) or isinstance(model, DistributedDataParallel) and model.find_unused_parameters
@@ -453,9 +441,7 @@ class Batches:
 
 # %% ../nbs/12_batch.ipynb #305fcff0
 @patch
-def close(self:Batches,
-    params:list # With the gradients of the round
-):
+def close(self:Batches,params:list):
     "Move the pending batches to the rounds, and their gradient to its mean or sum over rounds"
     self.rounds.append(self.pending)
     self.pending,n = [],len(self.rounds)
@@ -468,9 +454,7 @@ def close(self:Batches,
         elif p in self.sums: self.sums[p] = self.sums[p]*old
 
 @patch
-def ready(self:Batches,
-    params:list # Get their gradients
-):
+def ready(self:Batches,params:list):
     "Make `curv` and `trial` of the rounds; raises `NothingCounts`"
     if self.now and params: self.ranks = Ranks(sync_group(self.now.learn), params[0].device)
     if self.n_acc>1:
@@ -572,6 +556,25 @@ def add(self:Batches,
     if first: check_gradients(params)
     learn.pred,learn.loss,learn.loss_grad = to_detach((learn.pred, learn.loss, learn.loss_grad), cpu=False, gather=False)
 
+# %% ../nbs/12_batch.ipynb #chkwhole1
+def check_whole_step(b, params):
+    "Refuse settings that count batches of a Learner where a step gets all of its data at once, and parameters that are all frozen"
+    if (b.n_acc,b.held_out,b.curv_batches)!=(1,0,None):
+        raise ValueError(f"n_acc, held_out and curv_batches count batches of a Learner, got n_acc={b.n_acc}, held_out={b.held_out}, "
+            f"curv_batches={b.curv_batches}: a closure is a step of its own, and `acc_step` takes grad_data and curv_data")
+    check_trained(params)
+
+def check_trained(params):
+    "Refuse parameters that are all frozen"
+    if not params: raise ValueError("no parameter of the optimizer requires a gradient: is all of it frozen?")
+
+def pairs(data)->list: # Raises `ValueError` for what is no pair
+    "`data` as pairs of inputs and targets"
+    data = list(data)
+    if odd := [type(o).__name__ for o in data if not isinstance(o, (tuple,list)) or len(o)!=2]:
+        raise ValueError(f"data must be batches (inputs, targets), got {odd[0]}")
+    return data
+
 # %% ../nbs/12_batch.ipynb #f7c52082
 def closure_problem(
     closure, # `() -> (loss, outputs)`, or the loss alone
@@ -603,6 +606,7 @@ def of_closure(self:Batches,
 ):
     "Context of a step on `closure`"
     own = product and grad is not None
+    check_whole_step(self, params)
     self.drop(params)
     with modes_kept(),twice_differentiable(ifnone(module, nn.Module())):
         with torch.set_grad_enabled(not own): p = closure_problem(closure, module, params, states_of(module))
@@ -661,9 +665,10 @@ def of_data(self:Batches,
     known:bool=False # Do the problems have to know targets and loss function?
 ):
     "Context of a step over several batches"
+    check_whole_step(self, params)
     make = partial(DataBatch, model, loss_func, params, states_of(model), known)
-    trial = [make(*o) for o in data]
-    grads,curv = (trial if o is None else [make(*b) for b in o] for o in (grad_data, curv_data))
+    trial = [make(*o) for o in pairs(data)]
+    grads,curv = (trial if o is None else [make(*b) for b in pairs(o)] for o in (grad_data, curv_data))
     if not (trial and grads and curv): raise ValueError(f"a step needs at least one batch, got {len(trial)=} {len(grads)=} {len(curv)=}")
     self.drop(params)
     with modes_kept(),twice_differentiable(model):
@@ -679,8 +684,9 @@ def over(self:Batches,
     data # Batches `(inputs, targets)`
 )->MeanProblem:
     "All of `data`, with graphs"
+    check_trained(params)
     with preserving(model, loss_func):
-        return mean_of([[DataBatch(model, loss_func, params, (), False, *o).first(True)] for o in data], self.reduction)
+        return mean_of([[DataBatch(model, loss_func, params, (), False, *o).first(True)] for o in pairs(data)], self.reduction)
 
 # %% ../nbs/12_batch.ipynb #e30bbd7d
 losses[LabelSmoothingCrossEntropy] = smoothed_cross_entropy_rule

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from typing import Literal,NamedTuple
 from fastcore.basics import ifnone, noop
 from fastcore.foundation import L
-from .hvp import check_choice, check_count, check_number, check_pair, check_switch, flat, unflat
+from .hvp import SettingError,check_choice, check_count, check_number, check_pair, check_switch, flat, unflat
 
 # %% ../nbs/04_cg.ipynb #f9d40d6f
 def flat_product(
@@ -293,9 +293,7 @@ class CG:
         return backtrack(f, [i for i in sol.iterates if i or not cold]) if self.backtracking else (sol.n_iter,f(sol.n_iter))
 
 # %% ../nbs/04_cg.ipynb #6f76588e
-def recurrent_layers(
-    model:nn.Module # Looked through with all its children
-)->list:
+def recurrent_layers(model:nn.Module)->list:
     "The recurrent layers of PyTorch in `model`"
     return [m for m in model.modules() if isinstance(m, (nn.RNNBase,nn.RNNCellBase))]
 
@@ -319,6 +317,8 @@ class Damping:
         up,down = check_pair('factors', factors)
         self.factors = check_number('factors', up, least=1),check_number('factors', down, above=0, most=1)
         self.structural,self.hidden = check_number('structural', structural, least=0),ifnone(hidden, recurrent_layers)
+        if not callable(self.hidden) or isinstance(hidden, nn.Module):
+            raise SettingError('hidden', 'a function such as `lambda model: [model.cell]`', hidden)
 
     def adapted(self, damping, rho):
         "The next λ"
@@ -326,7 +326,11 @@ class Damping:
 
     def states_of(self, model):
         "Modules whose outputs structural damping holds"
-        return list(self.hidden(model)) if self.structural and model is not None else []
+        if not self.structural or model is None: return []
+        found = self.hidden(model)
+        found = [found] if isinstance(found, nn.Module) and not isinstance(found, nn.ModuleList) else list(found)
+        if all(isinstance(m, nn.Module) for m in found): return found
+        raise ValueError(f"hidden must return modules, as `lambda model: [model.cell]` does, got {found}")
 
 # %% ../nbs/04_cg.ipynb #c786636e
 class LineSearch:

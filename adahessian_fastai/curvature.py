@@ -67,9 +67,7 @@ def nonsmooth(
 _nonsmooth_nodes = re.compile('(Relu|LeakyRelu|Prelu|PreluKernel|RreluWithNoise|Threshold|Hard(tanh|sigmoid|swish|shrink)|Softshrink'
     '|(Adaptive)?MaxPool|FractionalMaxPool|Abs|Maximum|Minimum|Clamp|Max|Min|Amax|Amin|Topk|Sort|.*Margin)')
 
-def nonsmooth_graph(
-    loss:Tensor, # With its graph
-)->list: # Sorted strings
+def nonsmooth_graph(loss:Tensor)->list: # Sorted strings
     "The nodes in the graph of `loss` that have a kink, by name"
     return sorted({n for o in graph_nodes(loss) if _nonsmooth_nodes.match(n := type(o).__name__)})
 
@@ -131,6 +129,10 @@ def forward(
     return local
 
 # %% ../nbs/08_curvature.ipynb #8fc7a575
+def _near(problem, params, grads):
+    "The gradient at the near end of one-sided differences, `None` for two-sided ones"
+    return _some(problem, params, grads) if all_bits.n or params[0].device.type!='cuda' else None
+
 def finite_difference(
     problem, # The `Problem`, with `evaluate`
     params:list, # Tensors to differentiate for, some of `problem.params`
@@ -138,17 +140,14 @@ def finite_difference(
 )->Local:
     "One-sided differences from the gradient of the step, two-sided ones where that does not have `all_bits`"
     grads = problem.gradient(retain_graph=n_products is None)
-    whole = all_bits.n or params[0].device.type!='cuda'
-    difference = difference_product(lambda: problem.again().loss, params, _some(problem, params, grads) if whole else None)
+    difference = difference_product(lambda: problem.again().loss, params, _near(problem, params, grads))
     def product(v):
         with all_bits: return difference(without_padding(problem.model, params, v))
     return Local(product, grads)
 
 # %% ../nbs/08_curvature.ipynb #6d1e27fe
 @contextmanager
-def batch_statistics(
-    model:nn.Module, # Looked through with all its children
-):
+def batch_statistics(model:nn.Module):
     "Context in which each batch norm that trains leaves its running statistics alone"
     on = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
     for m in on: m.track_running_stats = False
@@ -182,7 +181,8 @@ def compiled(
     n_products:int=None, # Plays no part
 )->Local:
     "Forward over reverse by one compiled function"
-    if problem.obstacle: raise ValueError(f"hvp='compiled' evaluates model and loss alone, and {problem.obstacle}: use hvp='forward'")
+    if why := problem.obstacle or problem.unseen and f'{problem.unseen} adds to them':
+        raise ValueError(f"hvp='compiled' evaluates model and loss alone, and {why}: use hvp='forward'")
     model,whole,local = problem.model,ModelWithLoss(problem.model, problem.loss_func),Local(None)
     names = {p: n for n,p in whole.named_parameters()}
     if lost := [tuple(p.shape) for p in problem.params if p not in names]:
@@ -275,14 +275,16 @@ def against_differences(
 )->str: # Empty where nothing speaks against them
     "What speaks against finite differences"
     if problem.half: return 'something is computed in half precision'
+    if problem.unseen: return f'{problem.unseen} has no gradient at the point itself'
     found = (nonsmooth(problem.model, problem.loss_func) if problem.model is not None else []) or nonsmooth_graph(problem.loss)
     if found: return f"{found[0]} has a kink"
     loss,v = lambda: problem.again().loss,without_padding(problem.model, params, trial_probes(params, 1)[0])
-    with all_bits: hv = difference_product(loss, params)(v)
+    local = finite_difference(problem, params)
+    near,hv = _near(problem, params, local.grads),local.product(v)
     if shard_mesh(params) and not total_norm(hv): return 'sharded parameters stay gathered when they move, see `set_reshard_after_backward`'
     error = math.nan if exact is None else relative_error(hv, exact.product(v))
     if exact is None or error>max_error and another_function(problem, exact):
-        with all_bits: error = difference_error(loss, params, v)
+        with all_bits: error = difference_error(loss, params, v, near)
     return '' if error<=max_error else f"a finite difference was off by {error:.2g} on the first batch"
 
 def refuse_difference(
@@ -290,9 +292,9 @@ def refuse_difference(
 ):
     "Refuse finite differences, with the alternatives"
     if reason:
-        raise ValueError(f"hvp='finite_difference' is meaningless here: {reason}. Use hvp='reverse' or hvp='forward', which are exact "
-            "for any activation, or estimator='gnb', which needs no second derivative, or a smooth activation such as nn.GELU and "
-            "nn.AvgPool2d for pooling")
+        raise ValueError(f"hvp='finite_difference' is meaningless here: {reason}. Use hvp='reverse' or 'forward' (in hessian_free "
+            "`Hessian('reverse')`), which are exact for any activation, or estimator='gnb', which needs no second derivative, or a "
+            "smooth activation such as nn.GELU and nn.AvgPool2d for pooling")
 
 # %% ../nbs/08_curvature.ipynb #4f386b34
 def choose_way(
@@ -417,9 +419,7 @@ class Ride:
         return lambda params: lambda v: known.pop() if known else reverse_jvp(zs, params)(v)
 
 # %% ../nbs/08_curvature.ipynb #6fc4539c
-def outputs_again(
-    problem, # The `Problem`, with `outputs` and `evaluate`
-): # `() -> [outputs]`
+def outputs_again(problem): # `() -> [outputs]`
     "Another evaluation of those outputs that have a graph"
     on = [o.requires_grad for o in output_tensors(problem.outputs, graph=False)]
     def outputs():
@@ -451,9 +451,7 @@ jvp_ways = dict(reverse=lambda problem,params: reverse_jvp(output_tensors(proble
     linearize=lambda problem,params: linear_jvp(model_forward(Evaluated(problem), params), params))
 
 # %% ../nbs/08_curvature.ipynb #f48d140a
-def closed_hessian(
-    problem, # The `Problem`, with `outputs`
-): # `u -> Hu` at the outputs, or `None`
+def closed_hessian(problem): # `u -> Hu` at the outputs, or `None`
     "Closed form of the Hessian of the loss, where the loss is its loss function and that is known"
     if problem.scale!=1 or problem.loss_func is None or problem.targets is None: return None
     hessian = known_hessian(problem.loss_func, output_tensors(problem.outputs), problem.targets)

@@ -204,9 +204,7 @@ class Given:
     def load_state_dict(self, sd): pass
 
 # %% ../nbs/09_estimators.ipynb #1a2feb6e
-def is_first_order(
-    estimator, # Any estimator
-)->bool:
+def is_first_order(estimator)->bool:
     "Is `estimator` content with first derivatives?"
     return not estimator.second_order or getattr(getattr(estimator, 'curvature', None), 'method', None) in ('finite_difference','auto')
 
@@ -283,7 +281,8 @@ def made(
     "The object that `name` and `kwargs` describe"
     given = {k: v for k,v in kwargs.items() if v is not None}
     if isinstance(name, str) and name not in table: raise ValueError(f"{what} must be one of {list(table)}, got {what}={name!r}")
-    if not isinstance(name, str) and (isinstance(name, type) or not callable(name)):
+    others = tuple({*curvatures.values(), *estimators.values()}-{*table.values()})
+    if not isinstance(name, str) and (isinstance(name, (type,*others)) or not callable(name)):
         raise ValueError(f"{what} must be one of {list(table)}, or an object made by one of {[o.__name__ for o in table.values()]}, got "
             f"{what}={name!r}")
     takes = inspect.signature(table[name]).parameters if isinstance(name, str) else ()

@@ -122,9 +122,7 @@ def adjoint_error(
 
 # %% ../nbs/05_ggn.ipynb #242c7035
 @contextmanager
-def independent(
-    outputs:list, # Tensors with their graph
-):
+def independent(outputs:list):
     "Context in which no derivative passes from one of `outputs` to what it was computed from"
     ends = {(z.grad_fn,z.output_nr) for z in outputs if z.grad_fn is not None} if len(outputs)>1 else ()
     def closed(i): return lambda grads: tuple(None if j==i else g for j,g in enumerate(grads))
@@ -229,7 +227,7 @@ def fisher_diagonal(
     "Diagonal of the empirical Fisher matrix"
     check_choice('reduction', reduction, ('mean','sum'))
     check_count('n_probes', n_probes, optional=True)
-    zs = output_tensors(outputs)
+    zs,params = output_tensors(outputs),list(params)
     if len(zs)>1: zs = [zs[i] for i in loss_variables(loss, zs)[0]]
     if not zs or not zs[0].ndim:
         raise ValueError("the Fisher diagonal needs outputs with samples along dimension 0, got " + ('a number' if zs else 'none'))

@@ -242,12 +242,13 @@ def acc_step(self:HessianFree,
 def check_reduction(self:HessianFree,
     model:nn.Module, # The model
     loss_func, # `(outputs, targets) -> loss`
-    data, # At least two batches `(inputs, targets)` of single tensors
+    data, # At least two batches `(inputs, targets)` of single tensors; raises `ValueError` for fewer
     rtol:float=1e-2, # Relative tolerance
     atol:float=1e-4 # Absolute tolerance
 ):
     "Raise `ValueError` unless loss, gradient and curvature over `data` are those of the concatenation"
-    ps = trainable_params(self)
+    ps,data = trainable_params(self),list(data)
+    if len(data)<2: raise ValueError(f"data must be two batches at least, got {len(data)}")
     with no_random(): v = [torch.randn_like(p) for p in ps]
     def three(data):
         mean = self.batches.over(model, loss_func, ps, data)
@@ -277,9 +278,7 @@ def plot_record(self:HessianFree, figsize=(9,4.5)):
 # %% ../nbs/18_hessian_free.ipynb #aa26002a
 @patch
 @contextmanager
-def forward_context(self:HessianFree,
-    learn # At the start of a training batch
-):
+def forward_context(self:HessianFree,learn):
     "Surrounds a training batch"
     try:
         with self.batches.recording(learn, self.damping.states_of): yield
@@ -289,9 +288,7 @@ def forward_context(self:HessianFree,
         raise
 
 @patch
-def backward(self:HessianFree,
-    learn # In the middle of a batch; called by its `_backward`
-):
+def backward(self:HessianFree,learn):
     "Fill `p.grad` and remember the batch"
     self.batches.add(learn, trainable_params(self), first=not self.n_steps)
     if not self.n_steps and len(self.batches)==1: warn_of_batch_norm(learn)

@@ -76,8 +76,8 @@ def hutchinson_samples(
     generator:torch.Generator=None, # Randomness of the probes
 ): # Yields `n_samples` lists of tensors
     "Single-probe estimates `z ⊙ Hz` of the diagonal, one list for each probe"
+    params,draw = list(params),get_probe(probe)
     check_real(params)
-    draw = get_probe(probe)
     def sample():
         zs = draw_like(params, draw, generator)
         return [z.mul(hz) for z,hz in zip(zs, product(zs), strict=True)]

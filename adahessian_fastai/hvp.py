@@ -12,9 +12,9 @@ __all__ = ['substitutes', 'dual_substitutes', 'dual_thread', 'hvp_methods', 'mat
            'shard_mesh', 'whole', 'sharded_like', 'grads_aside', 'sharded_gradient', 'gradient', 'graph_nodes',
            'check_twice', 'check_checkpoints', 'hooks_disabled', 'missing_second_derivative', 'graph_product',
            'Substituted', 'substituted', 'zero_tangents', 'dual_numbers', 'dual_backward', 'dual_gradient',
-           'total_norm', 'step_size', 'copy_all', 'moved', 'difference_product', 'difference_error', 'hessian_product',
-           'SharedContext', 'needs_substitutes', 'has_rnn', 'own_statistics', 'switched', 'twice_differentiable',
-           'asymmetry', 'check_symmetric']
+           'total_norm', 'rounding', 'step_size', 'copy_all', 'moved', 'difference_product', 'difference_error',
+           'hessian_product', 'SharedContext', 'needs_substitutes', 'has_rnn', 'own_statistics', 'switched',
+           'twice_differentiable', 'asymmetry', 'check_symmetric']
 
 # %% ../nbs/00_hvp.ipynb #23113829
 import math,operator,re,sys,threading
@@ -164,9 +164,7 @@ def shard_mesh(
     "The processes over which `tensors` are sharded"
     return next((t.device_mesh for kind in [loaded('torch.distributed.tensor', 'DTensor')] for t in tensors if isinstance(t, kind)), None)
 
-def whole(
-    t:Tensor, # Maybe sharded
-)->Tensor:
+def whole(t:Tensor)->Tensor:
     "`t` with the entries of all processes"
     return t.full_tensor() if is_part(t) else t
 
@@ -181,9 +179,7 @@ def sharded_like(
 
 # %% ../nbs/00_hvp.ipynb #a100fd5e
 @contextmanager
-def grads_aside(
-    params:list, # Tensors
-):
+def grads_aside(params:list):
     "Context that begins without gradients in `p.grad`, and puts them back"
     kept = [(p, p.grad) for p in params]
     for p in params: p.grad = None
@@ -261,9 +257,7 @@ def check_checkpoints(
 
 # %% ../nbs/00_hvp.ipynb #d47afb88
 @contextmanager
-def hooks_disabled(
-    params, # Tensors whose hooks are not to be called
-):
+def hooks_disabled(params):
     "Context in which no gradient hook of `params` is called"
     hooks = {p: p._backward_hooks for p in params if p._backward_hooks}
     for p in hooks: p._backward_hooks = None
@@ -429,15 +423,20 @@ def total_norm(
     ns = torch._foreach_norm([t.float() for t in tensors] if half else tensors)
     return whole(torch.stack([n.to(ns[0].device) for n in ns]).norm())
 
+def rounding(tensors:list)->float: # 0 for no tensors
+    "Distance from 1 to the next number in the coarsest type of `tensors`"
+    return max((torch.finfo(t.dtype).eps for t in tensors), default=0.)
+
 def step_size(
     params:list, # Tensors θ
     v:list, # Direction
     central:bool=False, # For a central difference?
+    eps:float=0., # Rounding of the loss, where it is larger than that of `params`
 )->float: # h; for v = 0 it is 1
     "Step of a finite difference along `v` that balances rounding and curvature of higher order"
     norm = total_norm(v).item()
     if not norm: return 1.
-    eps = max(torch.finfo(p.dtype).eps for p in params)
+    eps = max(eps, rounding(params))
     return (0.3*eps**(1/3) if central else eps**0.5)*(1+total_norm([p.detach() for p in params]).item())/norm
 
 # %% ../nbs/00_hvp.ipynb #39ac102b
@@ -471,13 +470,14 @@ def difference_product(
     factor:float=1., # Multiplies the step of `step_size`
 ):
     "Product `v -> Hv` by finite differences of gradients, one new gradient each where `grads` are known and two otherwise"
-    check_number('factor', factor, above=0)
+    params,factor = list(params),check_number('factor', factor, above=0)
     def at(v, h):
-        with moved(params, v, h): return gradient(loss(), params)
-    def product(v):
-        h = factor*step_size(params, v, central=grads is None)
-        far,near = at(v, h),grads if grads is not None else at(v, -h)
-        apart = h if grads is not None else 2*h
+        with moved(params, v, h): return gradient(l := loss(), params),rounding([l])
+    def product(v, eps=rounding(params)):
+        h = factor*step_size(params, v, grads is None, eps)
+        far,rough = at(v, h)
+        if rough>eps: return product(v, rough) # Parameters in double precision with a loss in single
+        near,apart = (grads,h) if grads is not None else (at(v, -h)[0],2*h)
         return [torch.zeros_like(p) if a is None or b is None else a.sub(b).div_(apart) for a,b,p in zip(far, near, params)]
     return product
 
@@ -545,24 +545,18 @@ class SharedContext:
             finally: self.n,self.own.n = self.n-1,self.held-1
 
 # %% ../nbs/00_hvp.ipynb #7b749980
-def needs_substitutes(
-    model:nn.Module, # Looked through with all its children
-)->bool:
+def needs_substitutes(model:nn.Module)->bool:
     "Does `model` contain a function whose second derivative is wrong or missing, see `substituted`?"
     def one(m): return isinstance(m, (nn.Hardsigmoid,_WeightNorm)) or any(isinstance(h, WeightNorm) for h in m._forward_pre_hooks.values())
     return any(one(m) for m in model.modules())
 
 # %% ../nbs/00_hvp.ipynb #6351dcbe
-def has_rnn(
-    model:nn.Module, # Looked through with all its children
-)->bool:
+def has_rnn(model:nn.Module)->bool:
     "Does `model` contain a recurrent layer of PyTorch?"
     return any(isinstance(m, nn.RNNBase) for m in model.modules())
 
 @contextmanager
-def own_statistics(
-    model:nn.Module, # Looked through with all its children
-):
+def own_statistics(model:nn.Module):
     "Context in which each `nn.SyncBatchNorm` of `model` uses the statistics of its process' batch"
     synced = [m for m in model.modules() if isinstance(m, nn.SyncBatchNorm) and 'forward' not in vars(m)]
     for m in synced: m.forward = MethodType(_BatchNorm.forward, m)

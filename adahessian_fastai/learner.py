@@ -67,9 +67,7 @@ def callback_of(
     return next((cb for cb in learn.cbs if isinstance(cb, kind)), None)
 
 # %% ../nbs/10_learner.ipynb #1afee885
-def is_sharded(
-    model:nn.Module, # Looked through with all its children
-)->bool:
+def is_sharded(model:nn.Module)->bool:
     "Does some process hold only a part of a parameter of `model`?"
     return any(isinstance(m, (_fsdp(),_fsdp('FullyShardedDataParallel'))) for m in model.modules()) or bool(shard_mesh(model.parameters()))
 
@@ -97,9 +95,7 @@ def check_gradients(
             "`to_fp16`")
 
 # %% ../nbs/10_learner.ipynb #82c0b688
-def shard_group(
-    params:list, # Trained parameters
-): # A process group, `None` where they are whole
+def shard_group(params:list): # A process group, `None` where they are whole
     "The processes that hold parts of `params`"
     return mesh.get_group() if (mesh := shard_mesh(params)) else None
 
@@ -118,9 +114,7 @@ def check_shards(
         raise ValueError("all parameters have to be sharded over the same processes: call `fully_shard(model)` on the whole model too, "
             "with a mesh of one dimension")
 
-def reshard(
-    model:nn.Module, # Looked through with all its children
-):
+def reshard(model:nn.Module):
     "Have `fully_shard` gather the parameters of `model` anew for the next forward pass; after an evaluation it may keep them"
     for m in [m for m in model.modules() if isinstance(m, _fsdp())]: m.reshard()
 
@@ -183,9 +177,7 @@ def drop_pending(
 # %% ../nbs/10_learner.ipynb #947802aa
 _fastai_lr = inspect.signature(Learner.__init__).parameters['lr'].default
 
-def lr_untouched(
-    learn:Learner, # Any Learner
-)->bool:
+def lr_untouched(learn:Learner)->bool:
     "Has nobody given `learn` a learning rate?"
     mark = vars(learn).get('lr_untouched', 0) # This very number: somebody may give an equal one; in a copy a list of it
     return learn.lr is _fastai_lr or mark is learn.lr or mark==[learn.lr]
@@ -334,9 +326,7 @@ def save(self:Learner, file, **kwargs):
     with perturb.unmoved() if perturb else nullcontext(): return self._orig_save(file, **kwargs)
 
 # %% ../nbs/10_learner.ipynb #88d51965
-def norms_of(
-    tensors:list, # Any number of tensors
-)->list: # A tensor with one number for each
+def norms_of(tensors:list)->list: # A tensor with one number for each
     "Norms of `tensors`, of one in parts that of the whole"
     local = [t.to_local() if is_part(t) else t for t in tensors] if (group := shard_group(tensors)) else tensors
     some = iter(torch._foreach_norm(full) if (full := [t for t in local if t.numel()]) else [])
@@ -360,9 +350,7 @@ def look(
     return values[:len(losses)],*([norm(t) for t in ts] for ts in lists)
 
 # %% ../nbs/10_learner.ipynb #e5fc839c
-def trainable_params(
-    opt, # Any optimizer
-)->list: # Each once
+def trainable_params(opt)->list: # Each once
     "The parameters of `opt` that require a gradient"
     return list(dict.fromkeys(p for ps in opt.param_lists for p in ps if p.requires_grad))
 

@@ -299,6 +299,6 @@ def gnb_samples(
         k = 1. if scale==1 else u.abs().max().clamp(min=1e-8)*scale
         gs = gradient(outputs, params, retain_graph=True, along=u*k)
         return [torch.zeros_like(p) if g is None else g.detach().div(k).square_().mul_(n) for g,p in zip(gs, params)]
-    mesh = shard_mesh(params)
+    mesh = shard_mesh(params := list(params))
     n = mesh.size() if mesh else 1
     return (sample() for _ in range(check_count('n_samples', n_samples)))

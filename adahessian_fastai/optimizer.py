@@ -26,9 +26,7 @@ from .schedule import Every,due_now
 from .steppers import Pending,Perturbation,Work,checked_steppers,put_hyper,signed_average
 
 # %% ../nbs/15_optimizer.ipynb #ca803041
-def remedy(
-    opt, # `CurvatureOptimizer`
-)->str:
+def remedy(opt)->str:
     "What to change where the loss has grown"
     h = max(opt.hypers, key=lambda o: o['lr'])
     loose = {k: v for k,v in dict(clip=3, cap=0.1, spike=2).items() if k in h and not h[k]}
@@ -158,17 +156,13 @@ class CurvatureOptimizer(Optimizer, GetAttr):
         for p,g in zip(ps, grads): p.grad = g
 
 # %% ../nbs/15_optimizer.ipynb #3a6e4d3b
-def due(
-    opt, # `CurvatureOptimizer`
-): # Parameters, part of the batch and number of samples, see `Due`
+def due(opt): # Parameters, part of the batch and number of samples, see `Due`
     "What the schedule wants of the next backward pass"
     return due_now(opt.when, {p: opt.opt.state[p] for p in trainable_params(opt)})
 
 @patch
 @contextmanager
-def forward_context(self:CurvatureOptimizer,
-    learn:Learner, # At the start of a training batch
-):
+def forward_context(self:CurvatureOptimizer,learn:Learner):
     "Prepare the forward pass for the estimate, if one is due; leave nothing half done"
     if vars(learn).get('iter', 1)==0: self.when.begin()
     try:
@@ -188,9 +182,7 @@ def forward_context(self:CurvatureOptimizer,
 
 # %% ../nbs/15_optimizer.ipynb #1ed2184a
 @patch
-def backward(self:CurvatureOptimizer,
-    learn:Learner, # In the middle of a batch; called by its `_backward`
-):
+def backward(self:CurvatureOptimizer,learn:Learner):
     "Differentiate the loss of `learn`, and cancel the rest of the batch while `n_acc` is not reached"
     if self.turn is None:
         raise ValueError(f"{type(learn).__name__} has a `_do_one_batch` of its own: put `with self.opt.forward_context(self):` "

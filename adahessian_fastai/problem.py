@@ -42,6 +42,7 @@ class Problem:
             raise ValueError(f"loss must be a tensor of one number with its graph, such as a mean, got {getattr(loss, 'shape', loss)}")
         store_attr()
 
+    unseen = '' # What in the loss has no gradient at the point itself, so that differences of gradients do not see it
     bare = False # Is `loss` known to be `loss_func` with `weight` and `scale` alone?
     inputs,obstacle = None,'this problem has no `inputs` to call its model with' # For what calls the model as a function of its parameters
     def preserving(self): return nullcontext() # Around such a call
@@ -98,15 +99,11 @@ class MeanProblem:
         self.problems,self.reduce,self.params = problems,reduce,problems[0].params
         self.weights = [p.count/total for p in problems] if weights is None else list(weights)
 
-    def map(self,
-        f, # `problem -> problem`
-    ): # A `MeanProblem`
+    def map(self,f): # A `MeanProblem`
         "The same mean of other problems"
         return MeanProblem(map(f, self.problems), self.weights, self.reduce)
 
-    def mean(self,
-        f, # `problem -> list of tensors`
-    )->list:
+    def mean(self,f)->list:
         "Mean of what `f` returns for each problem"
         total = None
         for w,p in zip(self.weights, self.problems):
@@ -209,9 +206,7 @@ class Kept:
     def __call__(self, module, inputs, outputs): self.outputs.append(outputs[0] if isinstance(outputs, (tuple,list)) else outputs)
 
 @contextmanager
-def hidden_states(
-    modules # Whose outputs are wanted
-): # Yields a list, which is filled in the forward pass
+def hidden_states(modules): # Yields a list, which is filled in the forward pass
     "Context in which the outputs of `modules` are kept, of several outputs the first"
     kept = Kept()
     hooks = [m.register_forward_hook(kept) for m in modules]
@@ -228,12 +223,14 @@ def with_states(
 )->Problem:
     "`p` with the hidden states as outputs, and with their distance from where they are in its loss"
     k = strength*p.weight/(p.count if reduction=='mean' else 1)
-    def apart(hs): return sum((h-h.detach()).square().sum() for h in hs)*(k/2)
+    def apart(hs):
+        if not hs: raise NoOutputs("structural damping needs hidden states, and the model calls none of the modules of `hidden`")
+        return sum((h-h.detach()).square().sum() for h in hs)*(k/2)
     def evaluate(twice=False):
         with hidden_states(modules) as hs: loss,outputs = p.evaluate(twice=twice)
         return loss+apart(hs),(outputs,hs)
-    if p.outputs is None: return p.replace(evaluate=evaluate)
-    return p.replace(loss=p.loss+apart(p.states)*p.scale, outputs=(p.outputs,p.states), evaluate=evaluate)
+    new = p.replace(evaluate=evaluate, unseen='structural damping')
+    return new if p.outputs is None else new.replace(loss=p.loss+apart(p.states)*p.scale, outputs=(p.outputs,p.states))
 
 def structured(
     mean:MeanProblem, # Problems with their `states`
@@ -243,5 +240,6 @@ def structured(
 )->MeanProblem:
     "`mean` with structural damping"
     if modules: return mean.map(lambda p: with_states(p, strength, modules, reduction))
-    raise NoOutputs("structural damping needs hidden states, and the model has no recurrent layers of PyTorch: say which modules "
-        "return them, hidden=lambda model: [model.cell]")
+    none = 'the model has no recurrent layers of PyTorch: say which modules return them,'
+    why = none if mean.problems[0].model is not None else 'nobody said what the closure evaluates: step(closure, model), maybe with'
+    raise NoOutputs(f"structural damping needs hidden states, and {why} hidden=lambda model: [model.cell]")

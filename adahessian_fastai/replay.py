@@ -83,9 +83,7 @@ def _outside(f):
 
 # %% ../nbs/11_replay.ipynb #67ea977a
 @contextmanager
-def hooks_unmoved(
-    modules:list, # Evaluated inside
-):
+def hooks_unmoved(modules:list):
     "Context that puts back the hooks of `modules`, and what they remember"
     there = [(d, d.copy()) for m in modules for k in _hooks if isinstance(d := vars(m).get(k), dict)]
     backs = [b for m in modules for k in ('_forward_hooks','_forward_pre_hooks') for f in vars(m).get(k, {}).values() for b in _outside(f)]
@@ -96,16 +94,12 @@ def hooks_unmoved(
         for back in backs: back()
 
 # %% ../nbs/11_replay.ipynb #48644976
-def backward_hooks(
-    model:nn.Module, # Looked through with all its children
-)->bool:
+def backward_hooks(model:nn.Module)->bool:
     "Has a module of `model` a hook of its backward pass?"
     return any(m._backward_hooks or m._backward_pre_hooks for m in model.modules())
 
 @contextmanager
-def without_backward_hooks(
-    model:nn.Module, # Evaluated inside
-):
+def without_backward_hooks(model:nn.Module):
     "Context in which no module of `model` has a hook of its backward pass"
     there = [(d, d.copy()) for m in model.modules() for d in (m._backward_hooks, m._backward_pre_hooks) if d]
     for d,_ in there: d.clear()

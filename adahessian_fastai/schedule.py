@@ -234,6 +234,7 @@ def made_schedule(
     when=None, # A schedule, in the place of all these
 ): # Raises `ValueError` for what does not go together
     "The schedule that these keywords describe"
+    if when is not None and not hasattr(when, 'part'): raise ValueError(f"when must be a schedule, such as `Every(10)`, got {when=}")
     both = isinstance(budget, Budget) and (None not in (hessian_bs,budget.asked[1]) or budget.first and dense)
     if both or budget is not None and update_each!=1 or when is not None and (update_each,hessian_bs,budget,dense)!=(1,None,None,0):
         raise ValueError(f"budget chooses update_each, a Budget what it was told, and when everything: give one of them, got "

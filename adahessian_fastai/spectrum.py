@@ -26,7 +26,7 @@ from .hutchinson import get_probe
 # %% ../nbs/03_spectrum.ipynb #c5dbc90a
 def _columns(product, params, chunk_size, progress):
     "Positions and columns of the matrix behind `product`, `chunk_size` at a time"
-    like = flat(params)
+    like = flat(params := list(params))
     column = lambda e: flat(product(unflat(e, params)))
     starts = range(0, like.numel(), chunk_size)
     for s in progress_bar(starts) if progress else starts:
@@ -63,7 +63,7 @@ def exact_diag(
     progress:bool=True, # Show a progress bar?
 )->list: # One tensor for each of `params`
     "The exact diagonal of the matrix behind `product`, one product for each entry"
-    cols = _columns(product, params, check_count('chunk_size', chunk_size), progress)
+    cols = _columns(product, params := list(params), check_count('chunk_size', chunk_size), progress)
     return unflat(torch.cat([c.gather(1, rows[:,None])[:,0] for rows,c in cols]), params)
 
 # %% ../nbs/03_spectrum.ipynb #594db72a
@@ -107,7 +107,7 @@ def check_product(
     generator:torch.Generator=None, # Randomness of the two vectors
 ):
     "Raise `ValueError` when `product` is not repeatable or not symmetric"
-    rtol = check_number('rtol', rtol, least=0)
+    params,rtol = list(params),check_number('rtol', rtol, least=0)
     u,v = ([get_probe('gaussian')(p, generator) for p in params] for _ in range(2))
     Hu,again,Hv = (product(o) for o in (u,u,v))
     if not (flat(Hu)-flat(again)).norm() <= rtol*flat(Hu).norm():
@@ -138,7 +138,7 @@ def lanczos(
     against:list=(), # Orthonormal vectors to stay orthogonal to
 ): # Yields `(Q, alpha, beta)` after each product; raises `FloatingPointError` for one that is not finite
     "Lanczos' method with full reorthogonalisation, for as many steps as the caller goes on"
-    Q,alpha,beta,n = [],[],[],sum(p.numel() for p in params)
+    Q,alpha,beta,params = [],[],[],list(params)
     q = _direction(params, probe, generator, against)
     while True:
         Q.append(q)
@@ -148,7 +148,7 @@ def lanczos(
         beta.append(w.norm().item())
         if not math.isfinite(alpha[-1]+beta[-1]): raise FloatingPointError("the product is not finite: the loss or its curvature overflows")
         yield Q,alpha,beta
-        if len(Q)+len(against)>=n: return
+        if len(Q)+len(against)>=len(q): return
         if beta[-1] <= 10*torch.finfo(w.dtype).eps*max(map(abs, alpha+beta)):
             beta[-1],w = 0.,_direction(params, 'gaussian', generator, [*against, *Q]) # Signs may lie in the span of `Q`
         q = w/w.norm()
@@ -308,7 +308,7 @@ def spectral_density(
 )->SpectralDensity:
     "Density of the eigenvalues of the matrix behind `product` by stochastic Lanczos quadrature"
     n_steps,n_samples = check_count('n_steps', n_steps),check_count('n_samples', n_samples)
-    nodes,weights = [],[]
+    nodes,weights,params = [],[],list(params)
     for _ in range(n_samples):
         for Q,alpha,beta in lanczos(product, params, probe, generator):
             if len(Q)>=n_steps: break

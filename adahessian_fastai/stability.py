@@ -19,7 +19,7 @@ from .estimators import Hutchinson,seeded
 from .learner import callback_of
 from .batch import problem_of
 from .steppers import average_diag_hessian
-from .diagnostics import first_batches,layer_params,learner_params,optimizer_of,ProbeStats,products_of
+from .diagnostics import first_batches,layer_params,learner_params,optimizer_of,some_batches,ProbeStats,products_of
 from .diagnostics import scaled_product,scaled_rules,step_rates,step_rule,step_scaling
 
 # %% ../nbs/21_stability.ipynb #db8c3bd3
@@ -27,15 +27,18 @@ def _estimator(opt):
     "An estimator like that of `opt` with random numbers and checks of its own, `None` for a first-order optimizer"
     est = getattr(opt, 'estimator', None)
     if not isinstance(est, Hutchinson): return deepcopy(est)
-    return Hutchinson(Hessian() if isinstance(est.curvature, Hessian) else deepcopy(est.curvature), est.n_samples)
+    return Hutchinson(Hessian() if isinstance(est.curvature, Hessian) else deepcopy(est.curvature), est.n_samples, est.probe)
 
 def _seen(learn, opt, params, b, est, rng):
     "Gradient, and its square or the diagonal (squared, where `opt` averages squares) on the batch `b`"
     with problem_of(learn, b, params) as problem:
         gs = [torch.zeros_like(p) if g is None else g for p,g in zip(params, problem.gradient(retain_graph=True))]
         gs = [g.detach() for g in gs]
-        ds = [opt.smooth(d) for d in est(problem, params, rng, lambda ps: [torch.zeros_like(p) for p in ps]).diag] if est else gs
-    return [*gs, *(ds if average_diag_hessian in opt.cbs else [d**2 for d in ds])]
+        found = est(problem, params, rng, lambda ps: [torch.zeros_like(p) for p in ps]) if est else None
+    ds = [opt.smooth(d) for d in found.diag] if est else gs
+    if average_diag_hessian in opt.cbs: return [*gs, *ds]
+    noise = [opt.smooth(e)**2 for e in found.noise] if getattr(opt, 'debiased', False) else [0.]*len(ds)
+    return [*gs, *(d**2-e for d,e in zip(ds, noise))]
 
 # %% ../nbs/21_stability.ipynb #304ac708
 def fresh_states(
@@ -68,6 +71,8 @@ class Stability(NamedTuple):
     def __repr__(self):
         eig,on = f"largest eigenvalue {self.lambda_max:.3g} ± {self.bound:.1g}",f"{self.n_batches} batch{'es'*(self.n_batches!=1)}"
         if self.rule=='unknown': return f"No stability limit is known for this optimizer ({eig} on {on})"
+        if self.limit==math.inf and self.rule=='sophia':
+            return f"All entries of Sophia's step are clipped on {on}, or none has positive curvature: its size is the learning rate"
         if self.limit==math.inf: return f"No positive curvature on {on}: no learning rate is too large for the quadratic model"
         seen = '' if self.rule in ('gradient','momentum') else ' in the scale of its steps'
         return f"{_names[self.rule]} is stable up to lr={self.limit:.3g} on {on} ({eig}{seen})"
@@ -83,7 +88,7 @@ def stability(self:Learner,
     curvature:Literal['hessian','ggn']='hessian', # Or an object such as `Hessian('auto')`
 )->Stability:
     "Stability limit of the learning rate at the present weights, for the optimizer of this Learner"
-    params,batches = learner_params(self),batches or first_batches(self.dls.train, n_batches)
+    params,batches = learner_params(self),some_batches(self, batches, n_batches)
     gen = torch.Generator(params[0].device).manual_seed(seed)
     with optimizer_of(self) as opt:
         (rule,factor),P = step_rule(opt),step_scaling(opt, params)

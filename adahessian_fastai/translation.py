@@ -53,9 +53,7 @@ _adjs = dict(old='alt', little='klein', red='rot', young='jung', beautiful='schÃ
 _verbs = dict(sees='sieht', loves='liebt', finds='findet', paints='malt')
 _advs = dict(slowly='langsam', often='oft', today='heute', quietly='leise')
 
-def toy_pair(
-    rng:random.Random, # Source of randomness
-)->tuple: # English and German
+def toy_pair(rng:random.Random)->tuple: # English and German
     "A sentence of the stand-in corpus"
     picked = [rng.choice(list(o.items())) for o in (_nouns,_things,_adjs,_adjs,_verbs,_advs)]
     (noun,n_de),(thing,t_de),(adj,a_de),(adj2,a2_de),(verb,v_de),(adv,adv_de) = picked
@@ -81,9 +79,7 @@ def sentence_pairs(
 unk,pad,bos,eos = range(4)
 specials = ['xxunk','xxpad','xxbos','xxeos']
 
-def words(
-    text:str, # A sentence
-)->list:
+def words(text:str)->list:
     "Lower-case words and punctuation marks of `text`"
     return re.findall(r"\w+|[^\w\s]", text.lower())
 

@@ -4,11 +4,12 @@ from functools import partial
 from pathlib import Path
 
 import matplotlib,numpy as np,pandas as pd,pytest,torch
-from fastai.basics import Adam,DataLoaders,Learner,get_random_states
+from fastai.basics import SGD,Adam,Callback,CancelFitException,DataLoaders,Learner,get_random_states
+from fastai.callback.tracker import TerminateOnNaNCallback
 matplotlib.use('Agg')
 from PIL import Image
 from adahessian_fastai.adahessian import adahessian
-from adahessian_fastai.compare import compare_optimizers,default_rate,digits_dls,main,muted,parse_opts,plot_comparison,plot_rates
+from adahessian_fastai.compare import compare_optimizers,default_rate,digits_dls,main,muted,parse_opts,plot_comparison,plot_rates,save_comparison
 
 
 # The variables that keep PyTorch's profiler quiet come from the Makefile; nobody else has them
@@ -24,7 +25,10 @@ def test_exit_code_and_stream_of_the_command():
 WRONG = {'a missing folder': dict(data='nowhere'), 'an unknown optimizer': dict(opts='adam,newton'), 'no epochs': dict(epochs=0),
     'an unknown arch': dict(arch='resnet17'), 'a negative learning rate': dict(lr='-1'), 'no number': dict(lr='adam=much'),
     'an argument that it lacks': dict(opts='adam,adahessian:betas=3'), 'a value out of range': dict(opts='adahessian:update_each=0'),
-    'a range of less than none': dict(rates=-1), 'a file as out': dict(out=__file__), 'an empty folder': dict(data='EMPTY')}
+    'a range of less than none': dict(rates=-1), 'a file as out': dict(out=__file__), 'an empty folder': dict(data='EMPTY'),
+    'batches above the data': dict(bs=2000), 'a rate that is a word': dict(opts='adahessian:lr=abc'), 'a slice': dict(opts='adam:lr=slice(1e-3,1e-2)'),
+    'a network for larger images': dict(arch='resnet18'), 'a schedule that is a word': dict(opts='adahessian:when=Every(3)'),
+    'a momentum that would be scheduled': dict(opts='adam:mom=0.5'), 'nowhere to write': dict(out='/proc/nowhere')}
 
 @pytest.mark.parametrize('what', WRONG)
 def test_mistakes_get_one_line_and_exit_code_2(what, tmp_path, capsys):
@@ -172,3 +176,65 @@ def test_a_loader_of_pytorch_begins_each_run_alike():
     def make(opt): return Learner(dls, torch.nn.Linear(4,2), torch.nn.functional.cross_entropy, opt_func=opt)
     runs = compare_optimizers(make, dict(a=Adam, b=Adam), 2)
     assert runs.losses[0]==runs.losses[1]
+
+
+def small(opt_func, cbs=None, **recorder):
+    "A Learner on 32 rows of two classes"
+    x = torch.linspace(-1, 1, 64).view(32,2)
+    rows = [(o, (o.sum()>0).long()) for o in x]
+    learn = Learner(DataLoaders.from_dsets(rows, rows, bs=8, num_workers=0), torch.nn.Linear(2,2), torch.nn.CrossEntropyLoss(), opt_func=opt_func, cbs=cbs)
+    vars(learn.recorder).update(recorder)
+    return learn
+
+class FailsOnce(Callback):
+    "What happens in the third batch of a run with a rate of 1"
+    def __init__(self, what): self.what = what
+    def after_loss(self):
+        if not self.training or self.opt.hypers[-1]['lr']<0.5 or self.train_iter<2: return
+        if self.what=='nan': self.learn.loss_grad = self.learn.loss = self.loss*math.nan
+        if self.what=='cancel': raise CancelFitException
+
+@pytest.mark.parametrize('cbs', [lambda: [FailsOnce('nan'),TerminateOnNaNCallback()], lambda: [FailsOnce('nan')], lambda: [FailsOnce('cancel')]])
+def test_a_sweep_in_which_one_optimizer_never_comes_to_an_end_is_kept(cbs, tmp_path):
+    "It counts as not a number, whatever was noted before it failed; all the rest is in table, file and picture"
+    fit = dict(adam=partial(Adam), sgd=partial(SGD))
+    lrs = dict(adam=[1e-3,1e-2], sgd=[1.,2.])
+    constant = lambda o: small(o, cbs())
+    runs = compare_optimizers(lambda o: with_constant_rate(constant(o)), fit, 2, lr=lrs)
+    bad = runs[runs.optimizer=='sgd']
+    assert bad.valid_loss.isna().all() and runs[runs.optimizer=='adam'].valid_loss.notna().all()
+    table = save_comparison(runs, tmp_path)
+    assert math.isnan(table.loc['sgd','best lr']) and table.loc['adam','lowest loss']==runs[runs.optimizer=='adam'].valid_loss.min()
+    assert {o.name for o in tmp_path.iterdir()}=={'compare.csv','runs.csv','compare.png'}
+    plot_comparison(runs)
+
+def with_constant_rate(learn):
+    learn.fit_one_cycle = lambda n, lr, cbs: learn.fit(n, lr, cbs=cbs)
+    return learn
+
+def test_a_rate_of_zero_is_a_rate():
+    "It trains nothing, and the table says so"
+    run, = compare_optimizers(small, dict(adam=Adam), 1, lr=0).itertuples()
+    assert run.lr==0 and run.default==1e-3
+
+@pytest.mark.parametrize('lr', ['1e-3',slice(1e-3,1e-2),-1.,math.nan,True])
+def test_a_rate_that_is_no_number_is_refused(lr):
+    with pytest.raises(ValueError, match='lr must be a number >= 0'): compare_optimizers(small, dict(adam=Adam), 1, lr=lr)
+
+@pytest.mark.parametrize('lr', [(1e-3,1e-2),np.array([1e-3,1e-2]),torch.tensor([1e-3,1e-2])])
+def test_rates_of_any_kind(lr):
+    runs = compare_optimizers(small, dict(adam=Adam), 1, lr=lr)
+    assert np.allclose(runs.lr, [1e-3,1e-2])
+
+def test_seeds_and_learners_that_cannot_be_compared():
+    with pytest.raises(ValueError, match='seeds=2'): compare_optimizers(small, dict(adam=Adam), 1, seeds=2)
+    with pytest.raises(ValueError, match='valid_loss'): compare_optimizers(partial(small, valid_metrics=False), dict(adam=Adam), 1)
+    assert compare_optimizers(partial(small, add_time=False), dict(adam=Adam), 1).valid_loss.notna().all()
+
+@pytest.mark.parametrize('error', [RuntimeError,KeyboardInterrupt])
+def test_nothing_watches_after_an_error(error):
+    "The profiler of the first batch ends, though the exception is kept as a notebook keeps it"
+    class Fails(Callback):
+        def after_loss(self): raise error('in the first batch')
+    with pytest.raises(error) as kept: compare_optimizers(partial(small, cbs=Fails()), dict(adam=Adam), 1)
+    assert kept and not torch.autograd._profiler_enabled()

@@ -954,3 +954,47 @@ def test_a_recorder_looks_anew_in_each_training(capsys):
         assert len(rec.records)==2 and not rec.frame.lambda_max.isna().any() and rec.curvature.used is None
         pickle.loads(pickle.dumps(learn))
     assert used==[1,1]
+
+def test_the_limit_of_debiased_steps_is_that_of_their_state():
+    "Before training as after many steps at a rate of zero: the noise is taken out, and the probe is the optimizer's"
+    def limits(**kwargs):
+        torch.manual_seed(0)
+        net,x,y = nn.Sequential(nn.Linear(4,6), nn.Tanh(), nn.Linear(6,3)),torch.randn(16,4),torch.randint(3, (16,))
+        rows = list(zip(x, y))
+        opt_func = partial(adahessian, block_length=1, average_kernels=False, sqr_mom=0.99, **kwargs)
+        learn = Learner(DataLoaders.from_dsets(rows, rows, bs=16, shuffle=False, num_workers=0), net, nn.CrossEntropyLoss(), opt_func=opt_func)
+        batch = [learn.dls.one_batch()]
+        before = learn.stability(batches=batch*300).limit
+        with learn.no_bar(),learn.no_logging(): learn.fit(600, 0.)
+        return before,learn.stability(batches=batch).limit
+    for kwargs in (dict(debiased=True, n_samples=2), dict(probe='gaussian')):
+        before,after = limits(**kwargs)
+        assert before==pytest.approx(after, rel=0.3), kwargs
+
+def test_clipped_steps_of_sophia_are_not_called_flat():
+    "Where each entry moves by the learning rate, curvature says nothing of the limit"
+    torch.manual_seed(0)
+    rows = list(zip(torch.randn(16,4), torch.randint(3, (16,))))
+    learn = Learner(DataLoaders.from_dsets(rows, rows, bs=16, num_workers=0), nn.Linear(4,3), nn.CrossEntropyLoss(), opt_func=partial(sophia, rho=1e-12))
+    with learn.no_bar(),learn.no_logging(): learn.fit(1)
+    said = repr(learn.stability(n_batches=1))
+    assert 'clipped' in said and 'No positive curvature' not in said
+
+def test_batches_in_any_form():
+    "A generator is a list; none, one alone, and parameters of another model are refused"
+    learn = learner()
+    batches = first_batches(learn.dls.train, 2)
+    assert learn.stability(batches=iter(batches))==learn.stability(batches=batches)
+    ps = [p for p in learn.model.parameters() if p.requires_grad]
+    v = [torch.ones_like(p) for p in ps]
+    same = [learn.curvature_product(batches=o)(v) for o in (batches, iter(batches))]
+    assert all(torch.equal(a, b) for a,b in zip(*same))
+    for f in (learn.stability,learn.curvature_product):
+        for odd in ([], batches[0]):
+            with pytest.raises(ValueError, match='batches must be a list of batches'): f(batches=odd)
+    for odd in ([], [nn.Parameter(torch.ones(2))]):
+        with pytest.raises(ValueError, match='params must be parameters of the model'): learn.curvature_product(params=odd)
+
+@pytest.mark.parametrize('kwargs,name', [(dict(budget='x'),'budget'), (dict(budget=True),'budget'), (dict(budget=0),'budget'), (dict(seed='a'),'seed')])
+def test_settings_of_the_recorder_are_looked_at(kwargs, name):
+    with pytest.raises(ValueError, match=f'{name} must be'): CurvatureRecorder(**kwargs)

@@ -1372,3 +1372,98 @@ def test_a_look_at_the_reduction_changes_nothing():
     opt,before,rng = hessian_free(model.parameters()),{k: v.clone() for k,v in model.state_dict().items()},torch.get_rng_state()
     opt.check_reduction(model, F.cross_entropy, [(x,y),(x,y)])
     assert torch.equal(rng, torch.get_rng_state()) and all(torch.equal(before[k], v) for k,v in model.state_dict().items())
+
+# Settings that were ignored, and what is refused
+
+class Cells(nn.Module):
+    "A recurrent network of one's own"
+    def __init__(self):
+        super().__init__()
+        self.cell,self.head,self.idle = nn.Linear(5, 3),nn.Linear(3, 2),nn.Linear(2, 2)
+    def forward(self, x):
+        h = x.new_zeros(len(x), 3)
+        for t in range(x.shape[1]): h = self.cell(torch.cat([h,x[:,t]], 1)).tanh()
+        return self.head(h)
+
+def cells(**kwargs):
+    "Network, closure and optimizer in double precision"
+    torch.manual_seed(0)
+    m,x = Cells().double(),torch.randn(8, 4, 2).double()
+    y = torch.randint(2, (8,))
+    return m,objective(lambda: m(x), lambda z: F.cross_entropy(z, y)),hessian_free(m.parameters(), **kwargs)
+
+def stepped(curvature, structural, n=2):
+    m,closure,opt = cells(curvature=curvature, structural=structural, damping=0.1, hidden=lambda m: [m.cell])
+    for _ in range(n):
+        opt.step(closure, m)
+        opt.hypers[0]['damping'] = 10.
+    return flat(list(m.parameters())).detach()
+
+def test_structural_damping_is_never_left_out():
+    "Differences of gradients do not see it: 'auto' takes another way then, and who asks for them is told"
+    want = stepped(Hessian('reverse'), .02)
+    assert (want-stepped(Hessian('reverse'), 0.)).norm()>1e-4
+    torch.testing.assert_close(stepped(Hessian('auto'), .02), want, rtol=1e-8, atol=1e-10)
+    for how in ('finite_difference','compiled'):
+        with pytest.warns(UserWarning, match='structural damping|no `inputs`'): stepped(Hessian(how), .02)
+
+def test_structural_damping_of_a_closure_needs_its_module():
+    "The error says so, and what it says helps; a module in the place of a list is one module"
+    m,closure,opt = cells(structural=.1, hidden=lambda m: [m.cell])
+    with pytest.raises(ValueError, match=r'step\(closure, model\)'): opt.step(closure)
+    assert math.isfinite(opt.step(closure, m))
+    losses = [o.step(c, n) for n,c,o in (cells(structural=.1, hidden=h) for h in (lambda m: [m.cell], lambda m: m.cell, lambda m: nn.ModuleList([m.cell])))]
+    assert losses[0]==losses[1]==losses[2]
+
+@pytest.mark.parametrize('hidden', [lambda m: m.cell, lambda m: [m.cell], lambda m: (o for o in [m.cell])])
+def test_hidden_may_return_modules_of_any_kind(hidden):
+    m,closure,opt = cells(structural=.1, hidden=hidden)
+    assert math.isfinite(opt.step(closure, m))
+
+@pytest.mark.parametrize('hidden,what', [(nn.Linear(2,2),'hidden must be a function'), ([nn.Linear(2,2)],'hidden must be a function'), ('cell','hidden must be a function')])
+def test_hidden_is_a_function(hidden, what):
+    with pytest.raises(ValueError, match=what): hessian_free([nn.Parameter(torch.ones(1))], hidden=hidden)
+
+def test_hidden_returns_modules_that_run():
+    m,closure,opt = cells(structural=.1, hidden=lambda m: ['cell'])
+    with pytest.raises(ValueError, match='hidden must return modules'): opt.step(closure, m)
+    m,closure,opt = cells(structural=.1, hidden=lambda m: [m.idle])
+    with pytest.raises(ValueError, match='calls none of the modules'): opt.step(closure, m)
+
+@pytest.mark.parametrize('kwargs', [dict(n_acc=2), dict(n_acc=2, held_out=1), dict(n_acc=2, curv_batches=1)])
+def test_counts_of_batches_are_for_a_learner(kwargs):
+    "A closure and `acc_step` are steps of their own, and say so; nothing has moved then"
+    x,y = data()
+    m = mlp()
+    opt,before = hessian_free(m.parameters(), **kwargs),flat(list(m.parameters())).detach().clone()
+    with pytest.raises(ValueError, match='n_acc=2'): opt.step(objective(lambda: m(x), lambda z: F.cross_entropy(z, y)), m)
+    with pytest.raises(ValueError, match='grad_data and curv_data'): opt.acc_step(m, F.cross_entropy, [(x,y)])
+    assert torch.equal(flat(list(m.parameters())), before)
+    fit(learner(bs=16, **kwargs))
+
+def test_all_frozen_is_said():
+    x,y = data()
+    m = mlp()
+    opt = hessian_free(m.parameters())
+    for p in m.parameters(): p.requires_grad_(False)
+    closure = objective(lambda: m(x), lambda z: F.cross_entropy(z, y))
+    ways = [lambda: opt.step(closure, m), lambda: opt.acc_step(m, F.cross_entropy, [(x,y)]), lambda: opt.check_reduction(m, F.cross_entropy, [(x,y)]*2)]
+    for f in ways:
+        with pytest.raises(ValueError, match='frozen'): f()
+
+def test_data_may_be_a_generator_of_pairs():
+    x,y = data()
+    m = mlp()
+    opt,halves = hessian_free(m.parameters()),[(x[:32],y[:32]), (x[32:],y[32:])]
+    opt.check_reduction(m, F.cross_entropy, iter(halves))
+    with pytest.raises(ValueError, match="'sum'"): hessian_free(m.parameters(), reduction='sum').check_reduction(m, F.cross_entropy, iter(halves))
+    for few in ([], halves[:1]):
+        with pytest.raises(ValueError, match='two batches'): opt.check_reduction(m, F.cross_entropy, few)
+    for odd in ((x,y), [dict(x=x, y=y)]):
+        with pytest.raises(ValueError, match='inputs, targets'): opt.acc_step(m, F.cross_entropy, odd)
+
+def test_the_text_says_what_is_not_as_it_comes():
+    ps = [nn.Parameter(torch.ones(1))]
+    plain,pre,no_search = (repr(hessian_free(ps, **o)) for o in (dict(), dict(precondition=True), dict(line_search=False)))
+    assert 'preconditioner: Preconditioner()' in pre and 'line_search: None' in no_search
+    assert not any(o in plain for o in ('preconditioner','line_search'))

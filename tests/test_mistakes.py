@@ -5,6 +5,8 @@ import pytest,torch
 from fastai.basics import CrossEntropyLossFlat,DataLoaders,FocalLossFlat,Learner,nn
 from fastai.callback.all import MixUp,ParamScheduler,SchedLin
 from adahessian_fastai.all import AdaHessian,AdaHessianWrapper,Sophia,adahessian,hessian_free,perturbed,sophia,twice_differentiable
+from adahessian_fastai.curvature import Hessian
+from adahessian_fastai.estimators import GNB,Hutchinson
 from helpers_learner import data,mlp
 
 def learner(opt_func, loss=None, **kwargs):
@@ -95,3 +97,9 @@ def test_one_of_several_processes_that_keeps_to_itself(monkeypatch, recwarn):
     monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
     monkeypatch.setattr(torch.distributed, 'get_world_size', lambda *args: 2)
     with pytest.warns(UserWarning, match='drift apart: give .*group=torch.distributed.group.WORLD'): a_step(model, opt)
+
+@pytest.mark.parametrize('kwargs,name', [(dict(when=3),'when'), (dict(when='Every(3)'),'when'), (dict(estimator=Hessian()),'estimator'),
+    (dict(curvature=GNB()),'curvature'), (dict(curvature=Hutchinson()),'curvature')])
+@pytest.mark.parametrize('opt_func', [adahessian,sophia])
+def test_objects_of_another_kind_are_refused_at_once(kwargs, name, opt_func):
+    with pytest.raises(ValueError, match=f'{name}(=|.* must be)'): opt_func([torch.nn.Parameter(torch.ones(2))], **kwargs)

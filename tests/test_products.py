@@ -1,6 +1,6 @@
 "The products of the room `hvp` and how the optimizers use them"
 import pytest,torch,torch.nn.functional as F
-from fastai.basics import CrossEntropyLossFlat,DataLoaders,L1LossFlat,Learner,partial,set_seed
+from fastai.basics import Callback,CrossEntropyLossFlat,DataLoaders,L1LossFlat,Learner,partial,set_seed
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
 from torch import nn
@@ -377,3 +377,46 @@ def test_padding_is_a_constant_in_each_way(way):
     assert (got[0][0]==0).all() and v[0][0].abs().min()>0
     shared = Padded(shared=True)
     assert all(a is b for a,b in zip(without_padding(shared, list(shared.parameters()), v[:2]), v))
+
+class Single(nn.Module):
+    "A loss that is computed in single precision, as fastai's flattened ones are"
+    def forward(self, z, y): return F.cross_entropy(z.float(), y)
+
+@pytest.mark.parametrize('central', [False,True])
+@pytest.mark.parametrize('dtypes', [(torch.double,torch.double), (torch.double,torch.float), (torch.float,torch.float)])
+def test_steps_of_differences_suit_the_rounding_of_the_loss(dtypes, central):
+    "Parameters in double precision with a loss in single: a step for sixteen digits would measure rounding"
+    torch.manual_seed(0)
+    net,x,y = nn.Sequential(nn.Linear(5,16), nn.Tanh(), nn.Linear(16,3)).to(dtypes[0]),torch.randn(24,5).to(dtypes[0]),torch.randint(3, (24,))
+    ps,loss = list(net.parameters()),lambda: F.cross_entropy(net(x).to(dtypes[1]), y)
+    v = probe(ps)
+    off = relative(difference_product(loss, ps, None if central else gradient(loss(), ps))(v), hessian_product(loss, ps)(v))
+    assert off < (SINGLE if torch.float in dtypes else ONE_SIDED)
+
+@pytest.mark.parametrize('loss_func', [CrossEntropyLossFlat(),Single(),nn.CrossEntropyLoss()])
+@pytest.mark.parametrize('hvp', ['finite_difference','auto','forward'])
+def test_diagonals_of_models_in_double_precision(loss_func, hvp):
+    "Through the Learner, beside the double backward with the same probe"
+    class AsFloat(Callback):
+        def after_loss(self): self.learn.loss = self.loss.float() # What fastai's Recorder can average
+    def average(hvp):
+        torch.manual_seed(0)
+        net,x,y = nn.Sequential(nn.Linear(5,16), nn.GELU(), nn.Linear(16,3)).double(),torch.randn(24,5).double(),torch.randint(3, (24,))
+        rows = list(zip(x, y))
+        learn = Learner(DataLoaders.from_dsets(rows, rows, bs=24, shuffle=False, num_workers=0), net, loss_func, cbs=AsFloat(),
+            opt_func=partial(adahessian, hvp=hvp, signed=True, block_length=1, average_kernels=False))
+        torch.manual_seed(1)
+        with learn.no_bar(),learn.no_logging(): learn.fit(1)
+        return [learn.opt.state[p]['avg_diag_hessian'] for p in net.parameters()]
+    assert relative(average(hvp), average('reverse')) < SINGLE
+
+def test_differences_are_looked_at_as_they_are_used():
+    "One-sided ones start from the gradient of the step: where the batch is another function when it is evaluated again, that shows"
+    torch.manual_seed(0)
+    net,x,y = nn.Sequential(nn.Linear(5,8), nn.Tanh(), nn.Linear(8,3)).double(),torch.randn(6,5).double(),torch.randint(3, (6,))
+    def p(shift):
+        z = net(x)
+        def again(twice=False): return F.cross_entropy(net(x+shift), y),net(x)
+        return Problem(list(net.parameters()), F.cross_entropy(z, y), z, y, F.cross_entropy, again, model=net)
+    Hessian('finite_difference')(p(0.), list(net.parameters()))
+    with pytest.raises(ValueError, match='was off by'): Hessian('finite_difference')(p(0.1), list(net.parameters()))

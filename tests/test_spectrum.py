@@ -361,3 +361,24 @@ def test_same_numbers_as_curvlinops():
     ours = hessian_product(lambda: lossf(model(X), Y), params)
     v = [torch.randn(p.shape, dtype=p.dtype, generator=gen()) for p in params]
     assert all(torch.allclose(a, b, atol=EXACT) for a,b in zip(ours(v), theirs@v))
+
+def test_parameters_may_come_from_a_generator():
+    "`model.parameters()` is one: each function reads it once"
+    from adahessian_fastai.ggn import fisher_diagonal
+    from adahessian_fastai.hutchinson import hutchinson_diag,hutchinson_trace
+    from adahessian_fastai.hvp import difference_product,flat
+    from adahessian_fastai.losses import gnb_samples
+    torch.manual_seed(0)
+    m,x,y = torch.nn.Linear(3,2).double(),torch.randn(5,3).double(),torch.randint(2, (5,))
+    loss = lambda: torch.nn.functional.cross_entropy(m(x), y)
+    def twice(v): return [2*o for o in v]
+    def drawn(g): return torch.ones(5,2).double()
+    z = m(x)
+    readers = [lambda ps: hutchinson_diag(twice, ps, 2, generator=gen()), lambda ps: hutchinson_trace(twice, ps, 2, generator=gen()),
+        lambda ps: check_product(twice, ps, generator=gen()), lambda ps: spectral_density(twice, ps, n_samples=2, generator=gen()).nodes,
+        lambda ps: exact_diag(twice, ps, progress=False), lambda ps: dense_matrix(twice, ps, progress=False),
+        lambda ps: difference_product(loss, ps)([torch.ones_like(p) for p in m.parameters()]),
+        lambda ps: fisher_diagonal(z, torch.nn.functional.cross_entropy(z, y), ps), lambda ps: next(gnb_samples(z, ps, drawn))]
+    for f in readers:
+        a,b = f(m.parameters()),f(list(m.parameters()))
+        if a is not None: assert torch.equal(*(flat(o) if isinstance(o, list) else torch.as_tensor(o) for o in (a,b)))
