@@ -63,7 +63,7 @@ def add_all_notes(
 _renamed = dict(betas='mom and sqr_mom', beta1='mom', beta2='sqr_mom', momentum='mom', weight_decay='wd', weight_decouple='decouple_wd',
     learning_rate='lr', update_period='update_each', hessian_update_interval='update_each', num_samples='n_samples',
     hessian_distribution='probe', avg_conv_kernel='average_kernels', average_conv_kernel='average_kernels',
-    seed='torch.manual_seed before the optimizer is made')
+    hvp="curvature='hessian' or curvature=Hessian('forward'), say", seed='torch.manual_seed before the optimizer is made')
 
 def check_names(
     f, # Function that makes an optimizer

@@ -464,7 +464,7 @@ def diag_entries(
     idxs:Tensor, # Positions in `flat(params)`
 )->Tensor: # On the CPU
     "Exact entries of the diagonal of the matrix behind `product`, one product each"
-    e,res = torch.zeros_like(flat(params)),[]
+    e,res = torch.zeros_like(flat(params := list(params))),[]
     for i in idxs.tolist():
         e[i] = 1
         res.append(flat(product(unflat(e, params)))[i].item())

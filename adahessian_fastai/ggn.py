@@ -39,7 +39,7 @@ def graph_vjp(
     params:list # Tensors to differentiate for
 ): # `u -> Jᵀu`: from a list like `outputs` to a list like `params`
     "Transposed Jacobian of `outputs`, from their graph"
-    return lambda u: _dense(torch.autograd.grad(outputs, params, u, retain_graph=True, allow_unused=True), params)
+    return lambda u, ps=tuple(params): _dense(torch.autograd.grad(outputs, ps, u, retain_graph=True, allow_unused=True), ps)
 
 # %% ../nbs/05_ggn.ipynb #56d459e3
 def reverse_jvp(
@@ -88,14 +88,14 @@ def linear_jvp(
     "Jacobian of `forward`, linearised once at the present values of `params`"
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        _,lin = linearize(lambda *ps: tuple(forward(ps)), *[p.detach() for p in params])
+        _,lin = linearize(lambda *ps: tuple(forward(ps)), *(at := [p.detach() for p in params]))
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     def _states(): return torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)
     def _jvp(v):
         with torch.no_grad(), torch.random.fork_rng(devices): before,Jv,after = _states(),[o.as_subclass(Tensor) for o in lin(*v)],_states()
         if all(map(torch.equal, before, after)): return Jv
         raise RuntimeError("the model draws random numbers, and 'linearize' would draw others in each product")
-    first,second = (_jvp([torch.ones_like(p, requires_grad=False) for p in params]) for _ in range(2))
+    first,second = (_jvp([torch.ones_like(p) for p in at]) for _ in range(2))
     def same(a, b): return not a.numel() or torch.allclose(a, b, rtol=1e-2, atol=1e-6*a.abs().max().item(), equal_nan=True)
     if all(map(same, first, second)): return _jvp
     raise RuntimeError("the linearised pass overwrites what it has recorded, and gives something else the second time")

@@ -211,7 +211,7 @@ def gradient(
     along:Tensor=None, # What `loss` is multiplied with, where it is no scalar: shaped like it
 )->list: # A plain tensor or `None` for each of `params`, sharded for a sharded one; raises `ValueError` where one is sparse
     "Gradient of `loss` for each of `params`, `None` where `loss` does not depend on one"
-    if shard_mesh(params): return sharded_gradient(loss, params, create_graph, retain_graph, along)
+    if shard_mesh(params := list(params)): return sharded_gradient(loss, params, create_graph, retain_graph, along)
     gs = torch.autograd.grad(loss, params, along, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True)
     if any(g is not None and g.layout!=torch.strided for g in gs):
         raise ValueError("curvature needs dense gradients: make the `nn.Embedding` with `sparse=False`")

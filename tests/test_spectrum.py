@@ -364,7 +364,9 @@ def test_same_numbers_as_curvlinops():
 
 def test_parameters_may_come_from_a_generator():
     "`model.parameters()` is one: each function reads it once"
-    from adahessian_fastai.ggn import fisher_diagonal
+    from adahessian_fastai.diagnostics import diag_entries
+    from adahessian_fastai.ggn import fisher_diagonal,graph_vjp,linear_jvp,reverse_jvp
+    from torch.func import functional_call
     from adahessian_fastai.hutchinson import hutchinson_diag,hutchinson_trace
     from adahessian_fastai.hvp import difference_product,flat
     from adahessian_fastai.losses import gnb_samples
@@ -373,12 +375,15 @@ def test_parameters_may_come_from_a_generator():
     loss = lambda: torch.nn.functional.cross_entropy(m(x), y)
     def twice(v): return [2*o for o in v]
     def drawn(g): return torch.ones(5,2).double()
-    z = m(x)
+    def out(ps): return [functional_call(m, dict(zip(('weight','bias'), ps)), (x,))]
+    z,ones = m(x),[torch.ones_like(p) for p in m.parameters()]
     readers = [lambda ps: hutchinson_diag(twice, ps, 2, generator=gen()), lambda ps: hutchinson_trace(twice, ps, 2, generator=gen()),
         lambda ps: check_product(twice, ps, generator=gen()), lambda ps: spectral_density(twice, ps, n_samples=2, generator=gen()).nodes,
         lambda ps: exact_diag(twice, ps, progress=False), lambda ps: dense_matrix(twice, ps, progress=False),
-        lambda ps: difference_product(loss, ps)([torch.ones_like(p) for p in m.parameters()]),
-        lambda ps: fisher_diagonal(z, torch.nn.functional.cross_entropy(z, y), ps), lambda ps: next(gnb_samples(z, ps, drawn))]
+        lambda ps: difference_product(loss, ps)(ones),
+        lambda ps: fisher_diagonal(z, torch.nn.functional.cross_entropy(z, y), ps), lambda ps: next(gnb_samples(z, ps, drawn)),
+        lambda ps: diag_entries(twice, ps, torch.arange(3)), lambda ps: gradient(loss(), ps), lambda ps: graph_vjp([z], ps)([torch.ones_like(z)]),
+        lambda ps: reverse_jvp([z], ps)(ones), lambda ps: linear_jvp(out, ps)(ones)]
     for f in readers:
         a,b = f(m.parameters()),f(list(m.parameters()))
         if a is not None: assert torch.equal(*(flat(o) if isinstance(o, list) else torch.as_tensor(o) for o in (a,b)))
