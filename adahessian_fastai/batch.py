@@ -161,7 +161,7 @@ class CurvatureScale:
         "`problem` with the scale of a second derivative in place of the loss scale"
         return problem.replace(loss=problem.loss*(self.fit(grads, problem.scale)/problem.scale), rescaled=self.product)
 
-    def update(self,finite:bool):
+    def update(self, finite:bool):
         "Halve `c` after an overflow, double it after `growth_interval` finite estimates"
         self.n_good = self.n_good+1 if finite else 0
         factor = 0.5 if not finite else 2. if self.n_good==self.growth_interval else 1.
@@ -441,7 +441,7 @@ class Batches:
 
 # %% ../nbs/12_batch.ipynb #305fcff0
 @patch
-def close(self:Batches,params:list):
+def close(self:Batches, params:list):
     "Move the pending batches to the rounds, and their gradient to its mean or sum over rounds"
     self.rounds.append(self.pending)
     self.pending,n = [],len(self.rounds)
@@ -454,7 +454,7 @@ def close(self:Batches,params:list):
         elif p in self.sums: self.sums[p] = self.sums[p]*old
 
 @patch
-def ready(self:Batches,params:list):
+def ready(self:Batches, params:list):
     "Make `curv` and `trial` of the rounds; raises `NothingCounts`"
     if self.now and params: self.ranks = Ranks(sync_group(self.now.learn), params[0].device)
     if self.n_acc>1:

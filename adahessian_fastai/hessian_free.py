@@ -278,7 +278,7 @@ def plot_record(self:HessianFree, figsize=(9,4.5)):
 # %% ../nbs/18_hessian_free.ipynb #aa26002a
 @patch
 @contextmanager
-def forward_context(self:HessianFree,learn):
+def forward_context(self:HessianFree, learn):
     "Surrounds a training batch"
     try:
         with self.batches.recording(learn, self.damping.states_of): yield
@@ -288,7 +288,7 @@ def forward_context(self:HessianFree,learn):
         raise
 
 @patch
-def backward(self:HessianFree,learn):
+def backward(self:HessianFree, learn):
     "Fill `p.grad` and remember the batch"
     self.batches.add(learn, trainable_params(self), first=not self.n_steps)
     if not self.n_steps and len(self.batches)==1: warn_of_batch_norm(learn)

@@ -162,7 +162,7 @@ def due(opt): # Parameters, part of the batch and number of samples, see `Due`
 
 @patch
 @contextmanager
-def forward_context(self:CurvatureOptimizer,learn:Learner):
+def forward_context(self:CurvatureOptimizer, learn:Learner):
     "Prepare the forward pass for the estimate, if one is due; leave nothing half done"
     if vars(learn).get('iter', 1)==0: self.when.begin()
     try:
@@ -182,7 +182,7 @@ def forward_context(self:CurvatureOptimizer,learn:Learner):
 
 # %% ../nbs/15_optimizer.ipynb #1ed2184a
 @patch
-def backward(self:CurvatureOptimizer,learn:Learner):
+def backward(self:CurvatureOptimizer, learn:Learner):
     "Differentiate the loss of `learn`, and cancel the rest of the batch while `n_acc` is not reached"
     if self.turn is None:
         raise ValueError(f"{type(learn).__name__} has a `_do_one_batch` of its own: put `with self.opt.forward_context(self):` "

@@ -99,11 +99,11 @@ class MeanProblem:
         self.problems,self.reduce,self.params = problems,reduce,problems[0].params
         self.weights = [p.count/total for p in problems] if weights is None else list(weights)
 
-    def map(self,f): # A `MeanProblem`
+    def map(self, f): # A `MeanProblem`
         "The same mean of other problems"
         return MeanProblem(map(f, self.problems), self.weights, self.reduce)
 
-    def mean(self,f)->list:
+    def mean(self, f)->list:
         "Mean of what `f` returns for each problem"
         total = None
         for w,p in zip(self.weights, self.problems):

@@ -316,7 +316,7 @@ class Perturbation:
         with torch.autograd._unsafe_preserve_version_counter(ps): copy_all(ps, olds)
         self.kept = []
 
-    def ahead(self,opt:Optimizer):
+    def ahead(self, opt:Optimizer):
         "Move against the momentum, where that is the way; a group that steps less moves less"
         self.asked = self.asked or not self.twice
         if not self.rho or self.along!='momentum': return
@@ -487,7 +487,7 @@ _rules = dict(n_batches=whole_number, n_items=_number, scaled=(lambda v: isinsta
     **dict.fromkeys(('grads','diags','noises'), (lambda v: isinstance(v, list), 'a list')))
 
 @patch
-def state(self:Pending,params:list)->dict:
+def state(self:Pending, params:list)->dict:
     "What is pending, by the places of `params`"
     by = {k: [vars(self)[k].get(p) for p in params] for k in ('diags','noises')}
     own = {k: vars(self)[k] for k in ('n_batches','n_items','scaled','share')}
