@@ -100,7 +100,7 @@ class MeanProblem:
         self.weights = [p.count/total for p in problems] if weights is None else list(weights)
 
     def map(self, f): # A `MeanProblem`
-        "The same mean of other problems"
+        "The same mean of what `f` makes of each problem"
         return MeanProblem(map(f, self.problems), self.weights, self.reduce)
 
     def mean(self, f)->list:
