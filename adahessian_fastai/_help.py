@@ -61,7 +61,7 @@ def add_all_notes(
 # Names that are not there
 
 _renamed = dict(betas='mom and sqr_mom', beta1='mom', beta2='sqr_mom', momentum='mom', weight_decay='wd', weight_decouple='decouple_wd',
-    learning_rate='lr', update_period='update_each', hessian_update_interval='update_each', num_samples='n_samples',
+    learning_rate='lr', update_period='update_each', hessian_update_interval='update_each', num_samples='n_samples', max_iter='cg_max_iter',
     hessian_distribution='probe', avg_conv_kernel='average_kernels', average_conv_kernel='average_kernels',
     hvp="curvature='hessian' or curvature=Hessian('forward'), say", seed='torch.manual_seed before the optimizer is made')
 
@@ -78,9 +78,7 @@ def check_names(
 
 # What an object is
 
-def arguments(
-    o, # Object whose class keeps arguments under their own names
-)->dict: # Those that differ from their defaults
+def arguments(o)->dict: # Those that differ from their defaults
     "What `o` was made with"
     ps = inspect.signature(type(o)).parameters.values()
     kept = {p.name: (vars(o)[p.name],p.default) for p in ps if vars(o).get(p.name) is not None}

@@ -11,7 +11,7 @@ and diagnostics all use it, so they all mean the same function."""
 __all__ = ['send', 'autocast_of', 'takes_part', 'evaluate_batch', 'snapshot_of', 'noted', 'batch_of', 'loss_scale',
            'CurvatureScale', 'loss_weight', 'plain_number', 'n_rows', 'take_rows', 'check_rows_possible', 'in_half',
            'LearnerProblem', 'no_duals', 'Turn', 'problem_of', 'Batches', 'versions', 'divided', 'check_whole_step',
-           'check_trained', 'pairs', 'closure_problem', 'DataBatch', 'accumulate']
+           'check_trained', 'pairs', 'closure_problem', 'check_grad', 'DataBatch', 'accumulate']
 
 # %% ../nbs/12_batch.ipynb #d4f4fa69
 import math,warnings
@@ -87,9 +87,7 @@ def evaluate_batch(
 # %% ../nbs/12_batch.ipynb #899f6e36
 _batch_attrs = ('xb','yb','pred','loss_grad','loss','training')
 
-def snapshot_of(
-    learn:Learner, # Before a forward pass
-)->tuple: # To be given to `batch_of`
+def snapshot_of(learn:Learner)->tuple: # To be given to `batch_of`
     "Random states, and what model, loss function and the callbacks that take part remember"
     return snapshot(unwrapped(learn.model), learn.loss_func, *filter(takes_part, learn.cbs))
 
@@ -117,9 +115,7 @@ def batch_of(
         put(now, now_cbs)
 
 # %% ../nbs/12_batch.ipynb #815f4615
-def loss_scale(
-    learn:Learner, # In the middle of a batch
-)->float: # 1. without mixed precision
+def loss_scale(learn:Learner)->float: # 1. without mixed precision
     "The number by which the loss of this batch was multiplied before the backward pass"
     scaler = learn.__dict__.get('scaler')
     return scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.
@@ -146,9 +142,7 @@ class CurvatureScale:
         self.loss = self.c*2.**round(math.log2(self.size/largest)) if known else 1.
         return self.loss
 
-    def product(self,
-        product, # `v -> Hv` of a loss that was multiplied by `loss`
-    ):
+    def product(self, product):
         "`v -> Hv` of the loss itself, by way of small probes"
         small = self.c/self.shrink
         total = small*self.loss
@@ -181,9 +175,7 @@ def loss_weight(
     return 1. if cb is None or isinstance(cb, leave_out) else find_bs(learn.yb)/cb.n_acc
 
 # %% ../nbs/12_batch.ipynb #292d7a7c
-def plain_number(
-    v, # A number of Python, NumPy or PyTorch, or anything else
-): # A number of Python where `v` is a number; `v` otherwise
+def plain_number(v): # A number of Python where `v` is a number; `v` otherwise
     "`v` as Python writes it"
     return v.item() if hasattr(v, 'item') and getattr(v, 'ndim', 1)==0 else v
 
@@ -317,6 +309,7 @@ class Turn(NamedTuple):
         if n_acc>1 and callback_of(learn, GradientAccumulation):
             raise ValueError(f"n_acc and GradientAccumulation do the same: use one of them, got {n_acc=}")
         reshard(learn.model)
+        if params: getattr(getattr(estimator, 'curvature', None), 'notice', noop)(params, in_half(learn))
         if not params or share==0 or not len(learn.yb): return cls(estimator, start=snapshot_of(learn) if twice else None)
         rows = None if share is None or (n := n_rows(share, bs := find_bs(learn.yb)))>=bs else n
         aside = rows is not None or backward_hooks(model)
@@ -426,9 +419,7 @@ class Batches:
         self.with_graph,self.now = False,None
         self.drop()
 
-    def drop(self,
-        params=() # Their gradients are forgotten too
-    ):
+    def drop(self, params=()):
         "Forget all batches since the last step"
         self.pending,self.rounds,self.sums,self.curv,self.trial,self.ranks = [],[],{},None,None,Ranks()
         for p in params: p.grad = None
@@ -498,9 +489,7 @@ def current(self:Batches, p):
 
 @patch
 @contextmanager
-def curvature(self:Batches,
-    ps:list # Parameters, whose hooks are for gradients and not for products
-): # Yields a `MeanProblem`, which nothing keeps here
+def curvature(self:Batches, ps:list): # Yields a `MeanProblem`, which nothing keeps here
     "Context with the problems of the curvature, which are forgotten"
     with hooks_disabled(ps):
         curv,self.curv = [self.curv.map(self.current)],None
@@ -543,7 +532,7 @@ def add(self:Batches,
     "Fill `p.grad` and remember the batch"
     if self.now is None:
         raise ValueError(f"{type(learn).__name__} has a `_do_one_batch` of its own: put `with self.opt.forward_context(self):` around "
-            f"its body")
+            f"its body where `self.training`")
     if first: check_checkpoints(learn.loss_grad)
     before = next((p.params for r in (*self.rounds, self.pending) for p in r), params)
     if [*map(id, before)]!=[*map(id, params)]: self.drop(params) # Half a step of other parameters
@@ -594,6 +583,15 @@ def closure_problem(
     with hidden_states(modules) as states: loss,outputs = pair()
     return Problem(params, loss, outputs, evaluate=evaluate, model=module, **kwargs).replace(states=list(states), versions=versions(module))
 
+def check_grad(grad, params): # A list like `params`, or `None`
+    "Refuse a gradient of one's own, a list or one vector, that is not like `params`"
+    if grad is None: return
+    if isinstance(grad, Tensor) and grad.numel()==sum(p.numel() for p in params): return unflat(grad.reshape(-1), params)
+    grad = [grad] if isinstance(grad, Tensor) else list(grad)
+    got,want = ([tuple(o.shape) for o in ts] for ts in (grad, params))
+    if got==want: return grad
+    raise ValueError(f"grad must be tensors of the shapes {want} of the trained parameters, or one vector of all, got the shapes {got}")
+
 @patch
 @contextmanager
 def of_closure(self:Batches,
@@ -615,7 +613,7 @@ def of_closure(self:Batches,
             self.drop(params)
             raise ValueError("the closure must not call `backward`: return the loss, and the optimizer differentiates it as often as it "
                 "needs")
-        given = grad if grad is None or not isinstance(grad, Tensor) else unflat(grad, params)
+        given = check_grad(grad, params)
         for o,g in zip(params, p.gradient(retain_graph=self.keep_graph) if grad is None else given, strict=True): o.grad = g
         plain = p.without_graph()
         self.curv,self.trial = (MeanProblem([o], [1.]) for o in (p if self.keep_graph and not own else plain, plain))

@@ -320,9 +320,7 @@ def get_make_learner(
     return lambda opt: vision_learner(dls, getattr(torchvision.models,arch), pretrained=False, opt_func=opt, **args)
 
 # %% ../nbs/22_compare.ipynb #739e45d2
-def parse_value(
-    text:str, # Such as '10', '0.1', 'True', '(12,2)' or a word
-):
+def parse_value(text:str):
     "The Python value that `text` writes out, a string where it is a word"
     try: return ast.literal_eval(text)
     except (ValueError,SyntaxError): return text

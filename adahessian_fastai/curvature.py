@@ -21,7 +21,7 @@ __all__ = ['nonsmooth_modules', 'nonsmooth_functions', 'hvp_ways', 'max_error', 
 import math,re,time,warnings,weakref
 import torch, torch.autograd.forward_ad as fwAD, torch.nn.functional as F
 from contextlib import ExitStack,contextmanager,nullcontext
-from fastcore.basics import noop
+from fastcore.basics import noop,patch
 from typing import Literal
 from torch import Tensor,nn
 from torch.func import functional_call,grad,jvp
@@ -87,7 +87,6 @@ def reverse(
 )->Local:
     "Double backward on the graph of the loss"
     grads = problem.gradient(create_graph=True)
-    if any(g is None for g in grads): check_checkpoints(problem.loss)
     of = dict(zip(problem.params, grads))
     return Local(graph_product([of[p] for p in params], params, n_products), grads)
 
@@ -163,9 +162,7 @@ class ModelWithLoss(nn.Module):
 
     def forward(self, xb, yb): return self.loss_func(self.model(*xb), *yb)
 
-def compile_product(
-    whole:nn.Module, # A `ModelWithLoss` that is not compiled itself
-): # `(values, tangents, inputs, targets) -> (gradients, products)`; values and tangents are dicts by parameter name
+def compile_product(whole:nn.Module): # `(values, tangents, inputs, targets) -> (gradients, products)`, the first two dicts by name
     "One compiled function for the gradient of a batch's loss and its derivative along `tangents`"
     def loss(values, xb, yb): return functional_call(whole, values, (xb,yb))
     def both(values, tangents, xb, yb): return jvp(grad(lambda values: loss(values, xb, yb)), (values,), (tangents,))
@@ -287,9 +284,7 @@ def against_differences(
         with all_bits: error = difference_error(loss, params, v, near)
     return '' if error<=max_error else f"a finite difference was off by {error:.2g} on the first batch"
 
-def refuse_difference(
-    reason:str, # What speaks against it, empty for nothing; raises `ValueError` otherwise
-):
+def refuse_difference(reason:str):
     "Refuse finite differences, with the alternatives"
     if reason:
         raise ValueError(f"hvp='finite_difference' is meaningless here: {reason}. Use hvp='reverse' or 'forward' (in hessian_free "
@@ -302,12 +297,13 @@ def choose_way(
     params:list, # Tensors to differentiate for
 )->tuple: # Name and reason
     "The cheapest way to products with the Hessian that works here"
+    if problem.evaluate is None: return 'reverse','a loss alone cannot be evaluated again'
     way,exact = exact_way(problem, params)
     reason = against_differences(problem, params, exact)
     if not reason: return 'finite_difference','the network is smooth, so one more gradient is enough'
     if way is None:
-        raise RuntimeError(f"no product with the Hessian works here: there is no right second derivative, and {reason}. Use "
-            f"estimator='gnb'")
+        raise RuntimeError(f"no product with the Hessian works here: there is no right second derivative, and {reason}. Take "
+            f"estimator='gnb' if the table `losses` has this loss, or smooth activations such as nn.GELU")
     return way,f"no finite differences, because {reason}" + (', and something has no right double backward' if way=='forward' else '')
 
 # %% ../nbs/08_curvature.ipynb #615d830d
@@ -316,8 +312,8 @@ class Hessian:
     def __init__(self,
         method:Literal['reverse','forward','compiled','finite_difference','auto']='reverse', # How; raises `ValueError` for others
     ):
-        check_choice('hvp', method, (*hvp_ways, 'auto'))
-        self.method,self.used,self.trusted = method,None if method=='auto' else method,False
+        self.method = check_choice('hvp', method, (*hvp_ways, 'auto'))
+        self.used,self.trusted,self.seen,self.known = None if method=='auto' else method,False,(0,False),set() # Identities of parameters
 
     @property
     def twice(self): return self.used in (None,'reverse')
@@ -347,18 +343,20 @@ class Hessian:
             self.used,why = choose_way(problem, params)
             print(f"hvp='auto' is {self.used!r} here: {why}")
         if self.again and problem.scale!=1:
-            raise ValueError(f"hvp={self.method!r} does not go with the loss scale of fp16: use hvp='reverse', or bf16")
+            raise ValueError(f"hvp={self.method!r} does not go with the loss scale of fp16: use hvp='reverse' (in hessian_free "
+                f"`Hessian('reverse')`)" + (', or bf16' if self.method=='forward' else ''))
         if not self.trusted and self.method!='auto': return self.first(problem, params, n_products)
         return hvp_ways[self.used](problem, params, n_products)
 
     def first(self, problem, params, n_products):
         "The first product, looked at before it is believed"
+        check_checkpoints(problem.loss)
         if self.used=='reverse':
             local,off = checked_reverse(problem, params, n_products)
             if off>max_error and not problem.half:
                 warnings.warn(f"The second derivative of this network is not symmetric (by {off:.2g}), so a function in it has a wrong "
                     "one, or a gradient of its own making. hvp='finite_difference' does without it where the network is smooth, and "
-                    "estimator='gnb' everywhere", stacklevel=2)
+                    "estimator='gnb' where the table `losses` has the loss", stacklevel=2)
         else: local = self.first_again(problem, params, n_products)
         self.trusted = True
         return local
@@ -371,14 +369,23 @@ class Hessian:
         if self.used=='finite_difference' or problem.half or way=='forward': return local
         try: error = against_reverse(problem, local, exact, params)
         except NotImplementedError as e:
-            raise ValueError(f"hvp={self.used!r} is not possible here, use hvp='reverse' or estimator='gnb': {e}") from e
+            raise ValueError(f"hvp={self.used!r} is not possible here, use hvp='auto' or estimator='gnb': {str(e).splitlines()[0]}") from e
         if error: raise ValueError(f"hvp={self.used!r} is wrong here: {error}. Use hvp='reverse'")
         return local
 
-    def state_dict(self): return dict(used=self.used)
-    def load_state_dict(self, sd): self.used = sd['used'] if self.method=='auto' else self.used
+    def __getstate__(self): return {**vars(self), 'known': set()}
+    def state_dict(self): return dict(used=self.used, seen=self.seen)
+    def load_state_dict(self, sd):
+        self.used,self.seen = sd.get('used') if self.method=='auto' else self.used,tuple(sd.get('seen', self.seen))
 
 # %% ../nbs/08_curvature.ipynb #da6e6a1c
+@patch
+def notice(self:Hessian, params, half):
+    "Look anew where other parameters are trained than before, or in another precision"
+    self.known |= {*map(id, params)}
+    (n,before),self.seen = self.seen,(max(self.seen[0], len(self.known)),half)
+    if n and (len(self.known)>n or half!=before): self.trusted,self.used = False,None if self.method=='auto' else self.used
+
 def against_reverse(
     problem, # The `Problem`, with its graph
     local:Local, # With the product to look at
@@ -407,9 +414,7 @@ class Ride:
         self.on = False
         self.stack.close()
 
-    def read(self,
-        outputs, # What the model returned
-    ): # `params -> (v -> Jv)`; its first `v` has to be the probe where this is called inside the context
+    def read(self, outputs): # `params -> (v -> Jv)`; its first `v` has to be the probe where this is called inside the context
         "Take `Jz` from `outputs`, and end the dual numbers"
         zs = output_tensors(outputs)
         duals = [fwAD.unpack_dual(o) for o in zs]
@@ -536,7 +541,8 @@ class GaussNewton:
             with twice_differentiable(model, forward=along),ride as self.ride: yield
         except NotImplementedError as e:
             if not along or 'forward' not in str(e): raise
-            raise ValueError(f"curvature='ggn' with hvp='forward' is not possible here, use hvp='reverse' or estimator='gnb': {e}") from e
+            raise ValueError(f"curvature='ggn' with hvp='forward' is not possible here, use hvp='reverse' or estimator='gnb': "
+                f"{str(e).splitlines()[0]}") from e
         finally:
             if self.ride: self.ride.stack.close()
 
@@ -660,6 +666,7 @@ class OverBatches:
         warnings.warn(f"Curvature products by {way!r} failed: {why.splitlines()[0]}", stacklevel=2)
 
     def __call__(self, mean, params, n_products=None):
+        getattr(self.curvature, 'notice', noop)(params, mean.problems[0].half)
         local = MeanProblem(mean.problems, mean.weights)
         def build(way):
             of = {p: self.product(params, p) for p in mean.problems}

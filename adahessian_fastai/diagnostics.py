@@ -146,16 +146,12 @@ class ProbeStats:
         s = self.sums[:,idxs].sum(1)
         return s.mean().item(), s.std().item()/self.n**0.5
 
-    def power(self,
-        idxs=slice(None), # Which parameters, by their places in `params`
-    )->tuple:
+    def power(self, idxs=slice(None))->tuple:
         "Mean squares over the parameters `idxs`: of the diagonal, corrected for noise, and of one probe's noise"
         mean,var = (torch.cat([o.flatten() for o in _pick(t, idxs)]).double() for t in (self.mean, self.var))
         return (mean.pow(2).mean()-var.mean()/self.n).clamp_min(0).item(), var.mean().item()
 
-    def snr(self,
-        idxs=slice(None), # Which parameters, by their places in `params`
-    )->float:
+    def snr(self, idxs=slice(None))->float:
         "Signal-to-noise ratio of one probe's estimate; infinite where it is exact"
         signal,noise = self.power(idxs)
         return (signal/noise)**0.5 if noise>0 else math.inf

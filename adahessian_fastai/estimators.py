@@ -167,7 +167,9 @@ class GNB:
         center=None, # Plays no part
     )->Estimate:
         "Estimate of the diagonal"
-        if problem.loss_func is None: raise ValueError("estimator='gnb' needs outputs, targets and loss function: give the `Problem` them")
+        if problem.loss_func is None: 
+            raise ValueError("estimator='gnb', as in sophia, draws labels: call `opt.differentiate(Problem(params, loss, outputs, targets, "
+                "loss_func))`, or take estimator='hutchinson'")
         samples = _label_draws(problem, params, self.n_samples, rng)
         diag,noise = mean_and_noise(samples) if self.n_samples>1 else (sample_mean(samples),[])
         return Estimate(diag, noise, None)
@@ -255,7 +257,8 @@ class Preconditioner:
         if p.outputs is None: p = p.again(twice=True)
         gen = torch.Generator(params[0].device).manual_seed(torch.randint(2**31, (), generator=self.generator).item())
         try: samples = _label_draws(p, params, self.n_probes, lambda _: gen)
-        except ValueError as e: raise NoOutputs(f"precondition='gnb' cannot be made here, take precondition='fisher': {e}") from e
+        except ValueError as e: raise NoOutputs("precondition='gnb' needs a loss function of the table `losses`, which a Learner and "
+            "`acc_step` know and a closure does not: take precondition='fisher'") from e
         return sample_mean(samples)
 
     def inverse(self,
@@ -286,7 +289,8 @@ def made(
         raise ValueError(f"{what} must be one of {list(table)}, or an object made by one of {[o.__name__ for o in table.values()]}, got "
             f"{what}={name!r}")
     takes = inspect.signature(table[name]).parameters if isinstance(name, str) else ()
-    if odd := {k: v for k,v in given.items() if k not in takes and not (isinstance(name, str) and v==_usual.get(k))}:
+    odd = {k: v for k,v in given.items() if k not in takes and not (isinstance(name, str) and v==_usual.get(k))}
+    if odd := {'hvp' if k=='method' else k: v for k,v in odd.items()}:
         raise ValueError(f"{what}={name!r} takes no {', '.join(odd)}, got {', '.join(f'{k}={v!r}' for k,v in odd.items())}")
     if not isinstance(name, str): return deepcopy(name) if isinstance(name, (Hessian,GaussNewton)) else name
     return table[name](**{k: v for k,v in given.items() if k in takes})
@@ -307,7 +311,7 @@ def made_estimator(
     n_samples:int=None, # For each estimate
 ): # Raises `ValueError` for what does not go together
     "The estimator that these keywords describe"
-    if hvp is not None and not isinstance(hvp, str): raise ValueError(f"hvp must be one of {list(hvp_ways)}, got {hvp=}")
+    if hvp is not None and not isinstance(hvp, str): raise ValueError(f"hvp must be one of {[*hvp_ways, 'auto']}, got {hvp=}")
     own = isinstance(estimator, str) and estimator in ('hutchinson','control_variate')
     if own:
         ggn = isinstance(curvature, str) and curvature=='ggn'

@@ -230,7 +230,7 @@ def fisher_diagonal(
     zs,params = output_tensors(outputs),list(params)
     if len(zs)>1: zs = [zs[i] for i in loss_variables(loss, zs)[0]]
     if not zs or not zs[0].ndim:
-        raise ValueError("the Fisher diagonal needs outputs with samples along dimension 0, got " + ('a number' if zs else 'none'))
+        raise NoOutputs(f"precondition=True needs outputs with samples along dimension 0, got {'a number' if zs else 'none'}: take False")
     N,gs,JT = len(zs[0]), _dense(output_gradient(loss, zs), zs), graph_vjp(zs, params)
     device = gs[0].device
     if n_probes is None: signs = torch.eye(N, device=device)

@@ -280,6 +280,7 @@ def plot_record(self:HessianFree, figsize=(9,4.5)):
 @contextmanager
 def forward_context(self:HessianFree, learn):
     "Surrounds a training batch"
+    if not learn.training: return (yield)
     try:
         with self.batches.recording(learn, self.damping.states_of): yield
     except CancelBatchException: raise

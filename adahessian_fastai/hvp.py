@@ -34,9 +34,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 # %% ../nbs/00_hvp.ipynb #0923fd65
-def check_real(
-    params:list, # Tensors; raises `ValueError` where one is complex
-):
+def check_real(params:list):
     "Refuse complex parameters"
     for i,p in enumerate(params):
         if p.is_complex(): raise ValueError(f"curvature is that of real numbers, and parameter {i} of shape {tuple(p.shape)} is {p.dtype}: "
@@ -245,12 +243,11 @@ def check_twice(
     "Refuse gradients that passed a function whose gradient is marked as not differentiable, which autograd may overlook"
     if any(map(_is_once, graph_nodes(grads))):
         raise RuntimeError("the network has a function that is not differentiable twice (`once_differentiable`): for adahessian take "
-            "estimator='gnb', hvp='finite_difference' in a smooth network, or hvp='forward' if it has a `jvp`.")
+            "estimator='gnb', hvp='finite_difference' in a smooth network, or hvp='forward' if it has a `jvp`; for hessian_free "
+            "curvature=Hessian('finite_difference')")
 
 # %% ../nbs/00_hvp.ipynb #f77098af
-def check_checkpoints(
-    loss:Tensor, # With its graph; raises `ValueError`
-):
+def check_checkpoints(loss:Tensor):
     "Refuse reentrant checkpoints"
     if any(o.name()=='CheckpointFunctionBackward' for o in graph_nodes(loss)):
         raise ValueError("parameters inside a reentrant checkpoint have no second derivative: call `checkpoint(..., use_reentrant=False)`")
@@ -272,8 +269,9 @@ def missing_second_derivative():
     try: yield
     except RuntimeError as e:
         if 'is not implemented' not in str(e): raise
-        raise RuntimeError(f"{e}: compute attention and recurrent layers inside `with twice_differentiable(model):`. Else take, for "
-            "adahessian, estimator='gnb', or hvp='forward', or hvp='finite_difference' in a smooth network") from e
+        raise RuntimeError(f"{str(e).splitlines()[0]}: outside a Learner compute attention and recurrent layers inside `with "
+            "twice_differentiable(model):`. Else take, for adahessian, hvp='auto', which finds what works, or estimator='gnb' if the table "
+            "`losses` has the loss; for hessian_free curvature=Hessian('finite_difference') in a smooth network") from e
 
 # %% ../nbs/00_hvp.ipynb #41a7ed3c
 def graph_product(

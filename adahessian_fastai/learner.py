@@ -22,6 +22,7 @@ from functools import wraps
 import torch.distributed as dist
 from torch.nn.parallel import DataParallel,DistributedDataParallel
 from fastai.basics import *
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import *
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import load_model,save_model
@@ -42,8 +43,12 @@ def _backward(self:Learner):
 def _do_one_batch(self:Learner):
     "fastai's batch, inside `opt.forward_context(self)` where the optimizer has one and trains"
     context = getattr(self.opt, 'forward_context', None) if self.training else None
-    if context is None: return self._orig__do_one_batch()
-    with modes_kept(),context(self): self._orig__do_one_batch()
+    on = getattr(next((o for o in self.cbs if isinstance(o, MixedPrecision)), None), 'autocast', None)
+    try:
+        if context is None: return self._orig__do_one_batch()
+        with modes_kept(),context(self): self._orig__do_one_batch()
+    finally: # fastai leaves autocast on where something is raised before `after_loss`
+        if hasattr(on, 'prev') and torch.is_autocast_enabled(on.device)>on.prev: on.__exit__(None, None, None)
 
 # %% ../nbs/10_learner.ipynb #eef705a7
 def _fsdp(name='FSDPModule'): return loaded('torch.distributed.fsdp', name)
@@ -86,9 +91,7 @@ def check_model(
         raise ValueError(f"curvature is not available for parameters sharded as in this {type(model).__name__}: use `learn.distrib_ctx()`, "
             "or `fully_shard` on the whole model with estimator='gnb' or, where it is smooth, hvp='finite_difference'")
 
-def check_gradients(
-    params, # Trained parameters after the backward pass; raises `ValueError`
-):
+def check_gradients(params):
     "Refuse a loss that reaches none of the parameters, as with copies of them in the optimizer"
     if params and all(p.grad is None for p in params):
         raise ValueError("the loss depends on no parameter of the optimizer: if that holds copies, as under `to_non_native_fp16`, use "
@@ -166,9 +169,7 @@ class Ranks:
         if isinstance(error, Exception) and not isinstance(error, AgreedError): self.worst(2)
 
 # %% ../nbs/10_learner.ipynb #pend0002
-def drop_pending(
-    opt, # Any optimizer; only one that is part of the seam is touched
-):
+def drop_pending(opt):
     "Forget gradients and batches of an accumulation, which belong to other weights or another optimizer"
     if not hasattr(opt, 'backward'): return
     opt.zero_grad()
@@ -330,9 +331,9 @@ def norms_of(tensors:list)->list: # A tensor with one number for each
     "Norms of `tensors`, of one in parts that of the whole"
     local = [t.to_local() if is_part(t) else t for t in tensors] if (group := shard_group(tensors)) else tensors
     some = iter(torch._foreach_norm(full) if (full := [t for t in local if t.numel()]) else [])
-    norms = [next(some).float() if t.numel() else torch.zeros((), device=t.device) for t in local]
+    norms = [next(some) if t.numel() else torch.zeros((), device=t.device) for t in local]
     if group is None: return norms
-    means, = cross_rank_mean([torch.stack(norms).square()], group)
+    means, = cross_rank_mean([torch.stack([n.float() for n in norms]).square()], group)
     return [(m*(dist.get_world_size(group) if is_part(t) else 1)).sqrt() for m,t in zip(means, tensors)]
 
 def look(
@@ -342,7 +343,8 @@ def look(
     "The `losses`, and the norm of each tensor: not a number where an entry is infinite or not a number"
     norms = norms_of([t for ts in lists for t in ts])
     row = [*(o.squeeze() for o in losses),*norms]
-    values = torch.stack([o.to(row[0].device, torch.float) for o in row]).tolist() if row else []
+    if len({o.device for o in row})>1: row = [o.to(row[0].device) for o in row]
+    values = torch.stack(row).float().tolist() if row else []
     found = iter(values[len(losses):])
     def norm(t):
         n = next(found)
@@ -369,9 +371,9 @@ def check_groups(
         raise ValueError(f"{wrong[0]} must be a list of dicts, got {sd[wrong[0]]!r}")
     if not isinstance(sd[own], dict): raise ValueError(f"{own} must be a dict, got {sd[own]!r}")
     names,n = [set(o) for o in sd['hypers']],len(opt.all_params())
-    lost = [k for o,h in zip(names, opt.hypers) for k in needs or h if k not in o]
-    if lost or len(names)!=len(opt.hypers):
-        raise ValueError(f"other parameter groups or hyperparameters: none of {lost} in hypers, got {names}")
+    lost,alone = [k for o,h in zip(names, opt.hypers) for k in needs or h if k not in o],'load the weights alone with `with_opt=False`'
+    if len(names)!=len(opt.hypers): raise ValueError(f"other parameter groups, {len(names)} in hypers and {len(opt.hypers)} here: {alone}")
+    if lost: raise ValueError(f"the state of an optimizer without {', '.join(dict.fromkeys(lost))}: {alone}")
     if odd := {k: v for h in sd['hypers'] for k,v in h.items() if v is not None and not (isinstance(v, (int,float)) and math.isfinite(v))}:
         raise ValueError(f"hyperparameters must be finite numbers, got {odd}")
     if len(sd['state'])!=n: raise ValueError(f"the state is for {len(sd['state'])} parameters, the model has {n}")
@@ -455,9 +457,7 @@ class Counts:
         self.seed,self.n_steps,self.n_estimates,self.n_dropped,self.n_skipped = peek_seed(),0,0,0,0
         self.noise_record,self.guard,self.flat_told = deque(maxlen=10_000),LossGuard(),False
 
-    def rng(self,
-        stream:int=0, # Another number gives other random numbers for the same estimate
-    ): # `device -> generator`
+    def rng(self, stream:int=0): # `device -> generator`
         "Generators of the next estimate"
         return seeded(self.seed + 7919*self.n_estimates + 104729*rank_distrib() + stream)
 
@@ -486,7 +486,7 @@ class Counts:
         self.flat_told = True
         warnings.warn(f"{n} of {of} parameters have a gradient and a curvature of exactly zero, as under a loss of straight pieces (L1, "
             f"hinge, quantile): their steps are as long as the bounds `clip` and `cap` let them be. Take a larger eps, such as 0.1, or a "
-            f"smooth loss, such as nn.SmoothL1Loss", stacklevel=4)
+            f"loss that is curved at your residuals, such as nn.SmoothL1Loss with a `beta` of their size", stacklevel=4)
 
     def state_dict(self): return {k: vars(self)[k] for k in self.names}
     def load_state_dict(self, sd):

@@ -203,9 +203,7 @@ def bare_loss(
     return (loss_func.func if loss_func.axis==-1 else loss_func),1
 
 # %% ../nbs/06_losses.ipynb #5fc80db2
-def on_plain_tensors(
-    loss_func, # Any loss
-): # The same loss
+def on_plain_tensors(loss_func): # The same loss
     "A flattened loss of fastai without fastai's class of tensors, any other as it is"
     if not _is_flattened(loss_func): return loss_func
     loss = copy(loss_func)

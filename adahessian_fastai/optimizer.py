@@ -35,10 +35,13 @@ def remedy(opt)->str:
 
 # %% ../nbs/15_optimizer.ipynb #41727c9e
 def check_seen(opt, work):
-    "Refuse gradients that came past `differentiate` where there is no average to step with"
-    if opt.n_batches or all('hess_step' in s or not s.get('do_hessian', True) for s,_ in work.values()): return
-    raise ValueError("there is no estimate to step with: call `opt.differentiate(loss)` in place of `loss.backward()`; in a Learner "
-        "give `opt_func=adahessian` itself, without `OptimWrapper`")
+    "Refuse gradients that came past `differentiate` where there is no average to step with; warn where it should have a new estimate"
+    if opt.n_batches or not any(p.grad.any() for p in work): return
+    what = "call `opt.differentiate(loss)` in place of `loss.backward()`"
+    if not all('hess_step' in s or not s.get('do_hessian', True) for s,_ in work.values()):
+        raise ValueError(f"there is no estimate to step with: {what}; in a Learner give `opt_func=adahessian` itself, without "
+            "`OptimWrapper`")
+    if due(opt).params: warnings.warn(f"an estimate is due and nothing has asked for it, so the average grows old: {what}", stacklevel=3)
 
 def check_asked(opt):
     "Warn once of a loop in which nothing moves the parameters to where `rho` wants the loss"
@@ -66,9 +69,7 @@ def noises_for(
     return noises if opt.debiased else {}
 
 # %% ../nbs/15_optimizer.ipynb #5665e816
-def upgraded(
-    sd:dict, # A state, maybe of version 0.0.1
-)->dict:
+def upgraded(sd:dict)->dict:
     "`sd` in the form of today"
     if not isinstance(sd, dict) or 'wrapper' not in sd or 'curvature' in sd: return sd
     own = sd['wrapper']
@@ -143,7 +144,7 @@ class CurvatureOptimizer(Optimizer, GetAttr):
     ):
         "Continue exactly where the optimizer that gave `sd` stood"
         sd,ps = upgraded(sd),self.all_params().itemgot(0)
-        rules = dict(counts=Counts.rules, scale=CurvatureScale.rules, estimator=dict.fromkeys(self.estimator.state_dict()), when={})
+        rules = dict(counts=Counts.rules, scale=CurvatureScale.rules, estimator={}, when={})
         (hypers,state),own = checked_steppers(self, sd, **rules),sd['curvature']
         pending,grads = Pending.of_state(ps, own)
         self.when.load_state_dict(own['when'])
@@ -164,6 +165,7 @@ def due(opt): # Parameters, part of the batch and number of samples, see `Due`
 @contextmanager
 def forward_context(self:CurvatureOptimizer, learn:Learner):
     "Prepare the forward pass for the estimate, if one is due; leave nothing half done"
+    if not learn.training: return (yield)
     if vars(learn).get('iter', 1)==0: self.when.begin()
     try:
         self.turn = Turn.of_batch(learn, due(self), self.estimator, self.perturb.twice, self.n_acc)
@@ -186,7 +188,7 @@ def backward(self:CurvatureOptimizer, learn:Learner):
     "Differentiate the loss of `learn`, and cancel the rest of the batch while `n_acc` is not reached"
     if self.turn is None:
         raise ValueError(f"{type(learn).__name__} has a `_do_one_batch` of its own: put `with self.opt.forward_context(self):` "
-            f"around its body")
+            f"around its body where `self.training`")
     ps = trainable_params(self)
     problem = self.turn.problem(learn, ps)
     n_items = find_bs(learn.yb) if self.n_acc>1 or problem.group is not None else 1

@@ -66,7 +66,9 @@ class Problem:
         twice:bool=False, # Will the graph be differentiated twice?
     ): # A `Problem`; raises `ValueError` without `evaluate`
         "The same function at the present values of the parameters"
-        if self.evaluate is None: raise ValueError("this problem cannot be evaluated again: give `Problem` its `evaluate`")
+        if self.evaluate is None:
+            raise ValueError("a loss alone cannot be evaluated again, as hvp='forward' and 'finite_difference' have to: give "
+                "`opt.differentiate(Problem(params, loss, evaluate=f))` with `f(twice=False) -> (loss, outputs)`, or take hvp='reverse'")
         loss,outputs = self.evaluate(twice=twice)
         return self.replace(loss=loss, outputs=outputs, scale=1., rescaled=noop)
 

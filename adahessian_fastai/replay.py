@@ -115,9 +115,7 @@ def _put(memory):
         vars(m).update(attrs)
 
 @contextmanager
-def restored(
-    state:tuple, # From `snapshot`
-):
+def restored(state:tuple):
     "Context in which random numbers and memory are those of `state`; leaves no trace"
     rng,memory,functions,begin = state
     modules,end = [m for m,_ in memory],[b for f in functions for b in _outside(f)]

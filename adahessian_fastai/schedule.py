@@ -64,17 +64,24 @@ def rows_due(
     return part if age>=n else (least_part,1.)[age//2%2]
 
 # %% ../nbs/13_schedule.ipynb #a22569ab
+_checks = dict(update_each=check_period, hessian_bs=lambda o: isinstance(o, str) and o=='auto' or check_rows(o),
+    dense=partial(check_count, 'dense', least=0))
+
 class Every:
     "Estimates at steps 1, k+1, 2k+1, …"
+    def __setattr__(self, k, v): # Also one that is set in the middle of a training
+        if k in _checks: _checks[k](v)
+        super().__setattr__(k, v)
+
     def __init__(self,
         update_each:int|tuple=1, # The period k, or a pair, see `is_due`; raises `ValueError` for anything else
         hessian_bs=None, # Rows of the batch, or a fraction; `None` for all; a pair: see `rows_due`; raises `ValueError` otherwise
         dense:int|tuple=0, # So many steps at the start have an estimate each; a pair: with so many probes; raises `ValueError` below 0
     ):
-        check_period(update_each)
         check_rows(hessian_bs)
         n,m = dense if _is_pair(dense) else (dense,1)
-        self.update_each,self.hessian_bs,self.dense,self.probes = update_each,hessian_bs,check_count('dense', n, 0),check_count('dense', m)
+        self.update_each,self.hessian_bs = update_each,hessian_bs
+        self.dense,self.probes = check_count('dense', n, 0),check_count('dense[1]', m)
 
     def part(self,
         age:int, # Steps that were made
@@ -84,18 +91,14 @@ class Every:
         part = rows_due(age, self.hessian_bs)
         return None if isinstance(part, float) and part==1 else part
 
-    def samples(self,
-        age:int, # Steps that were made
-    )->int: # 1 where the estimator may have its own way
+    def samples(self, age:int)->int: # 1 where the estimator may have its own way
         "How many probes has the next step's estimate at least?"
         return self.probes if age<self.dense else 1
 
-    def weight(self,
-        age:int, # Steps that were made
-    )->float: # 1 for those at every k-th step
+    def weight(self, age:int)->float: # 1 for those at every k-th step
         "For how many estimates does the next step's count in an average?"
-        k = self.update_each[1] if _is_pair(self.update_each) else self.update_each
-        return 1/k if age<self.dense else 1
+        n,k = self.update_each if _is_pair(self.update_each) else (0,self.update_each)
+        return 1/(2 if age<n else k) if age<self.dense else 1
 
     def begin(self): "An epoch begins"
     def tick(self, n_steps, part, **kwargs): "A step ended"
@@ -196,9 +199,7 @@ def unsure(self:Budget)->bool:
     return statistics.median(plain)<0.005 or any(spread(o)>1.5 for t in self.times.values() for o in t.values() if len(o)>3)
 
 @patch
-def ratio(self:Budget,
-    part:float=1., # Of the batch
-)->float: # t₁/t₀ - 1
+def ratio(self:Budget, part:float=1.)->float: # t₁/t₀ - 1
     "Overhead of a step with an estimate over one without"
     pairs = [(t[part],t[0]) for t in self.times.values() if t[part] and t[0]]
     unsure = self.unsure()
@@ -209,9 +210,7 @@ def ratio(self:Budget,
 
 # %% ../nbs/13_schedule.ipynb #0eb71f54
 @patch
-def period(self:Budget,
-    ratio:float, # From `ratio`, or its mean over the processes
-)->int: # k
+def period(self:Budget, ratio:float)->int: # k
     "The smallest period that keeps the mean overhead within the budget"
     return max(1, math.ceil(round(ratio/self.overhead, 6)))
 

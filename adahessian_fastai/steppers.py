@@ -538,9 +538,7 @@ def flat_ones(self:Work,
 # %% ../nbs/14_steppers.ipynb #692bf135
 @patch
 @torch.no_grad()
-def bound(self:Work,
-    norms:list, # Of the gradients, numbers
-):
+def bound(self:Work, norms:list):
     "Shorten gradients that are `spike` times longer than they were"
     if not self or not (spike := next(iter(self.values()))[1].get('spike')): return
     state,norm = next(iter(self.values()))[0],math.hypot(*norms)

@@ -51,7 +51,7 @@ def descend(
 )->Tensor: # `n_steps+1` points
     "The points that an optimizer passes on its way down `f`"
     check_number('clip', clip, above=0, optional=True)
-    x = nn.Parameter(torch.tensor(x0))
+    x = nn.Parameter(torch.tensor(x0)*1.)
     opt,path = opt_func([x]),[x.detach().clone()]
     for _ in range(check_count('n_steps', n_steps, 0)):
         with (perturbed if hasattr(opt, 'perturb') else nullcontext)(opt): getattr(opt, 'differentiate', torch.autograd.backward)(f(x))

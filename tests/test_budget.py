@@ -63,6 +63,13 @@ def test_repeats_bit_by_bit():
     same = lambda a,b: all(map(torch.equal, a.model.parameters(), b.model.parameters()))
     assert same(first, again) and not same(first, other)
 
+@pytest.mark.parametrize('dense', [6,(6,2)])
+def test_a_dense_start_repeats_bit_by_bit(dense):
+    "An estimate of the start weighs as it did while the budget was measuring"
+    first = fit(learner(Clock(2.6), dense=dense))
+    again = fit(learner(update_each=first.opt.update_each, dense=dense))
+    assert first.opt.update_each==(18,7) and all(map(torch.equal, first.model.parameters(), again.model.parameters()))
+
 @pytest.mark.parametrize('noise', [lambda n: (n%3)*1.5, lambda n: -0.999 if n%2 else 0.], ids=['busy','short'])
 def test_steps_that_differ_or_are_short_are_met_with_care(noise, capsys):
     "A period at least as long as that of steady steps, and the message says why"
@@ -181,6 +188,7 @@ def test_parts_in_the_state(n):
     set_seed(0)
     batches = [(torch.randn(8,4),torch.randint(2, (8,))) for _ in range(40)]
     def train(learn, xys):
+        learn.training = True
         for x,y in xys:
             learn.xb,learn.yb = (x,),(y,)
             with learn.opt.forward_context(learn):

@@ -1467,3 +1467,44 @@ def test_the_text_says_what_is_not_as_it_comes():
     plain,pre,no_search = (repr(hessian_free(ps, **o)) for o in (dict(), dict(precondition=True), dict(line_search=False)))
     assert 'preconditioner: Preconditioner()' in pre and 'line_search: None' in no_search
     assert not any(o in plain for o in ('preconditioner','line_search'))
+
+# --- settings that can never work are no skipped steps
+
+class GivesLoss(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+    def forward(self, x): return self.net(x).square().mean()
+
+def test_a_preconditioner_without_outputs_is_refused():
+    "Not skipped step after step; the advice trains"
+    own = dict(model=GivesLoss, loss=lambda out,y: out, curvature='hessian')
+    learn = learner(**own, precondition=True)
+    before = weights(learn)
+    with pytest.raises(ValueError, match='precondition=True needs outputs with samples along dimension 0, got a number: take False'): fit(learn)
+    assert torch.equal(weights(learn), before)
+    assert not torch.equal(weights(fit(learner(**own, precondition=False))), before)
+
+def test_a_closure_does_not_tell_the_loss_function_to_gnb():
+    (x,y),m = data(),mlp()
+    def closure():
+        out = m(x)
+        return F.cross_entropy(out, y),out
+    with pytest.raises(ValueError, match="`acc_step` know and a closure does not: take precondition='fisher'"):
+        hessian_free(m.parameters(), precondition='gnb').step(closure, m)
+    hessian_free(m.parameters(), precondition='fisher').step(closure, m)
+    assert hessian_free(m.parameters(), precondition='gnb').acc_step(m, nn.CrossEntropyLoss(), [(x,y)])<F.log_softmax(torch.zeros(3), 0).neg()[0]*2
+
+def test_a_gradient_of_ones_own_has_to_fit():
+    "Refused before anything has changed; as a list, a generator and a vector it makes the same step"
+    (x,y),made = data(),[mlp() for _ in range(3)]
+    for m in made[1:]: m.load_state_dict(made[0].state_dict())
+    def closure(m): return lambda: F.cross_entropy(m(x), y)
+    gs = torch.autograd.grad(closure(made[0])(), list(made[0].parameters()))
+    opts = [hessian_free(m.parameters(), curvature='hessian') for m in made]
+    for wrong in (gs[:-1], [g[:1] for g in gs], flat(gs)[1:], [flat(gs)], gs[0], []):
+        with pytest.raises(ValueError, match='grad must be tensors of the shapes.* or one vector of all, got the shapes'):
+            opts[0].step(closure(made[0]), made[0], grad=wrong)
+    assert opts[0].n_steps==0 and all(p.grad is None for p in made[0].parameters())
+    for o,m,g in zip(opts, made, (list(gs), (g for g in gs), flat(gs))): o.step(closure(m), m, grad=g)
+    assert all(torch.equal(p, q) for m in made[1:] for p,q in zip(made[0].parameters(), m.parameters()))

@@ -11,7 +11,7 @@ from fastai.callback.mixup import CutMix,MixUp
 from fastai.optimizer import Adam,OptimWrapper
 from functools import partial
 from torch import nn
-from adahessian_fastai.all import adahessian,sophia
+from adahessian_fastai.all import adahessian,hessian_free,sophia
 from helpers_learner import HYPERS,data,fit,given,learner,mlp
 
 # The same numbers in another order of sums, in float64
@@ -294,6 +294,11 @@ class Mended(Own):
         with self.opt.forward_context(self): super()._do_one_batch()
 
 
+class AsAdvised(Own):
+    def _do_one_batch(self):
+        with self.opt.forward_context(self): super()._do_one_batch()
+
+
 def built(cls=Learner, loss_func=F.cross_entropy, cbs=(), dtype=torch.float, shape=(5,), **kwargs):
     x,y = data(12, shape, dtype=dtype)
     net = nn.Sequential(nn.Flatten(), *mlp(n_in=x[0].numel())).to(dtype)
@@ -316,6 +321,18 @@ def test_a_learner_with_a_batch_of_its_own():
     with pytest.raises(ValueError, match=r'put `with self.opt.forward_context\(self\):` around its body'): fit(built(Own, opt_func=adahessian))
     learn = fit(built(Mended, opt_func=adahessian))
     assert learn.opt.n_steps==learn.opt.n_estimates==2
+
+
+@pytest.mark.parametrize('opt', [adahessian, partial(adahessian, n_acc=3), hessian_free], ids=['adahessian','n_acc','hessian_free'])
+def test_the_context_of_a_batch_is_for_training_alone(opt):
+    "Around validation too it moves nothing and drops nothing: losses, steps and weights are those of Learner"
+    runs = []
+    for cls in (Learner,Mended,AsAdvised):
+        torch.manual_seed(0)
+        runs.append(fit(built(cls, opt_func=opt), 3))
+    first = [o.recorder.values for o in runs]
+    assert first[0]==first[1]==first[2] and len({o.opt.n_steps for o in runs})==1
+    assert all(torch.equal(p, q) for o in runs[1:] for p,q in zip(runs[0].model.parameters(), o.model.parameters()))
 
 
 @pytest.mark.parametrize('opt', [sophia,partial(adahessian, estimator='gnb')])

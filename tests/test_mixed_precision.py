@@ -238,3 +238,22 @@ def test_on_a_gpu(kind, mode):
     d,g = errors(kind, mode, 'cuda')
     bound = (FP16 if mode=='fp16' else BF16)*(KINKS if kind=='conv' else 1)
     assert g<bound and d<2*bound
+
+
+@pytest.mark.parametrize('event', ['after_pred','after_loss','before_step'])
+@pytest.mark.parametrize('training', [True,False], ids=['training','validation'])
+@pytest.mark.parametrize('mode', ['fp16','bf16'])
+def test_an_interrupt_leaves_no_autocast_on(cpu_amp, mode, training, event):
+    "A training afterwards, of this model or another one, is the one that it would have been"
+    class Stop(Callback):
+        order = 95
+        def __call__(self, name):
+            if name==('after_pred' if event=='before_step' and not training else event) and self.training==training: raise KeyboardInterrupt
+    x,y = data(24, dtype=torch.float)
+    made = lambda: amp(learner(mlp().float(), x, y), mode)
+    torch.manual_seed(0)
+    undisturbed = state_of(fit(made(), 3))
+    with pytest.raises(KeyboardInterrupt): fit(made(), cbs=Stop())
+    assert not torch.is_autocast_enabled('cpu')
+    torch.manual_seed(0)
+    assert state_of(fit(made(), 3))==undisturbed

@@ -157,3 +157,73 @@ def test_what_rho_does_inside_perturbed_is_what_it_does_in_a_learner():
     assert far(weights(perturbed), learn.model.parameters())<ROUNDING
     assert far(weights(nullcontext), weights(nullcontext, rho=0))==0
     assert far(weights(perturbed), weights(nullcontext))>1e-4
+
+
+@pytest.mark.parametrize('make', [ours, adahessian, partial(sophia, dense=20)], ids=['adahessian','paper','sophia'])
+def test_gradients_that_come_past_a_due_estimate_are_told(make):
+    "A loop that goes back to `loss.backward()`, as after loading a state: it would train on with the old average for ever"
+    (x,y),model = data(12),mlp()
+    opt = make(model.parameters())
+    out = model(x)
+    with perturbed(opt): opt.differentiate(Problem(list(model.parameters()), F.cross_entropy(out, y), out, y, F.cross_entropy))
+    opt.step()
+    opt.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    with pytest.warns(UserWarning, match=r'an estimate is due.*call `opt.differentiate\(loss\)` in place of `loss.backward'): opt.step()
+    assert opt.n_steps==2
+
+
+def test_gradients_of_ones_own_between_estimates_are_nobodys_business():
+    (x,y),model = data(12),mlp()
+    opt = adahessian(model.parameters(), update_each=3)
+    opt.differentiate(F.cross_entropy(model(x), y))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for _ in range(3):
+            opt.step()
+            opt.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+    with pytest.warns(UserWarning, match='an estimate is due'): opt.step()
+
+
+def test_auto_is_reverse_where_only_the_loss_is_known(capsys):
+    (x,y),model = data(12),mlp()
+    opt = adahessian(model.parameters(), hvp='auto')
+    opt.differentiate(F.cross_entropy(model(x), y))
+    assert opt.estimator.curvature.used=='reverse' and 'a loss alone cannot be evaluated again' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('hvp', ['forward','finite_difference'])
+def test_a_way_that_evaluates_again_says_what_it_needs(hvp):
+    (x,y),model = data(12),mlp()
+    ps,opt = list(model.parameters()),adahessian(model.parameters(), hvp=hvp)
+    def evaluate(twice=False):
+        out = model(x)
+        return F.cross_entropy(out, y),out
+    with pytest.raises(ValueError, match=r"give `opt.differentiate\(Problem\(params, loss, evaluate=f\)\)`.* or take hvp='reverse'"):
+        opt.differentiate(evaluate()[0])
+    opt.differentiate(Problem(ps, evaluate()[0], evaluate=evaluate))
+    opt.step()
+    assert opt.n_steps==1
+
+
+def test_drawn_labels_say_what_they_need():
+    (x,y),model = data(12),mlp()
+    opt,out = sophia(model.parameters()),model(x)
+    with pytest.raises(ValueError, match=r'call `opt.differentiate\(Problem\(params, loss, outputs, targets, loss_func\)\)`'):
+        opt.differentiate(F.cross_entropy(out, y))
+    opt.differentiate(Problem(list(model.parameters()), F.cross_entropy(out, y), out, y, F.cross_entropy))
+    opt.step()
+    assert opt.n_steps==1
+
+
+@pytest.mark.parametrize('name,v', [('update_each',0), ('update_each','a'), ('update_each',2.5), ('update_each',(3,0)), ('dense',-1), ('dense',(20,4)),
+    ('hessian_bs',0), ('hessian_bs','all')])
+def test_a_schedule_that_is_set_by_hand_is_checked(name, v):
+    "With the error of the constructor, and the old value stays"
+    opt = ours(mlp().parameters())
+    old = getattr(opt, name)
+    with pytest.raises(ValueError, match=name): setattr(opt, name, v)
+    assert getattr(opt, name)==old
+    opt.update_each,opt.dense,opt.hessian_bs = (12,4),3,0.5
+    assert [opt.when.part(i) for i in range(6)]==[0.5,0.5,0.5,0,0.5,0]

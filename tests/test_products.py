@@ -4,6 +4,7 @@ from fastai.basics import Callback,CrossEntropyLossFlat,DataLoaders,L1LossFlat,L
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
 from torch import nn
+from helpers_learner import fit
 
 from adahessian_fastai.adahessian import AdaHessian,adahessian_paper as adahessian
 from adahessian_fastai.hvp import difference_product,dual_gradient,gradient,hessian_product,moved,step_size,total_norm
@@ -201,7 +202,7 @@ def test_half_precision_is_refused():
 def test_needs_the_closure():
     p = nn.Parameter(torch.ones(2))
     opt = AdaHessianWrapper(AdaHessian([p], lr=0.1), hvp='forward')
-    with pytest.raises(ValueError, match='give `Problem` its `evaluate`'): opt.differentiate((p**3).sum())
+    with pytest.raises(ValueError, match='cannot be evaluated again.*evaluate=f'): opt.differentiate((p**3).sum())
     opt.differentiate(Problem([p], (p**3).sum(), evaluate=lambda twice=False: ((p**3).sum(), None)))
     assert torch.allclose(opt.diags[p], torch.full((2,), 6.)) and torch.allclose(p.grad, torch.full((2,), 3.))
 
@@ -246,6 +247,61 @@ def test_what_one_network_taught_holds_for_no_other(kwargs):
     "Objects in a `partial` serve several Learners: a smooth network and one with kinks"
     for act,want in ((nn.GELU(),'finite_difference'), (nn.ReLU(),'reverse'), (nn.GELU(),'finite_difference')):
         assert trained(act, **kwargs).opt.estimator.curvature.used==want
+
+class Bends(nn.Module):
+    "A kink in the body alone, in a function"
+    def __init__(self):
+        super().__init__()
+        self.body,self.head = nn.Linear(75,8),nn.Linear(8,3)
+    def forward(self, x): return self.head(self.body(x.flatten(1)).relu().tanh())
+
+def bends(hvp):
+    set_seed(5)
+    return Learner(data(), Bends(), CrossEntropyLossFlat(), opt_func=partial(adahessian, lr=0.02, hvp=hvp),
+        splitter=lambda m: [list(m.body.parameters()),list(m.head.parameters())])
+
+@pytest.mark.parametrize('through_file', [False,True])
+def test_auto_looks_again_at_what_is_thawed(through_file, tmp_path):
+    "The head alone is smooth; thawed, the way is that of a network with kinks"
+    learn = bends('auto')
+    learn.path = tmp_path
+    learn.freeze()
+    fit(learn)
+    assert learn.opt.estimator.curvature.used=='finite_difference'
+    if through_file:
+        learn.save('a')
+        learn = bends('auto')
+        learn.path = tmp_path
+        learn.freeze()
+        learn.load('a')
+    learn.unfreeze()
+    assert fit(learn).opt.estimator.curvature.used=='reverse'
+
+def test_finite_differences_that_suited_the_head_are_refused_for_the_body():
+    learn = bends('finite_difference')
+    learn.freeze()
+    fit(learn).unfreeze()
+    with pytest.raises(ValueError, match='meaningless here: ReluBackward0 has a kink'): fit(learn)
+
+def test_auto_looks_again_at_another_half_of_the_same_size():
+    "Two networks in turn, as in a GAN"
+    class Kink(nn.Module):
+        def forward(self, x): return x.relu()
+    curvature,(x,y) = Hessian('auto'),data().one_batch()
+    for act,want in ((nn.GELU(),'finite_difference'), (Kink(),'reverse')):
+        net = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 8), act, nn.Linear(8, 3))
+        def evaluate(twice=False):
+            out = net(x)
+            return F.cross_entropy(out, y),out
+        curvature.notice(list(net.parameters()), False)
+        curvature(Problem(list(net.parameters()), evaluate()[0], evaluate=evaluate, model=net), list(net.parameters()))
+        assert curvature.used==want
+
+def test_auto_looks_again_in_half_precision():
+    learn = trained(nn.GELU(), hvp='auto')
+    assert learn.opt.estimator.curvature.used=='finite_difference'
+    learn.add_cb(MixedPrecision(amp_mode='bf16'))
+    assert fit(learn).opt.estimator.curvature.used=='reverse'
 
 def test_auto_without_double_backward(capsys):
     "A function that is differentiable once, before a kink: neither finite differences nor a double backward"

@@ -527,3 +527,25 @@ def test_twenty_kills_end_with_the_same_weights(tmp_path):
         got = torch.load(folder/'done')
         assert all(torch.equal(got[k], want[k]) for k in want)
     assert len(starts)==20 and sum(o>0 for o in starts)>=5, starts
+
+
+@pytest.mark.parametrize('old,new', itertools.permutations(['hutchinson','ggn','gnb'], 2))
+def test_a_state_of_a_near_relative_goes_on(old, new, tmp_path):
+    "The averages are of the same kind; what the other estimator has learned of products is left out"
+    kinds = dict(hutchinson={}, ggn=dict(curvature='ggn'), gnb=dict(estimator='gnb'))
+    fit(made(tmp_path, **kinds[old])).save('old')
+    learn = made(tmp_path, seed=1, **kinds[new])
+    learn.load('old')
+    assert learn.opt.n_steps==5 and fit(learn).opt.n_steps==10
+
+
+@pytest.mark.parametrize('other', ['sophia','groups'])
+def test_the_weights_alone_go_on_where_the_state_does_not_fit(other, tmp_path):
+    "The advice of the error, followed"
+    fit(made(tmp_path)).save('old')
+    learn = made(tmp_path, seed=1)
+    if other=='sophia': learn.opt_func = sophia
+    else: learn.splitter = lambda m: [list(m[:2].parameters()), list(m[2:].parameters())]
+    with pytest.raises(ValueError, match='load the weights alone with `with_opt=False`'): learn.load('old')
+    learn.load('old', with_opt=False)
+    assert fit(learn).opt.n_steps==5
