@@ -1508,3 +1508,17 @@ def test_a_gradient_of_ones_own_has_to_fit():
     assert opts[0].n_steps==0 and all(p.grad is None for p in made[0].parameters())
     for o,m,g in zip(opts, made, (list(gs), (g for g in gs), flat(gs))): o.step(closure(m), m, grad=g)
     assert all(torch.equal(p, q) for m in made[1:] for p,q in zip(made[0].parameters(), m.parameters()))
+
+class Bends(nn.Module):
+    "A kink in the body alone, in a function"
+    def __init__(self):
+        super().__init__()
+        self.body,self.head = nn.Linear(6,8),nn.Linear(8,3)
+    def forward(self, x): return self.head(self.body(x).relu().tanh())
+
+def test_auto_looks_again_at_what_is_thawed():
+    learn = learner(model=Bends, curvature=Hessian('auto'))
+    learn.splitter = lambda m: [list(m.body.parameters()),list(m.head.parameters())]
+    for f,want in ((learn.freeze,'finite_difference'), (learn.unfreeze,'reverse')):
+        f()
+        assert fit(learn).opt.curvature.curvature.used==want
