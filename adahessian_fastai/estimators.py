@@ -167,7 +167,7 @@ class GNB:
         center=None, # Plays no part
     )->Estimate:
         "Estimate of the diagonal"
-        if problem.loss_func is None: 
+        if problem.loss_func is None:
             raise ValueError("estimator='gnb', as in sophia, draws labels: call `opt.differentiate(Problem(params, loss, outputs, targets, "
                 "loss_func))`, or take estimator='hutchinson'")
         samples = _label_draws(problem, params, self.n_samples, rng)
