@@ -1,5 +1,6 @@
 "Help for the person in front of it: comments beside parameters become part of `__doc__`, optimizers say what they are"
 import difflib,inspect,re
+from functools import partial
 from itertools import groupby
 from linecache import getlines
 from textwrap import wrap
@@ -67,11 +68,11 @@ _renamed = dict(betas='mom and sqr_mom', beta1='mom', beta2='sqr_mom', momentum=
 
 def check_names(
     f, # Function that makes an optimizer
-    given:dict, # Keywords that `f` does not have; raises `TypeError` if there are any
+    given, # Names of keywords; raises `TypeError` if `f` does not have one
 ):
     "Answer an argument that `f` lacks with the name that it has here"
     takes = inspect.signature(f).parameters
-    for k in given:
+    for k in [k for k in given if k not in takes]:
         near = _renamed.get(k) or ' '.join(difflib.get_close_matches(k, takes, 1))
         if near.split(' ')[0].isidentifier() and near.split(' ')[0] not in takes: near = '' # Neither does this optimizer have
         raise TypeError(f"{f.__name__} has no argument {k!r}{near and f': use {near}'}")
@@ -80,16 +81,16 @@ def check_names(
 
 def arguments(o)->dict: # Those that differ from their defaults
     "What `o` was made with"
-    ps = inspect.signature(type(o)).parameters.values()
-    kept = {p.name: (vars(o)[p.name],p.default) for p in ps if vars(o).get(p.name) is not None}
+    of,own = (o.func,o.keywords) if isinstance(o, partial) else (type(o),vars(o))
+    kept = {p.name: (own[p.name],p.default) for p in inspect.signature(of).parameters.values() if own.get(p.name) is not None}
     return {k: v for k,(v,default) in kept.items() if v is not default and v!=default}
 
 def shown(o)->str:
     "`o` in a few letters"
     if isinstance(o, float): return f'{o:.4g}'
     if hasattr(o, '__name__'): return o.__name__
-    if not type(o).__module__.startswith(_lib): return repr(o)
-    return f"{type(o).__name__}({', '.join(f'{k}={shown(v)}' for k,v in arguments(o).items())})"
+    if not isinstance(o, partial) and not type(o).__module__.startswith(_lib): return repr(o)
+    return f"{getattr(o, 'func', type(o)).__name__}({', '.join(f'{k}={shown(v)}' for k,v in arguments(o).items())})"
 
 def described_groups(opt)->list: # A line for all groups with the same hyperparameters that follow one another
     "Parameters and hyperparameters of the groups of `opt`"
@@ -106,10 +107,12 @@ def describe(opt)->str: # Name and steppers, estimator, schedule, groups
     inner = getattr(opt, 'opt', None)
     cbs = [getattr(cb, 'func', cb).__name__ for cb in getattr(inner, 'cbs', ())]
     name = getattr(inner, 'name', cbs[-1].removesuffix('_step') if cbs else type(opt).__name__)
-    parts = {k: vars(opt)[k] for k in ('estimator','when','perturb','n_acc','curvature') if k in vars(opt)}
+    parts = {k: vars(opt)[k] for k in ('estimator','when','smooth','debiased','perturb','n_acc','curvature') if k in vars(opt)}
     settings = {k: vars(opt).get(k) for k in ('cg','damping','line_search','preconditioner','batches')}
     told = {'line_search'} if vars(opt).get('line_search', 1) is None else set() # It is there by default, and a preconditioner is not
     parts.update({k: v for k,v in settings.items() if k in told or v is not None and (arguments(v) or k=='preconditioner')})
-    parts = {k: v for k,v in parts.items() if not (k=='perturb' and not v.rho or k=='n_acc' and v==1)}
+    usual = dict(perturb=lambda v: not v.rho, n_acc=lambda v: v==1, debiased=lambda v: not v,
+        smooth=lambda v: isinstance(v, partial) and not arguments(v))
+    parts = {k: v for k,v in parts.items() if not (k in usual and usual[k](v))}
     head = f"{name}: {', '.join(cbs)}" if cbs else name
     return '\n  '.join([head, *(f'{k}: {shown(v)}' for k,v in parts.items()), *described_groups(opt)])

@@ -14,6 +14,7 @@ __all__ = ['check_together', 'AdaHessianWrapper', 'adahessian', 'lr_for', 'adahe
 from typing import Literal
 
 from fastai.basics import *
+from .hvp import check_switch
 from .averaging import average_diag,check_block_length
 from .curvature import Hessian
 from .steppers import Perturbation,adahessian_step,average_diag_hessian,average_sqr_diag_hessian,made_steppers
@@ -61,6 +62,8 @@ class AdaHessianWrapper(CurvatureOptimizer):
         signed = average_diag_hessian in opt.cbs
         if signed_blocks is None: signed_blocks = signed or debiased
         est = made_estimator(estimator, curvature, hvp, probe, n_samples)
+        debiased,average_kernels = check_switch('debiased', debiased),check_switch('average_kernels', average_kernels)
+        check_switch('signed_blocks', signed_blocks)
         check_together(est, signed, signed_blocks, debiased)
         check_block_length(block_length)
         smooth = partial(average_diag, block_length=block_length, signed=signed_blocks, average_kernels=average_kernels)
@@ -110,9 +113,7 @@ def adahessian(
     if lr is None: opt.set_hyper('lr', opt.default_lr)
     return opt
 
-def lr_for(
-    opt:AdaHessianWrapper, # Its estimator and average decide
-)->tuple: # Rate, and the number of steps that it suits: `None` where short trainings ended worse at a higher one
+def lr_for(opt:AdaHessianWrapper)->tuple: # Rate, and the steps that it suits: `None` where short trainings ended worse at a higher one
     "The learning rate of a variant that nobody gave one"
     est = opt.estimator
     if isinstance(est, GNB) or average_diag_hessian in opt.opt.cbs: return 0.05,None
@@ -127,7 +128,7 @@ def adahessian_paper(
     **kwargs # As for `adahessian`
 )->AdaHessianWrapper:
     "AdaHessian as in the paper: an estimate at each step, no bounds, at the parameters themselves"
-    opt = adahessian(params, lr, **{**dict(update_each=1, dense=0, clip=0., cap=0., spike=0., rho=0.), **kwargs})
+    opt = adahessian(params, ifnone(lr, 0.15), **{**dict(update_each=1, dense=0, clip=0., cap=0., spike=0., rho=0.), **kwargs})
     opt.default_lr,opt.opt.default_steps,opt.opt.name = 0.15,None,'adahessian_paper'
     return opt
 
@@ -148,6 +149,7 @@ def AdaHessian(
 )->Optimizer: # Raises `ValueError` for a value outside its range
     "An `Optimizer` of AdaHessian's steppers, to be wrapped by `AdaHessianWrapper`"
     bounds = {k: ifnone(v, 0.) for k,v in dict(clip=clip, cap=cap, spike=spike).items()}
+    signed,decouple_wd = check_switch('signed', signed),check_switch('decouple_wd', decouple_wd)
     cbs = [weight_decay if decouple_wd else l2_reg, partial(average_grad, dampening=True), step_stat]
     cbs += [average_diag_hessian if signed else average_sqr_diag_hessian, adahessian_step]
     return made_steppers(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, hessian_power=hessian_power, **bounds)

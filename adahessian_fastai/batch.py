@@ -31,7 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 from .hvp import (SettingError,check_checkpoints,check_choice,check_count,check_switch,grads_aside,hooks_disabled,shard_mesh,
     twice_differentiable,unflat,zero_tangents)
 from .losses import bare_loss,loss_count,losses,smoothed_cross_entropy_rule
-from .problem import MeanProblem,Problem,hidden_states,mean_of,modes_kept,structured,weights_of
+from .ggn import NoOutputs
+from .problem import MeanProblem,Problem,hidden_states,mean_of,modes_kept,weights_of,with_states
 from .estimators import is_first_order,with_samples
 from .learner import Ranks,callback_of,check_gradients,check_model,check_shards,reshard
 from .learner import shard_group,sync_group,unwrapped,whole_number
@@ -460,15 +461,14 @@ def ready(self:Batches, params:list):
 def loss(self:Batches)->float:
     "The loss at the present values of the parameters"
     def one(p, with_graph):
-        with torch.set_grad_enabled(with_graph): return [p.again().loss.detach().as_subclass(Tensor).double().reshape(1)]
+        with torch.set_grad_enabled(with_graph): return p.again().without_graph()
     def tried(p):
         try: return one(p, self.with_graph)
         except RuntimeError as e:
             if self.with_graph or isinstance(e, torch.OutOfMemoryError) or 'grad' not in str(e): raise
-        loss = one(p, True)
-        self.with_graph = True
-        return loss
-    return self.trial.mean(tried)[0].item()
+        new,self.with_graph = one(p, True),True
+        return new
+    return self.trial.map(tried).loss.item()
 
 @patch
 def compare_twice(self:Batches):
@@ -500,10 +500,14 @@ def curvature(self:Batches, ps:list): # Yields a `MeanProblem`, which nothing ke
 def structured(self:Batches,
     mean:MeanProblem, # From `curvature`
     strength:float, # Of structural damping, μλ
-    states_of # `model -> modules` whose outputs are the hidden states
+    states_of # `model -> modules` whose outputs are the hidden states; raises `NoOutputs` where there are none
 )->MeanProblem:
     "`mean` with structural damping, where that has a strength"
-    return structured(mean, strength, states_of(mean.problems[0].model), self.reduction) if strength else mean
+    if not strength: return mean
+    if modules := states_of(model := mean.problems[0].model): return mean.map(lambda p: with_states(p, strength, modules, self.reduction))
+    none = 'the model has no recurrent layers of PyTorch: say which modules return them,'
+    why = none if model is not None else 'nobody said what the closure evaluates: step(closure, model), maybe with'
+    raise NoOutputs(f"structural damping needs hidden states, and {why} hidden=lambda model: [model.cell]")
 
 # %% ../nbs/12_batch.ipynb #dbcc7b98
 def divided(product, scale): return product if scale==1. else lambda v: [o/scale for o in product(v)]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from typing import Literal,NamedTuple
 from fastcore.basics import ifnone, noop
 from fastcore.foundation import L
-from .hvp import SettingError,check_choice, check_count, check_number, check_pair, check_switch, flat, unflat
+from .hvp import SettingError,check_choice, check_count, check_number, check_pair, check_switch, flat, tensor_list, unflat
 
 # %% ../nbs/04_cg.ipynb #f9d40d6f
 def flat_product(
@@ -54,7 +54,7 @@ def grid_iterations(
 )->list: # Increasing, from 0; without a limit up to 2⁵³
     "Iterations whose iterate is kept for backtracking"
     check_number('base', base, above=1)
-    last = 2**53 if max_iter is math.inf else min(check_count('max_iter', max_iter, 0), 2**53)
+    last = 2**53 if isinstance(max_iter, float) and max_iter==math.inf else min(check_count('max_iter', max_iter, 0), 2**53)
     js = range(math.ceil(math.log(last+1, base))+1)
     return sorted({i for j in js if (i := math.ceil(base**j)-1) <= last})
 
@@ -81,12 +81,12 @@ def cg_steps(
     yield torch.stack([m, r.norm(), torch.ones_like(m)])
     while True:
         Ap = A(p)
-        pAp = p@Ap
+        pAp,rp = p@Ap,ry if neg_curv=='stop' else r@p # The same where all steps before led to a minimum
         a,alive = _cg_length(ry, pAp, alive, first, neg_curv)
         x.addcmul_(p, a)
         r.addcmul_(Ap.masked_fill_(a==0, 0.), -a)
         del Ap
-        m = torch.where(a==0, m, m - a*ry + a*a*pAp/2)
+        m = torch.where(a==0, m, m - a*rp + a*a*pAp/2)
         yield torch.stack([m, r.norm(), pAp])
         y,old,first = M(r),ry,False
         ry = r@y
@@ -161,8 +161,8 @@ def cg(
         if keep and len(kept)>keep: kept.pop(min(kept))
         if i and i%every and i<max_iter: continue
         reason,new = _cg_look(rows, torch.stack(new).tolist(), bound, max_iter, eps, neg_curv),[]
+        if rows: progress(len(rows)-1, *rows[-1][:2])
         if reason: break
-        progress(i, *rows[-1][:2])
     rows = rows or [[0.,0.,0.]]
     n = len(rows)-1
     bent = reason=='negative curvature' or any(o[2]<=0 for o in rows)
@@ -364,7 +364,7 @@ def solve(
     max_iter:int=100, # Most iterations, of one product each; `None` for the size of `b`, `math.inf` for no limit
 )->Solution:
     "The `x` with `(H+λI)x = b` by conjugate gradients"
-    rhs,count,lam = flat(b),0,check_number('damping', damping)
+    rhs,count,lam = flat(b := tensor_list(b)),0,check_number('damping', damping)
     def apply(v):
         nonlocal count
         count += 1

@@ -8,8 +8,8 @@ the schedule; the machine. `compare_optimizers` does that for any Learner, at on
 
 # %% auto #0
 __all__ = ['optimizers', 'middles', 'muted', 'peak_memory', 'Meter', 'plain_progress', 'values_of', 'rates_of', 'train_once',
-           'compare_optimizers', 'comparison_table', 'fitted', 'plot_comparison', 'default_rate', 'rates_around',
-           'lowest', 'rates_table', 'plot_rates', 'digits_dls', 'digits_cnn', 'folder_dls', 'get_dls',
+           'compare_optimizers', 'mean_of_all', 'comparison_table', 'fitted', 'plot_comparison', 'default_rate',
+           'rates_around', 'lowest', 'rates_table', 'plot_rates', 'digits_dls', 'digits_cnn', 'folder_dls',
            'get_make_learner', 'parse_value', 'parse_opts', 'parse_lr', 'save_comparison', 'check_machine', 'prepare',
            'main']
 
@@ -144,6 +144,7 @@ def compare_optimizers(
 
 # %% ../nbs/22_compare.ipynb #b3a11792
 _lists = ['losses','valid_losses','seconds']
+def mean_of_all(o): return o.mean(skipna=False) # Not a number where a run has failed
 
 def comparison_table(
     runs:pd.DataFrame, # From `compare_optimizers`
@@ -151,7 +152,7 @@ def comparison_table(
     "Means over the seeds, their standard deviation where there are several, and the time as a ratio to the first row"
     by = ['optimizer','lr'] if (runs.groupby('optimizer').lr.nunique()>1).any() else ['optimizer']
     groups = runs.drop(columns=[*_lists, 'seed', 'default', *{'lr'}-{*by}]).groupby(by, sort=False)
-    table = groups.mean()
+    table = groups.agg(mean_of_all)
     if runs.seed.nunique()>1: table = table.join(groups[['valid_loss']].std().add_suffix(' sd'))
     table.insert(table.columns.get_loc('s/epoch')+1, 'ratio', table['s/epoch']/table['s/epoch'].iloc[0])
     return table
@@ -228,7 +229,7 @@ def rates_table(
 )->pd.DataFrame: # One row for each optimizer
     "Mean loss at the default rate and at the best one, and the share of the rates within 10 % of the best"
     def one(o):
-        means = o.groupby('lr').valid_loss.mean()
+        means = o.groupby('lr').valid_loss.agg(mean_of_all)
         own = means[np.isclose(means.index, o.default.iloc[0])]
         loss,best = own.iloc[0] if len(own) else math.nan,lowest(means)
         return pd.Series({'default lr': o.default.iloc[0], 'loss': loss, 'best lr': best, 'lowest loss': means.min(),
@@ -242,7 +243,7 @@ def plot_rates(
     "Validation loss over learning rates, and over seconds at the default rate and at the best one"
     if axs is None: axs = plt.subplots(1, 2, figsize=(9,3.8), sharey=True, layout='constrained')[1]
     for name,color,o in _by_name(runs):
-        means,own = o.groupby('lr').valid_loss.mean(),o[np.isclose(o.lr, o.default)]
+        means,own = o.groupby('lr').valid_loss.agg(mean_of_all),o[np.isclose(o.lr, o.default)]
         axs[0].plot(means.index, means, '.-', color=color, label=name)
         axs[0].plot(own.lr, means.reindex(own.lr), '*', color=color, ms=14)
         for style,some in (('-',own), (':',o[o.lr==lowest(means)])):
@@ -291,16 +292,6 @@ def folder_dls(
     return ImageDataLoaders.from_folder(path, **split, bs=bs, item_tfms=RandomResizedCrop(size, min_scale=0.35),
         batch_tfms=[FlipItem(0.5), Normalize.from_stats(*imagenet_stats)])
 
-# %% ../nbs/22_compare.ipynb #3d8eca37
-def get_dls(
-    data:str, # 'digits', 'imagenette' or a folder
-    size:int, # Height and width in pixels of images from a folder
-    bs:int, # Batch size
-)->DataLoaders:
-    "The data that `data` names"
-    if data=='digits': return digits_dls(bs)
-    return folder_dls(untar_data(URLs.IMAGENETTE_160) if data=='imagenette' else Path(data), size, bs)
-
 # %% ../nbs/22_compare.ipynb #1af070e4
 def get_make_learner(
     dls:DataLoaders, # Data with `c` classes
@@ -322,7 +313,7 @@ def get_make_learner(
 # %% ../nbs/22_compare.ipynb #739e45d2
 def parse_value(text:str):
     "The Python value that `text` writes out, a string where it is a word"
-    try: return ast.literal_eval(text)
+    try: return ast.literal_eval(dict(true='True', false='False', none='None').get(text.lower(), text))
     except (ValueError,SyntaxError): return text
 
 def parse_opts(
@@ -330,8 +321,8 @@ def parse_opts(
 )->dict: # `opt_func` by name; raises `ValueError` for an unknown name and for arguments that an optimizer refuses
     "The optimizers that `names` lists"
     found = {}
-    for item in re.split(r',(?![^(]*\))', names):
-        if '=' in item and ':' not in item and found: found[f'{last},{item}'] = found.pop(last)+[item]
+    for item in re.split(r',(?![^(\[{]*[)\]}])', names):
+        if '=' in item and ':' not in item.split('=')[0] and found: found[f'{last},{item}'] = found.pop(last)+[item]
         else: found[item] = item.split(':', 1)[1:]
         last = list(found)[-1]
     unknown = [o.split(':')[0] for o in found if o.split(':')[0] not in optimizers]
@@ -399,7 +390,7 @@ def prepare(data, arch, size, bs, epochs, opts, lr, rates, seeds, fp16, bf16, ou
     cbs = [MixedPrecision(AMPMode.FP16 if fp16 else AMPMode.BF16)] if fp16 or bf16 else []
     opts,n = parse_opts(opts),rates or (5 if data=='digits' and not lr else 1)
     given = parse_lr(lr, list(opts))
-    dls = get_dls(data, size, bs)
+    dls = digits_dls(bs) if data=='digits' else folder_dls(untar_data(URLs.IMAGENETTE_160) if data=='imagenette' else Path(data), size, bs)
     if not len(dls.train): raise ValueError(f"bs must be at most {len(dls.train_ds)}, the number of images to train on, got {bs=}")
     n_batches = epochs*len(dls.train)
     def around(k): return rates_around(opts[k], n, None if 'lr=' in k else given.get(k) or middles.get(k.split(':')[0]), n_batches)

@@ -20,10 +20,10 @@ from matplotlib.ticker import LogLocator,MaxNLocator
 from typing import Literal
 from fastai.basics import *
 from fastai.optimizer import debias
-from .hvp import check_count,check_number,flat,is_part,unflat
+from .hvp import check_count,check_number,check_switch,flat,is_part,tensor_list,unflat
 from .hutchinson import hutchinson_diag,hutchinson_samples
 from .spectrum import confidence_interval,extreme_eigenvalues,mean_product,spectral_density
-from .learner import is_sharded,trainable_params,unwrapped
+from .learner import by_parameter,is_sharded,trainable_params,unwrapped
 from .batch import problem_of,snapshot_of
 from .steppers import bounded,denominator
 from .estimators import curvatures,made
@@ -105,7 +105,7 @@ def curvature_product(self:Learner,
     train:bool=True, # Model in training mode?
 ): # `v -> Hv` on lists of tensors shaped like `params`
     "Product with the curvature of the mean loss over `batches`"
-    params,how = learner_params(self) if params is None else list(params),made('curvature', curvature, curvatures)
+    params,how = learner_params(self) if params is None else tensor_list(params),made('curvature', curvature, curvatures)
     if not params or {*params}-{*self.model.parameters(), *learner_params(self)}:
         raise ValueError(f"params must be parameters of the model, got {len(params)} with others among them or none")
     self.model.to(getattr(self.dls, 'device', default_device()))
@@ -119,8 +119,6 @@ def curvature_product(self:Learner,
     return mean_product(product_of, batches, weight=lambda b: find_bs(b[getattr(self.dls, 'n_inp', -1):] or b))
 
 # %% ../nbs/20_diagnostics.ipynb #d1250eb5
-def _pick(ts, idxs): return ts[idxs] if isinstance(idxs, slice) else [ts[i] for i in idxs]
-
 class ProbeStats:
     "Mean and variance of single-probe estimates of a diagonal, and of their sums"
     def __init__(self,
@@ -146,9 +144,14 @@ class ProbeStats:
         s = self.sums[:,idxs].sum(1)
         return s.mean().item(), s.std().item()/self.n**0.5
 
+    def pick(self, idxs=slice(None)): # Two vectors
+        "Means and variances of the entries of the parameters `idxs`"
+        def of(ts): return torch.cat([o.flatten() for o in (ts[idxs] if isinstance(idxs, slice) else [ts[i] for i in idxs])]).double()
+        return of(self.mean),of(self.var)
+
     def power(self, idxs=slice(None))->tuple:
         "Mean squares over the parameters `idxs`: of the diagonal, corrected for noise, and of one probe's noise"
-        mean,var = (torch.cat([o.flatten() for o in _pick(t, idxs)]).double() for t in (self.mean, self.var))
+        mean,var = self.pick(idxs)
         return (mean.pow(2).mean()-var.mean()/self.n).clamp_min(0).item(), var.mean().item()
 
     def snr(self, idxs=slice(None))->float:
@@ -188,12 +191,10 @@ def layer_params(
     return {**res, 'outside the model': list(left.values())} if left else res
 
 # %% ../nbs/20_diagnostics.ipynb #f6f2b311
-def own_diagonal(
-    opt, # Any optimizer
-)->dict: # Parameter -> tensor shaped like it; empty for an optimizer without curvature
+def own_diagonal(opt)->dict: # Parameter -> tensor shaped like it; empty for an optimizer without curvature
     "The absolute diagonal that `opt` believes in, where it keeps an average of estimates"
-    of = {p: (state,hyper) for p,_,state,hyper in opt.all_params() if state.get('hess_step')}
-    return {p: denominator(state, {**hyper, 'hessian_power': 1., 'eps': 0.}) for p,(state,hyper) in of.items()}
+    of = {p: (s,h) for p,(s,h) in by_parameter(opt).items() if s.get('hess_step') and s.get('do_hessian', True)}
+    return {p: denominator(s, {**h, 'hessian_power': 1., 'eps': 0.}) for p,(s,h) in of.items()}
 
 # %% ../nbs/20_diagnostics.ipynb #ace95ee5
 def overestimate(
@@ -211,9 +212,7 @@ def overestimate(
 # %% ../nbs/20_diagnostics.ipynb #062c2773
 _rules = dict(sgd_step='gradient', momentum_step='momentum', adam_step='adam', adahessian_step='adahessian', sophia_step='sophia')
 
-def step_rule(
-    opt, # Any optimizer
-)->tuple: # Word for the rule, and its limit of lr·λ_max; not a number for 'unknown'
+def step_rule(opt)->tuple: # Word for the rule, and its limit of lr·λ_max; not a number for 'unknown'
     "How `opt` steps: 'gradient', 'momentum', 'adam', 'adahessian', 'sophia' or 'unknown'"
     fs = {getattr(f, 'func', f).__name__: f for f in getattr(opt, 'cbs', [])}
     rule = next((word for name,word in _rules.items() if name in fs), 'unknown')
@@ -242,7 +241,7 @@ def step_scaling(
     states:dict=None, # State by parameter, by default the present one
 )->list: # A tensor for each of `params`, infinity for one that no step has moved; `None` where nothing is scaled, or trained yet
     "What `opt` divides the step of each parameter by"
-    of,scaling = {p: (ifnone(states, {}).get(p, state), hyper) for p,_,state,hyper in opt.all_params()},scaled_rules.get(step_rule(opt)[0])
+    of,scaling = {p: (ifnone(states, {}).get(p, s), h) for p,(s,h) in by_parameter(opt).items()},scaled_rules.get(step_rule(opt)[0])
     moved = {p for p in params if 'sqr_avg' in of[p][0] or of[p][0].get('hess_step')}
     if scaling is not None and moved: return [scaling(*of[p]) if p in moved else math.inf for p in params]
 
@@ -262,7 +261,7 @@ def step_rates(
     relative:bool=False, # Relative to the last group's learning rate?
 )->list: # A tensor or number for each of `params`
     "By how much a step of `opt` multiplies each gradient entry"
-    lr = {p: float(hyper['lr']) for p,_,_,hyper in opt.all_params()}
+    lr = {p: float(h['lr']) for p,(_,h) in by_parameter(opt).items()}
     last = float(opt.hypers[-1]['lr']) if relative else 1.
     return [(lr[p]/last if last else 1.)/s for p,s in zip(params, P or [1.]*len(params))]
 
@@ -284,7 +283,7 @@ class CurvatureRecorder(Callback):
     order,remove_on_fetch = Recorder.order+5,True
     columns = ['lambda_max', 'lambda_min', 'trace', 'edge', 'snr']
     def __init__(self,
-        every:int=None, # Measure after each `every`-th batch; raises `ValueError` below 1
+        every:int=None, # Measure after each `every`-th batch, from the first on; raises `ValueError` below 1
         budget:float=None, # Share of the training time to spend, 0.05 unless `every` is given; raises `ValueError` outside (0,1]
         n_samples:int=4, # Probes in a measurement; raises `ValueError` below 2
         max_iter:int=20, # Most Lanczos steps in a measurement; raises `ValueError` below 1
@@ -293,13 +292,14 @@ class CurvatureRecorder(Callback):
         curvature:Literal['hessian','ggn']='hessian', # Or an object such as `Hessian('auto')`; raises `ValueError` for other words
         seed:int=42, # Of probes and start vectors
     ):
-        if every is not None: check_count('every', every)
+        check_count('every', every, optional=True)
         check_count('n_samples', n_samples, 2)
         check_count('max_iter', max_iter)
         check_number('tol', tol, above=0)
         if every is None and budget is None: budget = 0.05
         check_number('budget', budget, above=0, most=1, optional=True)
         check_count('seed', seed, 0)
+        check_switch('per_layer', per_layer)
         store_attr(but='curvature')
         self.curvature = made('curvature', curvature, curvatures)
         self.records,self.fitting = [],False
@@ -330,7 +330,7 @@ class CurvatureRecorder(Callback):
         self.n_seen += 1
 
     def after_batch(self):
-        if not self.training or not self.fitting or self.before is None or not len(self.yb): return
+        if not self.training or self.before is None or not len(self.yb): return
         self.records.append(self.record())
         self.before = None
         self.log_out(self.records[-1])
@@ -384,7 +384,7 @@ def measure(self:CurvatureRecorder)->dict:
         res,st = curvature_stats(product, params, self.n_samples, **how)
         if self.per_layer: res['layers'] = {k: self.layer(of, ps, params, st, gen) for k,ps in layer_params(self.model, params).items()}
         res['edge'] = edge_of_stability(opt, product, params, check=False, **how)
-    res['snr'] *= getattr(getattr(opt, 'estimator', None), 'n_samples', 1)**0.5
+    for o in (res, *res.get('layers', {}).values()): o['snr'] *= getattr(getattr(opt, 'estimator', None), 'n_samples', 1)**0.5
     return {**res, 'overestimate': overestimate(opt, params, st)}
 
 @patch
@@ -460,12 +460,9 @@ def diag_entries(
     idxs:Tensor, # Positions in `flat(params)`
 )->Tensor: # On the CPU
     "Exact entries of the diagonal of the matrix behind `product`, one product each"
-    e,res = torch.zeros_like(flat(params := list(params))),[]
-    for i in idxs.tolist():
-        e[i] = 1
-        res.append(flat(product(unflat(e, params)))[i].item())
-        e[i] = 0
-    return torch.tensor(res)
+    none = torch.zeros_like(flat(params := list(params)))
+    def one(i): return flat(product(unflat(none.index_fill(0, i, 1), params)))[i].item()
+    return torch.tensor([one(i) for i in idxs.to(none.device)])
 
 # %% ../nbs/20_diagnostics.ipynb #0fee7a37
 def _scatter(ax, exact, est, log):
@@ -489,7 +486,8 @@ def plot_diagonal(self:CurvatureRecorder,
     "Estimated against exact entries of the diagonal on a training batch at the present weights"
     with _on_one_batch(self) as (params,product,gen):
         own,ax = own_diagonal(self.opt),ax or plt.subplots(figsize=(4,4), layout='constrained')[1]
-        idxs = torch.randperm(sum(p.numel() for p in params), generator=torch.Generator().manual_seed(self.seed))[:n_entries]
+        known = flat([torch.full_like(p, not own or p in own) for p in params]).cpu().nonzero()[:,0]
+        idxs = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(self.seed))[:check_count('n_entries', n_entries)]]
         exact = diag_entries(product, params, idxs)
         est = [own.get(p, torch.zeros_like(p)) for p in params] if own else hutchinson_diag(product, params, n_samples, generator=gen)
     log,est = ifnone(log, bool(own)),flat(est).cpu()[idxs]

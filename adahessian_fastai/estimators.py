@@ -16,6 +16,7 @@ __all__ = ['estimators', 'curvatures', 'Estimate', 'peek_seed', 'seeded', 'Hutch
 import inspect,math,torch
 from contextlib import contextmanager,nullcontext
 from copy import copy,deepcopy
+from functools import cache
 from typing import Literal,NamedTuple
 from fastcore.basics import ifnone
 from .hvp import SettingError,check_choice,check_count,check_number,check_switch,flat,gradient,twice_differentiable
@@ -34,19 +35,12 @@ class Estimate(NamedTuple):
 
 def peek_seed()->int:
     "A seed from torch's global random state, which stays as it is"
-    generator = torch.Generator()
-    generator.set_state(torch.get_rng_state())
-    return torch.randint(2**31, (1,), generator=generator).item()
+    with torch.random.fork_rng([]): return torch.randint(2**31, (1,)).item()
 
-def seeded(
-    seed:int=0, # Of every generator
-): # `device -> generator`, the same generator for the same device
+def seeded(seed:int=0): # `device -> generator`, the same generator for the same device
     "Generators for an estimate"
-    made = {}
-    def rng(device):
-        if device not in made: made[device] = torch.Generator(device).manual_seed(seed)
-        return made[device]
-    return rng
+    of = cache(lambda device: torch.Generator(device).manual_seed(seed))
+    return lambda device: of(torch.device(device))
 
 # %% ../nbs/09_estimators.ipynb #7d1090d5
 class Hutchinson:
@@ -57,6 +51,8 @@ class Hutchinson:
         n_samples:int=1, # Probes for each estimate; raises `ValueError` below 1
         probe:Literal['rademacher','gaussian']='rademacher', # Or a callable `(p, generator) -> tensor like p`
     ):
+        if curvature is not None and (isinstance(curvature, type) or not callable(curvature)):
+            raise SettingError('curvature', 'an object such as GaussNewton()', curvature)
         self.curvature,self.n_samples,self.probe = curvature or Hessian(),check_count('n_samples', n_samples),get_probe(probe)
         self.ahead = []
 
@@ -300,8 +296,9 @@ def gauss_newton(
     hvp:Literal['reverse','forward','auto']=None, # In the words for a Hessian; raises `SettingError` for others
 )->GaussNewton:
     "The Gauss-Newton matrix for an estimate, whose first probe may run along with the forward pass"
-    try: return GaussNewton({None: 'reverse', 'auto': 'reverse', 'forward': 'along'}.get(hvp, hvp))
-    except SettingError: raise SettingError('hvp', "'reverse' or 'forward' for curvature='ggn'", hvp) from None
+    ways = {None: 'reverse', 'auto': 'reverse', 'reverse': 'reverse', 'forward': 'along'}
+    if hvp not in ways: raise SettingError('hvp', "'reverse' or 'forward' for curvature='ggn'", hvp)
+    return GaussNewton(ways[hvp])
 
 def made_estimator(
     estimator:Literal['hutchinson','control_variate','gnb']='hutchinson', # A key of `estimators`, or an estimator

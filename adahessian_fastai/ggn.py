@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import Literal
 from torch import Tensor, nn
 from torch.func import functional_call, grad as func_grad, jvp as func_jvp, linearize, vjp as func_vjp
-from .hvp import SettingError,check_choice,check_count,check_twice,dual_numbers,gradient
+from .hvp import SettingError,check_choice,check_count,check_twice,dual_numbers,gradient,graph_product,tensor_list
 
 # %% ../nbs/05_ggn.ipynb #c2844aa2
 def output_tensors(
@@ -39,7 +39,7 @@ def graph_vjp(
     params:list # Tensors to differentiate for
 ): # `u -> Jᵀu`: from a list like `outputs` to a list like `params`
     "Transposed Jacobian of `outputs`, from their graph"
-    return lambda u, ps=tuple(params): _dense(torch.autograd.grad(outputs, ps, u, retain_graph=True, allow_unused=True), ps)
+    return graph_product(outputs, params)
 
 # %% ../nbs/05_ggn.ipynb #56d459e3
 def reverse_jvp(
@@ -50,12 +50,9 @@ def reverse_jvp(
     ws = [torch.zeros_like(o.detach().as_subclass(Tensor)).requires_grad_() for o in outputs]
     JTw = gradient(outputs, params, create_graph=True, along=ws)
     check_twice(JTw)
-    on = [i for i,g in enumerate(JTw) if g is not None and g.requires_grad]
-    for i in on: JTw[i].data = JTw[i].new_zeros(()).expand(JTw[i].shape)
-    def _jvp(v):
-        if not on: return [torch.zeros_like(w) for w in ws]
-        return _dense(torch.autograd.grad([JTw[i] for i in on], ws, [v[i] for i in on], retain_graph=True, allow_unused=True), ws)
-    return _jvp
+    for g in JTw:
+        if g is not None and g.requires_grad: g.data = g.new_zeros(()).expand(g.shape)
+    return graph_product(JTw, ws)
 
 # %% ../nbs/05_ggn.ipynb #0442b372
 def model_forward(
@@ -64,7 +61,7 @@ def model_forward(
     *args # Inputs of the model
 ): # `values -> [outputs]`
     "`model(*args)` as a function of the values of `params`"
-    names = {p:n for n,p in model.named_parameters()}
+    names,params = {p:n for n,p in model.named_parameters()},tensor_list(params)
     if odd := [tuple(p.shape) for p in params if p not in names]: raise ValueError(f"the module has no parameters of these shapes: {odd}")
     return lambda values: output_tensors(functional_call(model, {names[p]:v for p,v in zip(params, values)}, args), graph=False)
 
@@ -74,6 +71,7 @@ def dual_jvp(
     params:list # The point: values are taken from here at each product
 ): # `v -> Jv`
     "Jacobian of `forward` by dual numbers, one forward pass for each product"
+    params = tensor_list(params)
     def _jvp(v):
         with dual_numbers(params, v), torch.enable_grad(): return [_tangent(fwAD.unpack_dual(o)) for o in forward(params)]
     return _jvp
@@ -105,16 +103,14 @@ def adjoint_error(
     jvp, # `v -> Jv` to look at
     outputs:list, # Outputs with their graph
     params:list, # Tensors to differentiate for
-    n:int=3, # Transposed products to compare with
-    seed:int=0, # Of a generator of its own
 )->float: # 0 where both sides agree
     "How far `jvp` is from the transpose of `graph_vjp`, relative to the size of `Jv`"
-    gen = torch.Generator().manual_seed(seed)
+    gen = torch.Generator().manual_seed(0)
     def like(ts): return [torch.randn(t.shape, generator=gen, dtype=torch.double).to(t.device, t.dtype) for t in ts]
     def dot(a, b): return sum((x.double()*y.double()).sum().item() for x,y in zip(a, b))
     v,JT = like(params),graph_vjp(outputs, params)
     Jv,errors = jvp(v),[]
-    for _ in range(n):
+    for _ in range(3):
         u = like(outputs)
         forth,back = dot(u, Jv),dot(JT(u), v)
         errors.append(abs(forth-back)/max(dot(Jv, Jv)**0.5, abs(back)) if forth!=back else 0.)
@@ -168,12 +164,9 @@ def loss_hessian(
 ): # `u -> Hu` over lists like `outputs`
     "Hessian of `loss` for the `outputs`, from its graph"
     kept,gs = loss_variables(loss, outputs)
-    zs,on = [outputs[i] for i in kept],[j for j,g in enumerate(gs) if g is not None and g.requires_grad]
+    product = graph_product(gs, zs := [outputs[i] for i in kept])
     def _product(u):
-        if not on: return [torch.zeros_like(o) for o in u]
-        on_gs,on_u = [gs[j] for j in on],[u[kept[j]] for j in on]
-        with independent(zs): hs = torch.autograd.grad(on_gs, zs, on_u, retain_graph=True, allow_unused=True)
-        of = dict(zip(kept, hs))
+        with independent(zs): of = dict(zip(kept, product([u[i] for i in kept])))
         return _dense([of.get(i) for i in range(len(outputs))], outputs)
     return _product
 
@@ -186,15 +179,13 @@ def ggn_product(
     hessian=None # `u -> Hu` at the outputs; `loss_hessian` by default
 ): # `v -> Gv` over lists like `params`
     "Product with the generalized Gauss-Newton matrix `JᵀHJ` of an existing graph"
-    zs,params = output_tensors(outputs), list(params)
+    zs,params = output_tensors(outputs),tensor_list(params)
     if not zs: raise NoOutputs("the Gauss-Newton product needs outputs that carry a graph, got none")
     J,H,JT = jvp or reverse_jvp(zs, params), hessian or loss_hessian(loss, zs), graph_vjp(zs, params)
     return lambda v: JT(H(J(v)))
 
 # %% ../nbs/05_ggn.ipynb #75a137f8
-def best_jvp(
-    model:nn.Module # Looked through with all its children
-)->str: # 'dual' or 'reverse'
+def best_jvp(model:nn.Module)->str: # 'dual' or 'reverse'
     "The cheapest way to products with the Jacobian of `model` when few are wanted"
     convs = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     return 'dual' if any(isinstance(m, convs) for m in model.modules()) else 'reverse'
@@ -212,7 +203,7 @@ def fresh_ggn_product(
         _,Jv = func_jvp(forward, (ps,), (v,))
         _,H = func_vjp(func_grad(loss), zs)
         return JT(H(Jv)[0])[0]
-    run = torch.compile(_product) if compiled else _product
+    run,params = torch.compile(_product) if compiled else _product,tensor_list(params)
     return lambda v: [o.detach() for o in run([p.detach() for p in params], list(v))]
 
 # %% ../nbs/05_ggn.ipynb #6f37f364
@@ -227,10 +218,11 @@ def fisher_diagonal(
     "Diagonal of the empirical Fisher matrix"
     check_choice('reduction', reduction, ('mean','sum'))
     check_count('n_probes', n_probes, optional=True)
-    zs,params = output_tensors(outputs),list(params)
+    zs,params = output_tensors(outputs),tensor_list(params)
     if len(zs)>1: zs = [zs[i] for i in loss_variables(loss, zs)[0]]
-    if not zs or not zs[0].ndim:
-        raise NoOutputs(f"precondition=True needs outputs with samples along dimension 0, got {'a number' if zs else 'none'}: take False")
+    if not zs or any(not z.ndim or len(z)!=len(zs[0]) for z in zs):
+        got = ', '.join(f'{len(z)} rows' if z.ndim else 'a number' for z in zs) or 'none'
+        raise NoOutputs(f"precondition=True needs outputs with samples along dimension 0, got {got}: take False")
     N,gs,JT = len(zs[0]), _dense(output_gradient(loss, zs), zs), graph_vjp(zs, params)
     device = gs[0].device
     if n_probes is None: signs = torch.eye(N, device=device)

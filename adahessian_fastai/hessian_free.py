@@ -202,7 +202,7 @@ def step(self:HessianFree,
     grad=None, # Gradient of your own, a tensor for each trained parameter; goes with a closure
     product=None, # Curvature of your own, `v -> Bv` over lists like the trained parameters; goes with a closure
     preconditioner=None # Preconditioner of your own, `v -> Mv` over such lists; goes with a closure
-)->float: # Loss after the step; `None` before `n_acc` calls
+)->float: # Loss after the step; `None` before `n_acc` calls, and where nothing has judged the step
     "One Hessian-free step after `n_acc` calls"
     put_hypers(self)
     b,ps = self.batches,trainable_params(self)
@@ -228,7 +228,7 @@ def acc_step(self:HessianFree,
     data, # Batches `(inputs, targets)`, either may be a tuple; steps are judged on them
     grad_data=None, # Batches of the gradient; by default `data`
     curv_data=None # Batches of the curvature; by default `data`
-)->float: # The loss at the new point
+)->float: # The loss at the new point, `None` where nothing has judged the step
     "One step over several batches"
     put_hypers(self)
     known = getattr(self.preconditioner, 'diagonal', '')=='gnb'
@@ -269,7 +269,8 @@ def plot_record(self:HessianFree, figsize=(9,4.5)):
     fig,axs = plt.subplots(2, 2, figsize=figsize, sharex=True, layout='constrained')
     for ax,(title,keys) in zip(axs.flat, panels.items()):
         for k,label in keys.items(): ax.plot([r['step'] for r in rs], [r[k] for r in rs], '.-', label=label)
-        ax.set(title=title, yscale='log' if len(keys)==1 and 'alpha' not in keys else 'linear')
+        positive = all(r.get(k) is None or r[k]>0 for r in rs for k in keys)
+        ax.set(title=title, yscale='log' if positive and len(keys)==1 and 'alpha' not in keys else 'linear')
         if len(keys)>1: ax.legend()
     axs[1,1].set_ylim(0, 1.05*max([1., *(r['alpha'] for r in rs)]))
     for ax in axs[1]: ax.set_xlabel('step')
@@ -378,7 +379,7 @@ def grouped(
     kwargs:dict # Objects by name, or flat keywords; raises `TypeError` for unknown ones and `SettingError` for values that cannot work
 )->dict: # An object, or `None`, for each name
     "The settings objects that `kwargs` describe"
-    kwargs = dict(kwargs)
+    kwargs = {k: v for k,v in kwargs.items() if v is not None or k not in ('cg','batches')} # `None` for these is the default
     res = {name: made_group(name, cls, kwargs) for name,cls in groups.items()}
     check_names(hessian_free, kwargs)
     return res

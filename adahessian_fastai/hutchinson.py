@@ -14,7 +14,7 @@ import math,torch
 from functools import cache
 from typing import Literal
 from torch import Tensor
-from .hvp import check_count,check_real,shard_mesh
+from .hvp import check_count,check_real,shard_mesh,tensor_list,unflat
 
 # %% ../nbs/01_hutchinson.ipynb #b6decdbb
 @cache
@@ -46,7 +46,7 @@ def get_probe(
 ): # The callable; raises `ValueError` for an unknown name
     "The function that draws probes by the name of `probe`"
     if callable(probe): return probe
-    if probe not in probes: raise ValueError(f"probe must be callable or one of {list(probes)}, got {probe=}")
+    if not isinstance(probe, str) or probe not in probes: raise ValueError(f"probe must be callable or one of {list(probes)}, got {probe=}")
     return probes[probe]
 
 # %% ../nbs/01_hutchinson.ipynb #ed57807c
@@ -61,7 +61,7 @@ def draw_like(
         return [type(p).from_local(z, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()) for z,p in zip(zs, params)]
     if getattr(draw, 'flat', False) and len({(p.dtype,p.device) for p in params})==1:
         z = draw(params[0].new_empty(sum(p.numel() for p in params)), generator)
-        return [o.view(p.shape) for o,p in zip(z.split([p.numel() for p in params]), params)]
+        return unflat(z, params)
     zs = [draw(p, generator) for p in params]
     wrong = [(tuple(z.shape),tuple(p.shape)) for z,p in zip(zs, params) if z.shape!=p.shape]
     if wrong: raise ValueError(f"probe must give a tensor like the parameter, got one of shape {wrong[0][0]} for {wrong[0][1]}")
@@ -76,7 +76,7 @@ def hutchinson_samples(
     generator:torch.Generator=None, # Randomness of the probes
 ): # Yields `n_samples` lists of tensors
     "Single-probe estimates `z ⊙ Hz` of the diagonal, one list for each probe"
-    params,draw = list(params),get_probe(probe)
+    params,draw = tensor_list(params),get_probe(probe)
     check_real(params)
     def sample():
         zs = draw_like(params, draw, generator)
@@ -84,9 +84,7 @@ def hutchinson_samples(
     return (sample() for _ in range(check_count('n_samples', n_samples)))
 
 # %% ../nbs/01_hutchinson.ipynb #8f6fb67b
-def sample_mean(
-    samples, # Yields lists of tensors, which may be changed in place
-)->list: # One tensor for each in a list; raises `ValueError` for no samples
+def sample_mean(samples)->list: # One tensor for each in a list; raises `ValueError` for no samples
     "Mean of the lists that `samples` yields"
     samples = iter(samples)
     total,n = next(samples, None),1
@@ -128,6 +126,7 @@ def control_variate_samples(
     generator:torch.Generator=None, # Randomness of the probes
 ): # Yields `n_samples` lists of tensors
     "Single-probe estimates `z ⊙ (H - diag(c))z + c` of the diagonal, one list for each probe"
+    params,center = tensor_list(params),tensor_list(center)
     shapes = [[tuple(o.shape) for o in ts] for ts in (center, params)]
     if shapes[0]!=shapes[1]: raise ValueError(f"center must be shaped like params, got {shapes[0]} for {shapes[1]}")
     rest = lambda v: [h.addcmul(c, o, value=-1) for h,c,o in zip(product(v), center, v)]

@@ -7,14 +7,14 @@ A *product* is a callable `v -> Hv`. `v` and `Hv` are lists of tensors shaped li
 
 # %% auto #0
 __all__ = ['substitutes', 'dual_substitutes', 'dual_thread', 'hvp_methods', 'math_attention', 'plain_rnn', 'plain_cpu_rnn',
-           'eager', 'all_bits', 'check_real', 'AsComplex', 'real_parameters', 'flat', 'unflat', 'SettingError',
-           'check_count', 'check_number', 'check_choice', 'check_switch', 'check_pair', 'loaded', 'is_part',
-           'shard_mesh', 'whole', 'sharded_like', 'grads_aside', 'sharded_gradient', 'gradient', 'graph_nodes',
-           'check_twice', 'check_checkpoints', 'hooks_disabled', 'missing_second_derivative', 'graph_product',
-           'Substituted', 'substituted', 'zero_tangents', 'dual_numbers', 'dual_backward', 'dual_gradient',
-           'total_norm', 'rounding', 'step_size', 'copy_all', 'moved', 'difference_product', 'difference_error',
-           'hessian_product', 'SharedContext', 'needs_substitutes', 'has_rnn', 'own_statistics', 'switched',
-           'twice_differentiable', 'asymmetry', 'check_symmetric']
+           'eager', 'all_bits', 'check_real', 'AsComplex', 'real_parameters', 'flat', 'tensor_list', 'unflat',
+           'SettingError', 'check_count', 'check_number', 'check_choice', 'check_switch', 'check_pair', 'loaded',
+           'is_part', 'shard_mesh', 'whole', 'sharded_like', 'grads_aside', 'sharded_gradient', 'gradient',
+           'graph_nodes', 'check_twice', 'check_checkpoints', 'hooks_disabled', 'missing_second_derivative',
+           'graph_product', 'Substituted', 'substituted', 'zero_tangents', 'dual_numbers', 'dual_backward',
+           'dual_gradient', 'total_norm', 'rounding', 'step_size', 'copy_all', 'moved', 'difference_product',
+           'difference_error', 'hessian_product', 'SharedContext', 'needs_substitutes', 'has_rnn', 'own_statistics',
+           'switched', 'twice_differentiable', 'asymmetry', 'check_symmetric']
 
 # %% ../nbs/00_hvp.ipynb #23113829
 import math,operator,re,sys,threading
@@ -45,12 +45,14 @@ class AsComplex(nn.Module):
     def forward(self, x, y): return torch.complex(x, y)
     def right_inverse(self, z): return z.real.clone(),z.imag.clone()
 
-def real_parameters(
-    module:nn.Module, # Changed in place, with all its children
-)->nn.Module: # `module`
+def real_parameters(module:nn.Module)->nn.Module: # `module`
     "Store each complex parameter of `module` as its real and imaginary part"
-    found = [(m,n) for m in module.modules() for n,p in m.named_parameters(recurse=False) if p.is_complex()]
-    for m,n in found: parametrize.register_parametrization(m, n, AsComplex(), unsafe=True)
+    found,first = [(m,n,p) for m in module.modules() for n,p in m.named_parameters(recurse=False) if p.is_complex()],{}
+    for m,n,p in found:
+        parametrize.register_parametrization(m, n, AsComplex(), unsafe=True)
+        own = m.parametrizations[n]
+        of = first.setdefault(p, own) # Tied ones stay tied
+        own.original0,own.original1 = of.original0,of.original1
     return module
 
 # %% ../nbs/00_hvp.ipynb #9394b316
@@ -64,11 +66,17 @@ def flat(
     v = torch.cat([t.detach().reshape(-1) for t in ts]).as_subclass(Tensor)
     return v.float() if v.dtype in (torch.half, torch.bfloat16) else v
 
+def tensor_list(params)->list: # Raises `ValueError` for a single tensor, whose rows would be parameters of nothing
+    "`params` as a list"
+    if isinstance(params, Tensor): raise SettingError('params', 'several tensors, such as [w]', f'one of shape {tuple(params.shape)}')
+    return list(params)
+
 def unflat(
     v:Tensor, # A vector with as many entries as `params` together
     params:list, # Tensors that give shapes and dtypes
 )->list: # Views of `v`, shaped like `params`
     "The vector `v` cut into tensors shaped like `params`, the inverse of `flat`"
+    params = tensor_list(params)
     return [o.view(p.shape).to(p.dtype) for o,p in zip(v.split([p.numel() for p in params]), params, strict=True)]
 
 # %% ../nbs/00_hvp.ipynb #e68e8010
@@ -156,9 +164,7 @@ def is_part(t):
     return isinstance(t, loaded('torch.distributed.tensor', 'DTensor'))
 
 # %% ../nbs/00_hvp.ipynb #870964ac
-def shard_mesh(
-    tensors, # Any number of tensors
-): # A `DeviceMesh`, or `None` where all are whole
+def shard_mesh(tensors): # A `DeviceMesh`, or `None` where all are whole
     "The processes over which `tensors` are sharded"
     return next((t.device_mesh for kind in [loaded('torch.distributed.tensor', 'DTensor')] for t in tensors if isinstance(t, kind)), None)
 
@@ -209,16 +215,14 @@ def gradient(
     along:Tensor=None, # What `loss` is multiplied with, where it is no scalar: shaped like it
 )->list: # A plain tensor or `None` for each of `params`, sharded for a sharded one; raises `ValueError` where one is sparse
     "Gradient of `loss` for each of `params`, `None` where `loss` does not depend on one"
-    if shard_mesh(params := list(params)): return sharded_gradient(loss, params, create_graph, retain_graph, along)
+    if shard_mesh(params := tensor_list(params)): return sharded_gradient(loss, params, create_graph, retain_graph, along)
     gs = torch.autograd.grad(loss, params, along, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True)
     if any(g is not None and g.layout!=torch.strided for g in gs):
         raise ValueError("curvature needs dense gradients: make the `nn.Embedding` with `sparse=False`")
     return [g if g is None or type(g) is Tensor else g.as_subclass(Tensor) for g in gs]
 
 # %% ../nbs/00_hvp.ipynb #648be16a
-def graph_nodes(
-    outputs, # A tensor with its graph, or a list of them, `None` among them
-)->set:
+def graph_nodes(outputs)->set:
     "All nodes of the graph of `outputs`"
     todo = [o.grad_fn for o in ([outputs] if isinstance(outputs, Tensor) else outputs) if o is not None]
     seen = {None}
@@ -280,7 +284,7 @@ def graph_product(
     n_uses:int=None, # Free the graph during this product; `None` keeps it as long as `grads` live
 ):
     "Product `v -> Hv` with the Hessian whose graph `grads` carry"
-    on = [i for i,g in enumerate(grads) if g is not None and g.requires_grad]
+    on,params = [i for i,g in enumerate(grads) if g is not None and g.requires_grad],tensor_list(params)
     left = n_uses
     def product(v):
         nonlocal left
@@ -298,7 +302,7 @@ def _hardsigmoid(input, inplace=False):
 
 def _weight_norm(v, g, dim=0):
     "`g*v/‖v‖`, with a norm for each entry along `dim`; one for all where it is -1"
-    axes = None if dim==-1 else [i for i in range(v.ndim) if i!=dim]
+    axes = None if dim==-1 else [i for i in range(v.ndim) if i!=dim%v.ndim]
     return v*(g/torch.linalg.vector_norm(v, dim=axes, keepdim=dim!=-1))
 
 def _linear_cross_entropy(*args, options=None, **kwargs): return F.linear_cross_entropy(*args, **kwargs)
@@ -337,9 +341,7 @@ def _primal(o):
     dual = fwAD.unpack_dual(o) if isinstance(o, Tensor) else None
     return o if dual is None or dual.tangent is None else dual.primal
 
-def zero_tangents(
-    tensors, # Tensors, inside a dual level
-)->list: # Those of floating point without a tangent now have one of zeros
+def zero_tangents(tensors)->list: # Those of floating point without a tangent now have one of zeros
     "`tensors`, each with a tangent"
     bare = lambda t: t.is_floating_point() and fwAD.unpack_dual(t).tangent is None
     return [fwAD.make_dual(t, torch.zeros_like(t)) if bare(t) else t for t in tensors]
@@ -367,12 +369,13 @@ def dual_numbers(
     v:list, # Tangents, a tensor or `None` for each of `params`
 ):
     "Context in which `params` carry the tangents `v`"
-    on,level = [(p,o) for p,o in zip(params, v) if o is not None],fwAD._current_level
+    on,level = [(p,o) for p,o in zip(params, v, strict=True) if o is not None],fwAD._current_level
     if level<0: dual_thread[:] = [threading.get_ident()]
     try:
         with fwAD.dual_level():
-            with torch.no_grad(),torch.autograd._unsafe_preserve_version_counter(tuple(p for p,_ in on)):
-                for p,o in on: p.copy_(fwAD.make_dual(p.detach(), o.as_subclass(Tensor)))
+            for p,o in on: # Autograd does not count these changes
+                with torch.no_grad(),torch.autograd._unsafe_preserve_version_counter(p):
+                    p.copy_(fwAD.make_dual(p.detach(), o.as_subclass(Tensor)))
             with Substituted(dual_substitutes, dual=True): yield
     finally:
         if fwAD._current_level>level: fwAD.exit_dual_level() # An interrupt came just before it would have ended
@@ -405,7 +408,7 @@ def dual_gradient(
     v:list, # Direction, a tensor or `None` (for zeros) for each of `params`
 )->tuple: # Gradients (`None` where `loss` does not depend on a parameter) and the product, two lists
     "Gradient of `loss()` with its derivative along `v`"
-    with dual_numbers(params, v):
+    with dual_numbers(params := tensor_list(params), v):
         duals = [None if g is None else fwAD.unpack_dual(g) for g in dual_backward(loss(), params)]
         tangents = [None if d is None or d.tangent is None else d.tangent.detach().as_subclass(Tensor) for d in duals]
         hs = [torch.zeros_like(p, requires_grad=False) if t is None else t for t,p in zip(tangents, params)]
@@ -453,13 +456,13 @@ def moved(
     h:float, # How far
 ):
     "Context in which `params` are at `params + h*v`; afterwards they are back, bit by bit"
-    params = list(params)
-    with torch.no_grad(),torch.autograd._unsafe_preserve_version_counter(tuple(params)):
+    params = tensor_list(params)
+    with torch.no_grad():
         kept = [p.clone() for p in params]
-        if params: torch._foreach_add_(params, v, alpha=h)
+        if params: torch._foreach_add_([p.data for p in params], v, alpha=h) # A change of `data` autograd does not count
     try: yield
     finally:
-        with torch.no_grad(),torch.autograd._unsafe_preserve_version_counter(tuple(params)): copy_all(params, kept)
+        with torch.no_grad(): copy_all([p.data for p in params], kept)
 
 def difference_product(
     loss, # Callable `() -> scalar tensor`; has to be the same function each time, dropout masks included
@@ -468,7 +471,7 @@ def difference_product(
     factor:float=1., # Multiplies the step of `step_size`
 ):
     "Product `v -> Hv` by finite differences of gradients, one new gradient each where `grads` are known and two otherwise"
-    params,factor = list(params),check_number('factor', factor, above=0)
+    params,factor = tensor_list(params),check_number('factor', factor, above=0)
     def at(v, h):
         with moved(params, v, h): return gradient(l := loss(), params),rounding([l])
     def product(v, eps=rounding(params)):
@@ -487,7 +490,7 @@ def difference_error(
     grads:list=None, # As for `difference_product`
 )->float: # Relative to the product; 0 where both are zero, not a number where one is not finite
     "Error of `difference_product` along `v`, by comparing two step sizes"
-    near,far = (difference_product(loss, params, grads, k)(v) for k in (1,2))
+    near,far = (difference_product(loss, ps, grads, k)(v) for ps in [tensor_list(params)] for k in (1,2))
     size,apart = total_norm(near),total_norm([a-b for a,b in zip(far, near)])
     return 0. if apart==0 else (apart/size).item()/(1 if grads is not None else 3)
 
@@ -511,7 +514,8 @@ def hessian_product(
     method:Literal['reverse','forward','finite_difference']='reverse', # How; raises `ValueError` for others
 ):
     "Product `v -> Hv` with the Hessian of `loss()`, evaluated afresh for each product"
-    return hvp_methods[check_choice('method', method, hvp_methods)](loss, list(params))
+    check_real(params := tensor_list(params))
+    return hvp_methods[check_choice('method', method, hvp_methods)](loss, params)
 
 # %% ../nbs/00_hvp.ipynb #341a2761
 class SharedContext:
@@ -631,6 +635,7 @@ def check_symmetric(
 ):
     "Refuse a product that is not symmetric, by two products"
     check_number('tol', tol, least=0)
+    params = tensor_list(params)
     u,v = ([torch.empty_like(p, requires_grad=False).normal_(generator=generator) for p in params] for _ in range(2))
     share = asymmetry(u, v, product(u), product(v))
     if not share<=tol: raise RuntimeError(f"the product is not symmetric ({share:.2g} of it is not, {tol=}): a second derivative in the "

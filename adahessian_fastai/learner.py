@@ -10,8 +10,8 @@ these trains as before."""
 # %% auto #0
 __all__ = ['whole_number', 'callback_of', 'unwrapped', 'is_sharded', 'check_model', 'check_gradients', 'shard_group',
            'check_shards', 'reshard', 'sync_group', 'cross_rank_mean', 'Ranks', 'drop_pending', 'lr_untouched',
-           'own_lr', 'steps_of_run', 'lr_of_run', 'norms_of', 'look', 'trainable_params', 'check_groups', 'check_part',
-           'check_entry', 'state_like', 'LossGuard', 'warn_rarely', 'Counts']
+           'own_lr', 'steps_of_run', 'lr_of_run', 'norms_of', 'look', 'trainable_params', 'by_parameter',
+           'check_groups', 'check_part', 'check_entry', 'state_like', 'LossGuard', 'warn_rarely', 'Counts']
 
 # %% ../nbs/10_learner.ipynb #d25dec26
 import inspect,math,pickle,traceback,warnings,zipfile
@@ -26,7 +26,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import *
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import load_model,save_model
-from .hvp import is_part,loaded,shard_mesh,sharded_like
+from .hvp import check_choice,is_part,loaded,shard_mesh,sharded_like
 from .problem import modes_kept
 from .curvature import AgreedError
 from .estimators import peek_seed,seeded
@@ -122,9 +122,7 @@ def reshard(model:nn.Module):
     for m in [m for m in model.modules() if isinstance(m, _fsdp())]: m.reshard()
 
 # %% ../nbs/10_learner.ipynb #29f5951e
-def sync_group(
-    learn:Learner, # Its model may be wrapped by `DistributedDataParallel`, and that compiled
-): # A process group, or `None` when nothing is to be averaged now
+def sync_group(learn:Learner): # A process group, or `None` when nothing is to be averaged now
     "The process group over which the gradients of this batch are averaged"
     model = getattr(learn.model, '_orig_mod', learn.model)
     if not isinstance(model, DistributedDataParallel) or not model.require_backward_grad_sync: return None
@@ -191,8 +189,9 @@ def create_opt(self:Learner):
     old,untouched,of_partial = self.opt,lr_untouched(self),vars(self).get('lr_of_partial')==self.lr
     if untouched: self.lr = _fastai_lr
     self._orig_create_opt()
+    self.lr = ifnone(self.lr, _fastai_lr) # Of a `partial(..., lr=None)`
     if old is not None: drop_pending(self.opt)
-    own,given = hasattr(self.opt, 'default_lr'),'lr' in getattr(self.opt_func, 'keywords', {})
+    own,given = hasattr(self.opt, 'default_lr'),getattr(self.opt_func, 'keywords', {}).get('lr') is not None
     if given and (untouched or of_partial): setattr(self, 'lr_untouched' if own else 'lr_of_partial', self.lr)
     if given or self.lr is not _fastai_lr and not (own and of_partial): return # Given to the Learner or by `partial`
     self.lr = self.lr_untouched = getattr(self.opt, 'default_lr', _fastai_lr)
@@ -229,7 +228,7 @@ def steps_of_run(
 # %% ../nbs/10_learner.ipynb #runlen08
 def _lr_is_own(learn):
     "Has nobody given a learning rate, to `learn` or with its `opt_func`?"
-    return lr_untouched(learn) and 'lr' not in getattr(learn.opt_func, 'keywords', {})
+    return lr_untouched(learn) and getattr(learn.opt_func, 'keywords', {}).get('lr') is None
 
 @contextmanager
 def lr_of_run(
@@ -267,7 +266,7 @@ def fine_tune(self:Learner,
     if self.opt is None: self.create_opt()
     if base_lr is None and hasattr(self.opt, 'default_lr'):
         own = own_lr(self.opt, steps_of_run(self, epochs+freeze_epochs, kwargs.get('cbs')), trained=True)
-        base_lr = own if _lr_is_own(self) else getattr(self.lr, 'stop', self.lr)
+        base_lr = own if _lr_is_own(self) else L(getattr(self.lr, 'stop', self.lr))[-1]
     if base_lr is None: base_lr = inspect.signature(self._orig_fine_tune).parameters['base_lr'].default
     return self._orig_fine_tune(epochs, base_lr, freeze_epochs, *args, **kwargs)
 
@@ -283,6 +282,7 @@ def lr_find(self:Learner,
 ): # A named tuple of suggestions
     "fastai's `lr_find`, with a suggestion that suits the optimizer"
     if self.opt is None: self.create_opt()
+    if isinstance(suggest_funcs, str): check_choice('suggest_funcs', suggest_funcs, ('auto', '`valley` and other functions'))
     if isinstance(suggest_funcs, str): suggest_funcs = minimum if hasattr(self.opt, 'default_lr') else valley
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='The loss has grown') # What it is for
@@ -356,6 +356,10 @@ def trainable_params(opt)->list: # Each once
     "The parameters of `opt` that require a gradient"
     return list(dict.fromkeys(p for ps in opt.param_lists for p in ps if p.requires_grad))
 
+def by_parameter(opt)->dict: # `parameter -> (state, hyperparameters)`, of one in several groups those of the first
+    "What `opt` knows of each parameter"
+    return {p: (state,hyper) for p,_,state,hyper in reversed(opt.all_params())}
+
 # %% ../nbs/10_learner.ipynb #chkgrp01
 def check_groups(
     opt, # The optimizer that is to take `sd`
@@ -410,7 +414,7 @@ def check_entry(
         if v.dtype!=p.dtype:
             raise ValueError(f"{where} is {v.dtype}, the parameter {p.dtype}: load it into a model of that type, or the weights alone "
                 f"with `with_opt=False`")
-        if finite and math.isnan(look([], [v.detach()])[1][0]): raise ValueError(f"{where} is not finite")
+        if finite and not v.detach().isfinite().all().item(): raise ValueError(f"{where} is not finite")
     elif k in _counted and (isinstance(v, bool) or not isinstance(v, int) or v<0):
         raise ValueError(f"{where} must be a whole number >= 0, got {v!r}")
     elif k in _weighed and (isinstance(v, bool) or not isinstance(v, (int,float)) or not 0<=v<math.inf):

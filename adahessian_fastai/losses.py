@@ -25,7 +25,7 @@ from torch import Tensor,nn
 from types import BuiltinFunctionType,FunctionType,MethodType
 from typing import Literal,NamedTuple
 from fastcore.basics import ifnone
-from .hvp import check_count,gradient,shard_mesh
+from .hvp import check_count,gradient,shard_mesh,tensor_list
 
 # %% ../nbs/06_losses.ipynb #f7cfb6bd
 def cross_entropy_weights(
@@ -297,6 +297,6 @@ def gnb_samples(
         k = 1. if scale==1 else u.abs().max().clamp(min=1e-8)*scale
         gs = gradient(outputs, params, retain_graph=True, along=u*k)
         return [torch.zeros_like(p) if g is None else g.detach().div(k).square_().mul_(n) for g,p in zip(gs, params)]
-    mesh = shard_mesh(params := list(params))
+    mesh = shard_mesh(params := tensor_list(params))
     n = mesh.size() if mesh else 1
     return (sample() for _ in range(check_count('n_samples', n_samples)))

@@ -126,11 +126,14 @@ class CurvatureOptimizer(Optimizer, GetAttr):
     def set_hyper(self, k, v): put_hyper(self.opt, k, v, set(itertools.chain(*self.opt.hypers)))
 
     def opt_out(self,
-        params, # A parameter, an iterable of them, or a module
+        params, # A parameter or a module, or several; raises `ValueError` for what this optimizer does not train
     ):
         "Let `params` take no part in the estimate and train on their squared gradients instead"
-        if isinstance(params, nn.Module): params = params.parameters()
-        for p in [params] if isinstance(params, Tensor) else params: self.opt.state[p]['do_hessian'] = False
+        several = [params] if isinstance(params, (Tensor,nn.Module)) else list(params)
+        ps = [p for o in several for p in (o.parameters() if isinstance(o, nn.Module) else [o])]
+        if odd := [p for p in ps if p not in {*self.all_params().itemgot(0)}]:
+            raise ValueError(f"params must be parameters or modules that this optimizer trains, got {len(odd)} of {len(ps)} that are none")
+        for p in ps: self.opt.state[p]['do_hessian'] = False
 
     def state_dict(self)->dict:
         "State of the wrapped optimizer and of the parts, with what is pending"

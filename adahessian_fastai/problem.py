@@ -8,7 +8,7 @@ recurrent model. A `MeanProblem` answers for several batches at once."""
 
 # %% auto #0
 __all__ = ['Problem', 'MeanProblem', 'NothingCounts', 'weights_of', 'mean_of', 'modes_kept', 'Trial', 'Kept', 'hidden_states',
-           'with_states', 'structured']
+           'with_states']
 
 # %% ../nbs/07_problem.ipynb #1e399ad3
 import threading
@@ -17,7 +17,7 @@ from copy import copy
 import torch, torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from fastcore.basics import noop, store_attr
-from .hvp import SharedContext,dual_thread,gradient,unflat
+from .hvp import SharedContext,check_choice,dual_thread,gradient,tensor_list,unflat
 from .ggn import NoOutputs
 
 # %% ../nbs/07_problem.ipynb #330f2148
@@ -37,9 +37,10 @@ class Problem:
         half:bool=False, # Is something computed in half precision?
         group=None, # Processes over which gradient and estimate are averaged
         rescaled=noop, # `product -> product`: undoes what `loss` was multiplied by for a second derivative
-    ): # Raises `ValueError` for a loss that is not one number with its graph
-        if not isinstance(loss, Tensor) or loss.numel()!=1:
-            raise ValueError(f"loss must be a tensor of one number with its graph, such as a mean, got {getattr(loss, 'shape', loss)}")
+    ): # Raises `ValueError` for a loss that is not one real number
+        if not isinstance(loss, Tensor) or loss.numel()!=1 or loss.is_complex():
+            raise ValueError(f"loss must be a real tensor of one number with its graph, such as a mean, got {getattr(loss, 'shape', loss)}")
+        params = tensor_list(params)
         store_attr()
 
     unseen = '' # What in the loss has no gradient at the point itself, so that differences of gradients do not see it
@@ -100,6 +101,7 @@ class MeanProblem:
         if weights is None and not total>0: raise ValueError(f"a mean needs items to count, got the counts {[p.count for p in problems]}")
         self.problems,self.reduce,self.params = problems,reduce,problems[0].params
         self.weights = [p.count/total for p in problems] if weights is None else list(weights)
+        if len(self.weights)!=len(problems): raise ValueError(f"weights must be like the {len(problems)} problems, got {weights=}")
 
     def map(self, f): # A `MeanProblem`
         "The same mean of what `f` makes of each problem"
@@ -141,6 +143,7 @@ def weights_of(
     reduction:str='mean' # 'mean': weights that add up to 1; 'sum': 1 each
 )->list: # Zero for a batch in which nothing counts
     "Weights of batches in a mean or sum"
+    counts,_ = list(counts),check_choice('reduction', reduction, ('mean','sum'))
     total = sum(c for c in counts if c>0)
     if not total>0: raise NothingCounts("there is nothing in the batch that counts")
     return [(c/total if reduction=='mean' else 1.) if c>0 else 0. for c in counts]
@@ -234,14 +237,3 @@ def with_states(
     new = p.replace(evaluate=evaluate, unseen='structural damping')
     return new if p.outputs is None else new.replace(loss=p.loss+apart(p.states)*p.scale, outputs=(p.outputs,p.states))
 
-def structured(
-    mean:MeanProblem, # Problems with their `states`
-    strength:float, # μλ
-    modules:list, # Whose outputs are the states; raises `NoOutputs` where there are none
-    reduction:str='mean' # How the loss reduces over samples
-)->MeanProblem:
-    "`mean` with structural damping"
-    if modules: return mean.map(lambda p: with_states(p, strength, modules, reduction))
-    none = 'the model has no recurrent layers of PyTorch: say which modules return them,'
-    why = none if mean.problems[0].model is not None else 'nobody said what the closure evaluates: step(closure, model), maybe with'
-    raise NoOutputs(f"structural damping needs hidden states, and {why} hidden=lambda model: [model.cell]")

@@ -46,19 +46,21 @@ def sassha(
 )->CurvatureOptimizer: # Raises `ValueError` for an argument outside its range
     "Sassha as `opt_func` of a `Learner`"
     check_names(sassha, others)
-    steppers = AdaHessian(params, lr, mom, sqr_mom, eps, wd, hessian_power, signed=True, clip=clip, cap=cap, spike=spike)
+    steppers = AdaHessian(params, ifnone(lr, 0.15), mom, sqr_mom, eps, wd, hessian_power, signed=True, clip=clip, cap=cap, spike=spike)
     est,when = made_estimator(estimator, curvature, hvp, n_samples=n_samples),made_schedule(update_each, hessian_bs, dense=dense)
     steppers.name = 'sassha'
     return CurvatureOptimizer(steppers, est, when, torch.abs, n_acc, perturb=Perturbation(rho, along))
 
-@delegates(sassha)
+@delegates(sassha, but=['along'])
 def m_sassha(
     params:Tensor|Iterable, # Model parameters, or lists of them as groups
     lr:float|slice=0.15, # Learning rate, η
     rho:float=0.1, # Length of the way to the point where loss and curvature are taken, ρ
+    along:Literal['momentum','gradient']='momentum', # As for `sassha`
     **kwargs
 )->CurvatureOptimizer:
     "M-Sassha as `opt_func` of a `Learner`: the point is found by the momentum that is there"
-    opt = sassha(params, lr, rho=rho, **{'along': 'momentum', **kwargs})
+    check_names(m_sassha, kwargs)
+    opt = sassha(params, lr, rho=rho, along=along, **kwargs)
     opt.opt.name = 'm_sassha'
     return opt

@@ -22,13 +22,13 @@ from .learner import cross_rank_mean
 from .batch import n_rows,plain_number
 
 # %% ../nbs/13_schedule.ipynb #3c31fec2
-def _is_pair(o): return isinstance(o, (tuple,list)) and len(o)==2
+def _pair(o, first): return o if isinstance(o, (tuple,list)) and len(o)==2 else (first,o)
 
 def check_period(
     update_each, # A whole number >= 1, or a pair of them; raises `ValueError` for anything else
 ):
     "Raise an error for what is not a period"
-    for k in update_each if _is_pair(update_each) else [update_each]:
+    for k in _pair(update_each, 1):
         try: check_count('update_each', k)
         except ValueError: raise ValueError(f"update_each must be a whole number >= 1 or a pair of them, got {update_each=}") from None
 
@@ -38,9 +38,8 @@ def is_due(
     dense:int=0, # So many steps at the start have an estimate each
 )->bool:
     "Does the next step have an estimate?"
-    if age<dense: return True
-    n,k = update_each if _is_pair(update_each) else (0,update_each)
-    return age%(2 if age<n else k)==0
+    n,k = _pair(update_each, 0)
+    return age<dense or age%(2 if age<n else k)==0
 
 # %% ../nbs/13_schedule.ipynb #dcb00081
 least_part = 1/8 # Of a batch, that a budget goes down to
@@ -50,7 +49,7 @@ def check_rows(
 ):
     "Raise an error for what is no part of a batch"
     if hessian_bs is None: return
-    n,part = hessian_bs if _is_pair(hessian_bs) else (1,hessian_bs)
+    n,part = _pair(hessian_bs, 1)
     try: check_count('hessian_bs', n)
     except ValueError: raise ValueError(f"a pair hessian_bs must begin with a whole number of steps >= 1, got {hessian_bs=}") from None
     n_rows(part, 1)
@@ -60,7 +59,7 @@ def rows_due(
     hessian_bs, # As in `check_rows`, or 'auto'
 ): # `None`, rows or a fraction
     "What part of its batch does the next step take an estimate on?"
-    n,part = (math.inf,None) if hessian_bs=='auto' else hessian_bs if _is_pair(hessian_bs) else (0,hessian_bs)
+    n,part = (math.inf,None) if hessian_bs=='auto' else _pair(hessian_bs, 0)
     return part if age>=n else (least_part,1.)[age//2%2]
 
 # %% ../nbs/13_schedule.ipynb #a22569ab
@@ -79,9 +78,10 @@ class Every:
         dense:int|tuple=0, # So many steps at the start have an estimate each; a pair: with so many probes; raises `ValueError` below 0
     ):
         check_rows(hessian_bs)
-        n,m = dense if _is_pair(dense) else (dense,1)
+        n,m = dense if isinstance(dense, (tuple,list)) and len(dense)==2 else (dense,1)
         self.update_each,self.hessian_bs = update_each,hessian_bs
         self.dense,self.probes = check_count('dense', n, 0),check_count('dense[1]', m)
+        self.asked = [update_each,hessian_bs,dense]
 
     def part(self,
         age:int, # Steps that were made
@@ -97,13 +97,17 @@ class Every:
 
     def weight(self, age:int)->float: # 1 for those at every k-th step
         "For how many estimates does the next step's count in an average?"
-        n,k = self.update_each if _is_pair(self.update_each) else (0,self.update_each)
+        n,k = _pair(self.update_each, 0)
         return 1/(2 if age<n else k) if age<self.dense else 1
 
     def begin(self): "An epoch begins"
     def tick(self, n_steps, part, **kwargs): "A step ended"
-    def state_dict(self): return {}
-    def load_state_dict(self, sd): pass
+    def state_dict(self): return {k: vars(self)[k] for k in (*_checks, 'asked')}
+    def load_state_dict(self, sd):
+        "Go on with what was set by hand in `sd`, if that was told the same"
+        if sd.get('asked')!=self.asked: return
+        for k,check in _checks.items(): check(sd[k])
+        for k in _checks: setattr(self, k, sd[k])
 
 # %% ../nbs/13_schedule.ipynb #42b32beb
 class Budget(Every):

@@ -20,7 +20,7 @@ from ._help import check_names
 # %% ../nbs/17_sophia.ipynb #59deeb8e
 def sophia(
     params:Tensor|Iterable, # Model parameters, or lists of them as groups
-    lr:float|slice=1e-3, # Learning rate, η: the largest step of an entry
+    lr:float|slice=1e-3, # Learning rate, η: the largest step of an entry; in a Learner 1e-3 to 3e-3 by length
     mom:float=0.965, # Gradient moving average's weight of the past, β₁
     sqr_mom:float=0.99, # Diagonal's moving average's weight of the past, β₂
     rho:float=0.04, # Weight of the curvature, ρ (γ in the paper); see `win_rate`
@@ -44,8 +44,8 @@ def sophia(
     "Sophia as `opt_func` of a `Learner`"
     check_names(sophia, others)
     if when is not None and update_each==10: update_each = 1 # Nobody gave it
-    opt = AdaHessianWrapper(Sophia(params, lr, mom, sqr_mom, rho, wd, eps), block_length, n_acc, estimator, curvature, hvp, probe,
-        n_samples, average_kernels=average_kernels, update_each=update_each, hessian_bs=hessian_bs, dense=dense, when=when)
+    opt = AdaHessianWrapper(Sophia(params, ifnone(lr, 1e-3), mom, sqr_mom, rho, wd, eps), block_length, n_acc, estimator, curvature, hvp,
+        probe, n_samples, average_kernels=average_kernels, update_each=update_each, hessian_bs=hessian_bs, dense=dense, when=when)
     opt.default_lr,opt.opt.default_steps = 1.5e-3,225
     return opt
 

@@ -20,13 +20,13 @@ from scipy.linalg import eigh_tridiagonal
 from scipy.stats import t as student_t
 from typing import Literal
 from torch import Tensor
-from .hvp import asymmetry,check_count,check_number,flat,gradient,graph_product,substituted,unflat
+from .hvp import asymmetry,check_count,check_number,check_real,flat,gradient,graph_product,substituted,tensor_list,unflat
 from .hutchinson import get_probe
 
 # %% ../nbs/03_spectrum.ipynb #c5dbc90a
 def _columns(product, params, chunk_size, progress):
     "Positions and columns of the matrix behind `product`, `chunk_size` at a time"
-    like = flat(params := list(params))
+    like = flat(params := tensor_list(params))
     column = lambda e: flat(product(unflat(e, params)))
     starts = range(0, like.numel(), chunk_size)
     for s in progress_bar(starts) if progress else starts:
@@ -51,7 +51,7 @@ def dense_hessian(
     progress:bool=False, # Show a progress bar?
 )->Tensor: # n×n, rows and columns in the order of `flat(params)`
     "The Hessian of `loss()`, all columns from one graph"
-    params = list(params)
+    params = tensor_list(params)
     with substituted():
         return dense_matrix(graph_product(gradient(loss(), params, create_graph=True), params), params, chunk_size, progress)
 
@@ -63,7 +63,7 @@ def exact_diag(
     progress:bool=True, # Show a progress bar?
 )->list: # One tensor for each of `params`
     "The exact diagonal of the matrix behind `product`, one product for each entry"
-    cols = _columns(product, params := list(params), check_count('chunk_size', chunk_size), progress)
+    cols = _columns(product, params := tensor_list(params), check_count('chunk_size', chunk_size), progress)
     return unflat(torch.cat([c.gather(1, rows[:,None])[:,0] for rows,c in cols]), params)
 
 # %% ../nbs/03_spectrum.ipynb #594db72a
@@ -73,6 +73,7 @@ def block_product(
     group:list, # Some of `params`, the same objects; raises `ValueError` for a stranger
 ): # `v -> Bv` on lists of tensors shaped like `group`
     "Product with the diagonal block of `product` that belongs to `group`"
+    params,group = tensor_list(params),tensor_list(group)
     where = {id(p):i for i,p in enumerate(params)}
     idxs = [where.get(id(p)) for p in group]
     if None in idxs: raise ValueError(f"group must be made of entries of params, entry {idxs.index(None)} is not")
@@ -91,11 +92,12 @@ def mean_product(
 ): # `v -> Hv`; raises `ValueError` when there is no batch
     "Product with the weighted mean of the batches' matrices"
     def product(v):
-        total,n = [torch.zeros_like(o) for o in v],0.
-        for b in batches:
+        total,n,seen = [torch.zeros_like(o) for o in v],0.,0
+        for seen,b in enumerate(batches, 1):
             w = 1. if weight is None else float(weight(b))
             total,n = [t.add_(h, alpha=w) for t,h in zip(total, product_of(b)(v))], n+w
-        if n==0: raise ValueError("batches is empty; a generator is used up by the first product, pass a list or a DataLoader")
+        if not seen: raise ValueError("batches is empty; a generator is used up by the first product, pass a list or a DataLoader")
+        if n==0: raise ValueError(f"the weights of the {seen} batches add up to 0")
         return [t.div_(n) for t in total]
     return product
 
@@ -107,7 +109,7 @@ def check_product(
     generator:torch.Generator=None, # Randomness of the two vectors
 ):
     "Raise `ValueError` when `product` is not repeatable or not symmetric"
-    params,rtol = list(params),check_number('rtol', rtol, least=0)
+    params,rtol = tensor_list(params),check_number('rtol', rtol, least=0)
     u,v = ([get_probe('gaussian')(p, generator) for p in params] for _ in range(2))
     Hu,again,Hv = (product(o) for o in (u,u,v))
     if not (flat(Hu)-flat(again)).norm() <= rtol*flat(Hu).norm():
@@ -138,7 +140,8 @@ def lanczos(
     against:list=(), # Orthonormal vectors to stay orthogonal to
 ): # Yields `(Q, alpha, beta)` after each product; raises `FloatingPointError` for one that is not finite
     "Lanczos' method with full reorthogonalisation, for as many steps as the caller goes on"
-    Q,alpha,beta,params = [],[],[],list(params)
+    Q,alpha,beta,params = [],[],[],tensor_list(params)
+    if len(against)>=sum(p.numel() for p in params): raise ValueError(f"no direction is left beside the {len(against)} of against")
     q = _direction(params, probe, generator, against)
     while True:
         Q.append(q)
@@ -207,14 +210,15 @@ def extreme_eigenvalues(
     k:int=1, # How many at each wanted end; with fewer dimensions all there are. Raises `ValueError` below 1
     which:Literal['largest','smallest','both']='largest', # At which end; 'smallest' is the most negative; raises `ValueError`
     tol:float=1e-4, # Wanted bound, relative to the largest absolute eigenvalue; raises `ValueError` below 0
-    max_iter:int=100, # Most Lanczos steps in one run, and most basis vectors in memory; raises `ValueError` below 1
+    max_iter:int=100, # Most Lanczos steps in one run, and most basis vectors in memory, if no more are wanted; raises `ValueError` below 1
     vectors:bool=False, # Return the eigenvectors too?
     check:bool=True, # Look for missed and repeated eigenvalues, at twice the price?
     generator:torch.Generator=None, # Randomness of the start vectors
 )->Eigenpairs:
     "Largest or smallest eigenvalues of the matrix behind `product`, with error bounds"
-    params,n = list(params),sum(p.numel() for p in params)
-    k,max_iter,tol = check_count('k', k),check_count('max_iter', max_iter),check_number('tol', tol, least=0)
+    params,k,tol = tensor_list(params),check_count('k', k),check_number('tol', tol, least=0)
+    n = sum(p.numel() for p in params)
+    max_iter = max(check_count('max_iter', max_iter), min(n, k*(1+(which=='both'))))
     if which not in ('largest','smallest','both'): raise ValueError(f"which must be 'largest', 'smallest' or 'both', got {which=}")
     pairs,m,scale = _ritz_pairs(product, params, k, which, tol, (0, max_iter), generator)
     count = m+len(pairs)
@@ -252,6 +256,7 @@ def hutch_plus_plus(
     generator:torch.Generator=None, # Randomness of the probes
 )->tuple: # The estimate and the standard error of its random part, as floats
     "Trace of the matrix behind `product`: exact on its main directions, estimated on the rest"
+    params = tensor_list(params)
     m,apply = check_count('n_products', n_products, least=6)//3,lambda v: flat(product(unflat(v, params)))
     draw = lambda: flat([get_probe(probe)(p, generator) for p in params])
     Q = torch.linalg.qr(torch.stack([apply(draw()) for _ in range(m)], 1))[0].T
@@ -308,7 +313,7 @@ def spectral_density(
 )->SpectralDensity:
     "Density of the eigenvalues of the matrix behind `product` by stochastic Lanczos quadrature"
     n_steps,n_samples = check_count('n_steps', n_steps),check_count('n_samples', n_samples)
-    nodes,weights,params = [],[],list(params)
+    nodes,weights,params = [],[],tensor_list(params)
     for _ in range(n_samples):
         for Q,alpha,beta in lanczos(product, params, probe, generator):
             if len(Q)>=n_steps: break
@@ -323,7 +328,7 @@ def hessian_times_gradient(
     params:list, # Tensors to differentiate for
 )->tuple: # `Hg` and `g`, two lists of tensors shaped like `params`
     "The product of the Hessian of `loss()` with its gradient `g`, and `g` itself"
-    params = list(params)
+    check_real(params := tensor_list(params))
     with substituted():
         gs = gradient(loss(), params, create_graph=True)
         g = [torch.zeros_like(p) if o is None else o.detach() for o,p in zip(gs, params)]

@@ -13,6 +13,7 @@ import math
 from copy import deepcopy
 from typing import Literal,NamedTuple
 from fastai.basics import *
+from .hvp import check_count,check_number
 from .spectrum import extreme_eigenvalues
 from .curvature import Hessian
 from .estimators import Hutchinson,seeded
@@ -35,9 +36,10 @@ def _seen(learn, opt, params, b, est, rng):
         gs = [torch.zeros_like(p) if g is None else g for p,g in zip(params, problem.gradient(retain_graph=True))]
         gs = [g.detach() for g in gs]
         found = est(problem, params, rng, lambda ps: [torch.zeros_like(p) for p in ps]) if est else None
-    ds = [opt.smooth(d) for d in found.diag] if est else gs
+    out = [est is None or not opt.state[p].get('do_hessian', True) for p in params]
+    ds = [g.abs() if o else opt.smooth(d) for o,g,d in zip(out, gs, found.diag if est else gs)]
     if average_diag_hessian in opt.cbs: return [*gs, *ds]
-    noise = [opt.smooth(e)**2 for e in found.noise] if getattr(opt, 'debiased', False) else [0.]*len(ds)
+    noise = [0. if o else opt.smooth(e)**2 for o,e in zip(out, found.noise)] if getattr(opt, 'debiased', False) else [0.]*len(ds)
     return [*gs, *(d**2-e for d,e in zip(ds, noise))]
 
 # %% ../nbs/21_stability.ipynb #304ac708
@@ -89,7 +91,7 @@ def stability(self:Learner,
 )->Stability:
     "Stability limit of the learning rate at the present weights, for the optimizer of this Learner"
     params,batches = learner_params(self),some_batches(self, batches, n_batches)
-    gen = torch.Generator(params[0].device).manual_seed(seed)
+    gen = torch.Generator(params[0].device).manual_seed(check_count('seed', seed, 0))
     with optimizer_of(self) as opt:
         (rule,factor),P = step_rule(opt),step_scaling(opt, params)
         if rule in scaled_rules and not (P and all(isinstance(o, Tensor) for o in P)):
@@ -102,9 +104,7 @@ def stability(self:Learner,
     return Stability(factor/lam if lam>0 or rule=='unknown' else math.inf, lam, eig.bounds[0].item(), rule, len(batches))
 
 # %% ../nbs/21_stability.ipynb #9a5dce04
-def trained_lr(
-    learn:Learner, # After a training, or before the first
-)->float: # Of the last parameter group
+def trained_lr(learn:Learner)->float: # Of the last parameter group
     "The largest learning rate of the last training; the optimizer's present one where none is known"
     with optimizer_of(learn) as opt: now = float(opt.hypers[-1]['lr'])
     lrs = getattr(callback_of(learn, Recorder), 'lrs', [])
@@ -120,7 +120,7 @@ def _short(name, width):
 def _row(name, st, idxs, ps, lam):
     "One row of the summary, for the parameters at `idxs`"
     tr,err = st.trace(idxs)
-    mean = torch.cat([o.flatten() for o in (st.mean if isinstance(idxs, slice) else [st.mean[i] for i in idxs])]).abs().mean().item()
+    mean = st.pick(idxs)[0].abs().mean().item()
     return f"{_short(name, 24):<24}{sum(p.numel() for p in ps):>10,}{tr:>11.4g} ± {err:<8.2g}{lam:>8.4g}{mean:>9.2g}{st.snr(idxs):>7.2g}"
 
 # %% ../nbs/21_stability.ipynb #c5770844
@@ -135,14 +135,16 @@ def curvature_summary(self:Learner,
 )->str:
     "Trace, largest eigenvalue, mean |diagonal| and signal-to-noise ratio of each layer, and a word on the learning rate"
     params,batches = learner_params(self),first_batches(self.dls.train, n_batches)
-    gen,where = torch.Generator(params[0].device).manual_seed(seed),{id(p):i for i,p in enumerate(params)}
+    gen = torch.Generator(params[0].device).manual_seed(check_count('seed', seed, 0))
+    where = {id(p):i for i,p in enumerate(params)}
     with products_of(self, batches, params, curvature) as of:
         def top(ps): return extreme_eigenvalues(of(ps), ps, tol=0.01, max_iter=max_iter, generator=gen).values[0].item()
         st = ProbeStats(of(), params, n_samples, gen)
         rows = [_row(k, st, [where[id(p)] for p in ps], ps, top(ps)) for k,ps in layer_params(self.model, params).items()]
         total = _row('whole network', st, slice(None), params, top(params))
     head,line = f"{'Layer':<24}{'Params':>10}{'Trace':>11}   {'±':<8}{'λ_max':>8}{'|diag|':>9}{'snr':>7}",'-'*80
-    lr,s = ifnone(lr, trained_lr(self)),self.stability(max_iter=max_iter, seed=seed, batches=batches, curvature=curvature)
+    lr = ifnone(check_number('lr', lr, least=0, optional=True), trained_lr(self))
+    s = self.stability(max_iter=max_iter, seed=seed, batches=batches, curvature=curvature)
     judged = f"\nlr={lr:.3g} is {lr/s.limit:.2g} times that limit" if 0<s.limit<math.inf else ''
     return PrettyString('\n'.join([head, line, *rows, line, total, '', f'{s}{judged}']))
 

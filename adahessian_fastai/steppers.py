@@ -9,7 +9,7 @@ receive the estimate of the Hessian's diagonal as `diag_hessian`, or `None` on a
 __all__ = ['signed_adahessian_step', 'forms', 'cpu_portion', 'average_sqr_diag_hessian', 'average_diag_hessian', 'denominator',
            'bounded', 'adahessian_step', 'sophia_step', 'Portion', 'list_forms', 'portions', 'foreach_step',
            'loop_step', 'update', 'Perturbation', 'perturbed', 'check_hypers', 'put_hyper', 'plain_params',
-           'made_steppers', 'Pending', 'Work', 'one_ready', 'signed_average', 'check_averages', 'checked_steppers']
+           'made_steppers', 'Pending', 'Work', 'note_age', 'signed_average', 'check_averages', 'checked_steppers']
 
 # %% ../nbs/14_steppers.ipynb #bc6ee5b2
 import itertools,math
@@ -20,7 +20,7 @@ from fastai.optimizer import Optimizer,average_grad,debias,l2_reg,step_stat,weig
 from fastai.torch_basics import *
 from .hvp import check_choice,check_number,check_real,copy_all,shard_mesh,total_norm,whole
 from .averaging import average_all
-from .learner import check_entry,check_groups,check_part,cross_rank_mean,look,state_like,trainable_params,whole_number
+from .learner import by_parameter,check_entry,check_groups,check_part,cross_rank_mean,look,state_like,trainable_params,whole_number
 from .batch import plain_number
 
 # %% ../nbs/14_steppers.ipynb #a39c5dfe
@@ -104,9 +104,9 @@ def adahessian_step(
     **state # Its average of diagonals and their count
 ):
     "AdaHessian's step for `p`"
-    denom,size = denominator(state, dict(sqr_mom=sqr_mom, eps=eps, hessian_power=hessian_power)),-lr/debias(mom, 1-mom, step)
-    if clip or cap: p.data.sub_(bounded([grad_avg.div(denom).div_(debias(mom, 1-mom, step))], clip, cap)[0], alpha=lr)
-    else: p.data.addcdiv_(grad_avg, denom, value=size)
+    denom,δ1 = denominator(state, dict(sqr_mom=sqr_mom, eps=eps, hessian_power=hessian_power)),debias(mom, 1-mom, step)
+    if clip or cap: p.data.sub_(bounded([grad_avg.div(denom).div_(δ1)], clip, cap)[0], alpha=lr)
+    else: p.data.addcdiv_(grad_avg, denom, value=-lr/δ1)
 
 adahessian_step.defaults = dict(eps=1e-4, hessian_power=1.)
 signed_adahessian_step = adahessian_step # Its name of before; the state says which average there is
@@ -199,9 +199,7 @@ _dampened = (average_grad, frozenset({'dampening': True}.items()))
 forms = {weight_decay: _lists_decay, l2_reg: _lists_l2, _dampened: _lists_grad, step_stat: noop, average_sqr_diag_hessian: _lists_sqr_diag,
     average_diag_hessian: _lists_diag, adahessian_step: _lists_adahessian, sophia_step: _lists_sophia}
 
-def list_forms(
-    cbs, # Stats and steppers of an `Optimizer`
-)->list: # Functions of a `Portion`, or `None` where one of `cbs` has no such form
+def list_forms(cbs)->list: # Functions of a `Portion`, or `None` where one of `cbs` has no such form
     "The forms for lists of `cbs`"
     keys = [(cb.func, frozenset(cb.keywords.items())) if isinstance(cb, partial) and not cb.args else cb for cb in cbs]
     averages = {average_sqr_diag_hessian, average_diag_hessian} & set(keys)
@@ -306,23 +304,23 @@ class Perturbation:
         ps,ds = zip(*on)
         self.kept,norm = list(zip(ps, torch._foreach_mul(ps, 1))),total_norm(list(ds)) # Times 1: all copies in one operation
         size = torch.where(norm>0, sign*self.rho/norm, 0.)
-        with torch.autograd._unsafe_preserve_version_counter(ps): torch._foreach_addcmul_(ps, ds, [size]*len(ds))
+        torch._foreach_addcmul_([p.data for p in ps], ds, [size]*len(ds)) # A change of `data` autograd does not count
 
     @torch.no_grad()
     def back(self):
         "Put the parameters back"
         if not self.kept: return
         ps,olds = zip(*self.kept)
-        with torch.autograd._unsafe_preserve_version_counter(ps): copy_all(ps, olds)
+        copy_all([p.data for p in ps], olds)
         self.kept = []
 
     def ahead(self, opt:Optimizer):
         "Move against the momentum, where that is the way; a group that steps less moves less"
         self.asked = self.asked or not self.twice
         if not self.rho or self.along!='momentum': return
-        ps,state,lrs = trainable_params(opt),opt.state,{p: h['lr'] for p,_,_,h in reversed(opt.all_params())}
-        most = max(map(lrs.get, ps), default=0)
-        ms = [(state[p].get('grad_avg'), lrs[p]/most if most else 1) for p in ps]
+        ps,known = trainable_params(opt),by_parameter(opt)
+        most = max((known[p][1]['lr'] for p in ps), default=0)
+        ms = [(known[p][0].get('grad_avg'), known[p][1]['lr']/most if most else 1) for p in ps]
         self.move(ps, [m if m is None or k==1 else m*k for m,k in ms], -1.)
 
     def up(self,
@@ -520,8 +518,7 @@ class Work(dict):
     def of(cls,
         opt:Optimizer, # Its parameters have their gradients; one that stands in several groups counts in the first
     ):
-        groups,state = reversed(list(zip(opt.param_lists, opt.hypers))),opt.state
-        return cls({p: (state[p],hyper) for ps,hyper in groups for p in reversed(ps) if p.grad is not None and p.requires_grad})
+        return cls({p: known for p,known in by_parameter(opt).items() if p.grad is not None and p.requires_grad})
 
 # %% ../nbs/14_steppers.ipynb #f90b5fa3
 @patch
@@ -540,32 +537,23 @@ def flat_ones(self:Work,
 @torch.no_grad()
 def bound(self:Work, norms:list):
     "Shorten gradients that are `spike` times longer than they were"
-    if not self or not (spike := next(iter(self.values()))[1].get('spike')): return
+    if not (spikes := {h['spike'] for _,h in self.values() if h.get('spike')}): return
     state,norm = next(iter(self.values()))[0],math.hypot(*norms)
     n,total = state.get('norm_step', 0),state.get('norm_avg', 0.)
-    most = spike*total/(1-0.9**n) if total else math.inf
-    if norm>most: torch._foreach_mul_([p.grad for p in self], most/norm)
-    if math.isfinite(short := min(norm, most)): state.update(norm_step=n+1, norm_avg=0.9*total+0.1*short)
+    mean = total/(1-0.9**n) if total else math.inf
+    for c in spikes:
+        if norm>c*mean: torch._foreach_mul_([p.grad for p,(_,h) in self.items() if h.get('spike')==c], c*mean/norm)
+    if math.isfinite(short := min(norm, max(spikes)*mean)): state.update(norm_step=n+1, norm_avg=0.9*total+0.1*short)
 
 # %% ../nbs/14_steppers.ipynb #ddfefd8b
-def one_ready(
-    p:Tensor, # Parameter with a gradient
-    state:dict, # Its state
-    d:Tensor, # Its finite estimate, smoothed, or `None`
-    weight, # `age -> weight` of an estimate in the average
-): # The diagonal for the steppers, `None` for a step without; 'waits' where there is nothing to step with
-    "Choose the diagonal of a parameter, and note its age"
-    if not state.get('do_hessian', True): d = p.grad.abs()
-    if d is None and 'hess_step' not in state:
-        state['late'] = True
-        return 'waits'
+def note_age(state, d, weight): # `weight`: by age, that of an estimate `d` in the average
+    "A parameter with `state` steps: it is older, and has what it waited for where there is an estimate"
     age = state.get('age', 0)
     if d is not None:
         state.pop('late', None)
         state['hess_weight'] = weight(age) if state.get('do_hessian', True) else 1
     elif state.get('asked')==age: state['late'] = True
     state['age'] = age+1
-    return d
 
 @patch
 def step(self:Work,
@@ -579,8 +567,10 @@ def step(self:Work,
     weight = getattr(when, 'weight', lambda age: 1)
     known = [[p for p in ds if p in self] for ds in (diags,noises)]
     diags,noises = (dict(zip(ps, average_all([ds[p] for p in ps], smooth))) for ps,ds in zip(known, (diags,noises)))
-    ready = [(p, s, h, one_ready(p, s, diags.get(p), weight)) for p,(s,h) in self.items()]
-    ready = [(p, s, h, d, noises.get(p)) for p,s,h,d in ready if not isinstance(d, str)]
+    own = {p: diags.get(p) if s.get('do_hessian', True) else p.grad.abs() for p,(s,_) in self.items()}
+    waiting = {p for p,d in own.items() if d is None and 'hess_step' not in self[p][0]}
+    for p,(s,_) in self.items(): s.update(late=True) if p in waiting else note_age(s, own[p], weight)
+    ready = [(p, s, h, own[p], noises.get(p)) for p,(s,h) in self.items() if p not in waiting]
     update(ready, cbs)
     return [p for p,*_ in ready]
 
@@ -590,7 +580,7 @@ def signed_average(
     params:list, # Parameters to look up
 )->list: # Plain tensors like `params`, zeros before the first estimate
     "The debiased signed average of the diagonal: a guess for a control variate"
-    of = {p: (s,h) for p,_,s,h in opt.all_params()}
+    of = by_parameter(opt)
     def one(p, s, h):
         if not s.get('hess_step'): return torch.zeros_like(p, requires_grad=False)
         return s['avg_diag_hessian']/(1-h['sqr_mom']**s['hess_step'])

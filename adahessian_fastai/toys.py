@@ -22,13 +22,14 @@ def rosenbrock(
     x, # Two numbers or two tensors of the same shape
 )->Tensor:
     "Rosenbrock's valley, minimum 0 at (1,1)"
-    return (1-x[0])**2 + 100*(x[1]-x[0]**2)**2
+    a,b = map(torch.as_tensor, x)
+    return (1-a)**2 + 100*(b-a**2)**2
 
 def rastrigin(
     x, # Two numbers or two tensors of the same shape
 )->Tensor:
     "Rastrigin's egg box, minimum 0 at (0,0)"
-    return sum(10 + o**2 - 10*torch.cos(2*math.pi*o) for o in x)
+    return sum(10 + o**2 - 10*torch.cos(2*math.pi*o) for o in map(torch.as_tensor, x))
 
 # %% ../nbs/23_toys.ipynb #bdcb17e5
 def quadratic(
@@ -39,7 +40,10 @@ def quadratic(
     n = len(eigenvalues)
     q,_ = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=eigenvalues.dtype))
     A = q @ eigenvalues.diag() @ q.T
-    return lambda x: x@A@x/2, A
+    def f(x): # A point, or two grids
+        x = x if isinstance(x, Tensor) else torch.stack([*map(torch.as_tensor, x)]).to(A.dtype)
+        return (x*torch.tensordot(A, x, 1)).sum(0)/2
+    return f,A
 
 # %% ../nbs/23_toys.ipynb #3d8f037b
 def descend(

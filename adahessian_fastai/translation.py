@@ -120,7 +120,7 @@ def translation_dls(
     bs:int=64, # Batch size
     min_freq:int=2, # Words that occur less often in the training pairs are unknown
     device=None, # fastai's default device by default
-)->DataLoaders: # Has `src_vocab` and `tgt_vocab`; raises `ValueError` if a part is empty
+)->DataLoaders: # Has `src_vocab` and `tgt_vocab`; raises `ValueError` if a part is empty, or no whole batch
     "Batches `(src, tgt_in, tgt_out)` of sentences of similar length"
     short = [[p for p in pairs if max(len(words(s)) for s in p)<=max_len] for pairs in (train,valid)]
     train,valid = short[0][:n_train],short[1]
@@ -132,6 +132,7 @@ def translation_dls(
         return SortedDL(items, sort_func=lambda o: max(map(len,o)), before_batch=padded, bs=bs, shuffle=is_train, drop_last=is_train,
             num_workers=0, device=device)
     dls = DataLoaders(dl(train, True), dl(valid, False), device=device)
+    if not len(dls.train): raise ValueError(f"bs must be at most {len(train)}, the number of pairs to train on, got {bs=}")
     dls.src_vocab,dls.tgt_vocab = vocabs
     return dls
 

@@ -9,7 +9,9 @@ from fastai.callback.tracker import TerminateOnNaNCallback
 matplotlib.use('Agg')
 from PIL import Image
 from adahessian_fastai.adahessian import adahessian
-from adahessian_fastai.compare import compare_optimizers,default_rate,digits_dls,main,muted,parse_opts,plot_comparison,plot_rates,save_comparison
+from adahessian_fastai.steppers import average_diag_hessian
+from adahessian_fastai.compare import compare_optimizers,comparison_table,default_rate,digits_dls,main,muted,parse_opts,plot_comparison,plot_rates
+from adahessian_fastai.compare import rates_table,save_comparison
 
 
 # The variables that keep PyTorch's profiler quiet come from the Makefile; nobody else has them
@@ -238,3 +240,24 @@ def test_nothing_watches_after_an_error(error):
         def after_loss(self): raise error('in the first batch')
     with pytest.raises(error) as kept: compare_optimizers(partial(small, cbs=Fails()), dict(adam=Adam), 1)
     assert kept and not torch.autograd._profiler_enabled()
+
+def test_a_seed_that_failed_is_no_success():
+    "A rate at which two runs of three blew up was the best"
+    def row(seed, lr, loss): return dict(optimizer='x', seed=seed, lr=lr, default=0.1, train_loss=loss, valid_loss=loss, accuracy=loss,
+        **{'s/epoch': 1., 'peak MB': 1.}, losses=[loss], valid_losses=[loss], seconds=[1.])
+    runs = pd.DataFrame([row(s, lr, l) for lr,ls in {0.1: (0.5,0.5,0.5), 1.: (0.1,math.nan,math.nan)}.items() for s,l in enumerate(ls)])
+    table = rates_table(runs)
+    assert table.loc['x','best lr']==0.1 and table.loc['x','lowest loss']==0.5 and table.loc['x','near best']==0.5
+    assert comparison_table(runs).valid_loss.isna().tolist()==[False,True]
+    axs = plot_rates(runs)
+    assert np.isnan(axs[0].lines[0].get_ydata()).tolist()==[False,True]
+
+@pytest.mark.parametrize('text,want', [('signed=false', False), ('signed=False', False), ('signed=true', True)])
+def test_switches_of_the_command_line(text, want):
+    opt = parse_opts(f'adahessian:{text}')[f'adahessian:{text}']([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    assert (average_diag_hessian in opt.opt.cbs)==want
+
+def test_arguments_with_commas():
+    found = parse_opts('adahessian:block_length={2:8,3:1},signed=false,adam,adahessian:dense=[20,4],clip=1')
+    assert list(found)==['adahessian:block_length={2:8,3:1},signed=false','adam','adahessian:dense=[20,4],clip=1']
+    assert found['adahessian:block_length={2:8,3:1},signed=false'].keywords==dict(block_length={2:8,3:1}, signed=False)

@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend,sdpa_kernel
 from torch.utils.data import TensorDataset
 
 from adahessian_fastai.curvature import Hessian
+from adahessian_fastai.estimators import Given
 from adahessian_fastai.adahessian import adahessian as adahessian_default,adahessian_paper as adahessian
 from adahessian_fastai.batch import batch_of,problem_of
 from adahessian_fastai.diagnostics import *
@@ -998,3 +999,52 @@ def test_batches_in_any_form():
 @pytest.mark.parametrize('kwargs,name', [(dict(budget='x'),'budget'), (dict(budget=True),'budget'), (dict(budget=0),'budget'), (dict(seed='a'),'seed')])
 def test_settings_of_the_recorder_are_looked_at(kwargs, name):
     with pytest.raises(ValueError, match=f'{name} must be'): CurvatureRecorder(**kwargs)
+
+# Layers that take no part in the estimate
+
+def exact(problem, params): return [torch.full_like(p, 2.) for p in params]
+
+def opted_out(opt_func, whole=False):
+    "Two layers whose loss has the diagonal 2; the second, or both, train as with Adam"
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3,4), nn.Linear(4,2)).double()
+    x = torch.randn(16, 3, dtype=torch.double)
+    ds = [(o,o[:2]) for o in x]
+    learn = Learner(DataLoaders.from_dsets(ds, ds, bs=16, shuffle=False, device='cpu'), model, MSELossFlat(), opt_func=opt_func)
+    learn.create_opt()
+    if hasattr(learn.opt, 'opt_out'): learn.opt.opt_out(model if whole else model[1])
+    return learn
+
+def test_stability_before_training_knows_who_is_opted_out():
+    "With nothing left to estimate the steps are Adam's"
+    plain = partial(adahessian_default, clip=0, cap=0, rho=0, spike=0, eps=1e-5)
+    ours,adam = opted_out(plain, whole=True).stability(1),opted_out(Adam).stability(1)
+    assert ours.limit==pytest.approx(adam.limit, rel=1e-3)
+
+def test_squared_gradients_are_no_diagonal():
+    learn = opted_out(partial(adahessian_default, estimator=Given(exact), rho=0, dense=0, update_each=1))
+    rec = CurvatureRecorder(every=1, n_samples=50)
+    learn.add_cb(rec)
+    with learn.no_bar(),learn.no_logging(): learn.fit(3, 1e-6)
+    own = own_diagonal(learn.opt)
+    assert set(own)=={*learn.model[0].parameters()} and all(torch.allclose(d, torch.full_like(d, 2.)) for d in own.values())
+    ax = rec.plot_diagonal(1000)
+    assert len(ax.lines[0].get_xdata())==sum(p.numel() for p in learn.model[0].parameters()) and (ax.lines[0].get_ydata()==pytest.approx(2))
+
+def test_layers_and_the_whole_have_the_noise_of_one_kind_of_estimate():
+    learn = opted_out(partial(adahessian_default, n_samples=16))
+    layer = nn.Sequential(nn.Linear(3,2).double())
+    learn = Learner(learn.dls, layer, MSELossFlat(), opt_func=partial(adahessian_default, n_samples=16))
+    rec = CurvatureRecorder(every=1, n_samples=20, per_layer=True)
+    learn.add_cb(rec)
+    with learn.no_bar(),learn.no_logging(): learn.fit(1)
+    r = rec.records[-1]
+    assert r['layers']['0 Linear']['snr']==pytest.approx(r['snr'])
+
+@pytest.mark.parametrize('call', [lambda l,r: l.stability(seed=0.5), lambda l,r: l.curvature_summary(seed=-1), lambda l,r: l.curvature_summary(lr=slice(0.1,0.2)),
+    lambda l,r: r.plot_diagonal(n_entries=0), lambda l,r: r.plot_diagonal(n_entries=-1)])
+def test_odd_numbers_of_diagnostics_are_named(call):
+    learn = opted_out(adahessian_default)
+    learn.add_cb(rec := CurvatureRecorder(every=1))
+    with learn.no_bar(),learn.no_logging(): learn.fit(1)
+    with pytest.raises(ValueError, match='seed|lr|n_entries'): call(learn, rec)

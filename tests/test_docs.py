@@ -125,11 +125,14 @@ def test_an_optimizer_says_what_it_is():
     assert text=="""sophia: weight_decay, average_grad, average_diag_hessian, sophia_step
   estimator: GNB(n_samples=3)
   when: Every(update_each=10)
+  smooth: average_diag(block_length=1, signed=True, average_kernels=False)
   group 0: 2 tensors, 6 of 9 weights train; wd=0.1, sqr_mom=0.99, rho=0.04, eps=1e-12, lr=0.001, mom=0.965
   group 1: 2 tensors, 4 of 4 weights train; wd=0.1, sqr_mom=0.99, rho=0.04, eps=1e-12, lr=0.01, mom=0.965"""
 
 @pytest.mark.parametrize('kwargs,want', [(dict(signed=True), 'average_diag_hessian'), (dict(n_acc=2), 'n_acc: 2'), (dict(rho=0.4), 'rho=0.4'),
-    (dict(hvp='auto'), "Hessian(method='auto')"), (dict(budget=0.25), 'Budget(overhead=0.25'), (dict(lr=0.3), 'lr=0.3')])
+    (dict(hvp='auto'), "Hessian(method='auto')"), (dict(budget=0.25), 'Budget(overhead=0.25'), (dict(lr=0.3), 'lr=0.3'),
+    (dict(block_length='row'), "average_diag(block_length='row')"), (dict(signed_blocks=True), 'average_diag(signed=True)'),
+    (dict(average_kernels=False), 'average_kernels=False'), (dict(debiased=True, n_samples=2), 'debiased: True')])
 def test_a_variant_is_seen(kwargs, want):
     ps = [p for m in nets() for p in m.parameters()]
     plain,other = (_help.describe(adahessian(ps, **kw)) for kw in ({}, kwargs))

@@ -10,7 +10,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Lookahead
 from adahessian_fastai.adahessian import AdaHessian,AdaHessianWrapper,adahessian_paper as adahessian
 from adahessian_fastai.curvature import GaussNewton,Hessian
-from adahessian_fastai.estimators import ControlVariate,GNB,Given,Hutchinson
+from adahessian_fastai.estimators import ControlVariate,GNB,Given,Hutchinson,seeded
 from adahessian_fastai.hutchinson import control_variate_samples,gaussian_like,hutchinson_samples,mean_and_noise,rademacher_like,sample_mean
 from adahessian_fastai.learner import trainable_params
 from adahessian_fastai.optimizer import due
@@ -545,3 +545,7 @@ def test_a_keyword_beside_an_object_is_never_ignored(kw):
 
 def test_what_is_usual_may_be_said_beside_a_name():
     for kw in (dict(hvp='reverse'), dict(hvp='auto'), dict(probe='rademacher')): adahessian([nn.Parameter(torch.zeros(2))], estimator='gnb', **kw)
+
+def test_a_device_has_one_generator_however_it_is_spelled():
+    rng = seeded(3)
+    assert rng('cpu') is rng(torch.device('cpu'))

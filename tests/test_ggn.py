@@ -353,3 +353,20 @@ def test_dual_numbers_reach_parameters_wherever_they_live():
     assert torch.allclose(dual_jvp(lambda _: outputs(), every)(v)[0], reverse_jvp(out, every)(v)[0], **EXACT)
     assert all(torch.autograd.forward_ad.unpack_dual(p).tangent is None for p in every)
     with pytest.raises(ValueError, match='no parameters of these shapes'): model_forward(model, every, x)
+
+def test_generators_of_parameters():
+    "A Jacobian was zero where they were used up"
+    torch.manual_seed(0)
+    net,x = nn.Linear(3,2).double(),torch.randn(4,3,dtype=torch.double)
+    ps = list(net.parameters())
+    v = [torch.randn_like(p) for p in ps]
+    want = dual_jvp(model_forward(net, ps, x), ps)(v)[0]
+    J = dual_jvp(model_forward(net, net.parameters(), x), net.parameters())
+    for found in (J(v)[0], J(v)[0], linear_jvp(model_forward(net, net.parameters(), x), ps)(v)[0]): assert torch.allclose(found, want)
+
+def test_samples_of_unequal_outputs_are_refused():
+    net,x = nn.Linear(3,2),torch.randn(4,3)
+    z = net(x)
+    for outputs in ((z, z.square().mean()), (z, z[:2]*1.)):
+        with pytest.raises(ValueError, match='samples along dimension 0'):
+            fisher_diagonal(outputs, F.cross_entropy(z, torch.zeros(4).long()) + sum(o.square().sum() for o in outputs[1:]), list(net.parameters()))

@@ -1,8 +1,11 @@
 "A run whose loss leaves where it was says so once, and its advice helps"
 import math,pytest,torch,torch.nn.functional as F,warnings
 from functools import partial
-from fastai.basics import Callback,noop
+from fastai.basics import Callback,nn,noop
 from adahessian_fastai.all import *
+from adahessian_fastai.diagnostics import step_rates
+from adahessian_fastai.learner import by_parameter
+from adahessian_fastai.steppers import Work
 from helpers_learner import fit,learner,mlp
 
 WILD = 50. # A learning rate at which every optimizer here leaves
@@ -170,3 +173,26 @@ def test_hessian_free_tells_of_batch_norm_on_small_batches(bs, norm, told):
         warnings.simplefilter('always')
         fit(learn)
     assert [f'a batch of {bs}' in str(o.message) for o in said if 'batch norm' in str(o.message)]==[True]*told
+
+@pytest.mark.parametrize('spikes', [(2.,0.3),(0.3,0.),(0.,1.)])
+def test_each_group_has_its_own_bound(spikes):
+    "Of the running mean that all share; the last group's number held for all"
+    torch.manual_seed(0)
+    a,b = (nn.Parameter(torch.zeros(3)) for _ in range(2))
+    opt = adahessian([[a],[b]], spike=list(spikes), update_each=1)
+    opt.set_hyper('spike', list(spikes))
+    means,n = 0.,0
+    for k in range(6):
+        a.grad,b.grad = (torch.randn(3)*(1+3*k) for _ in range(2))
+        was,norm = (a.grad.clone(),b.grad.clone()),math.hypot(a.grad.norm(), b.grad.norm())
+        work = Work.of(opt)
+        work.bound([p.grad.norm().item() for p in work])
+        mean = means/(1-0.9**n) if n else math.inf
+        for p,g,c in zip((a,b), was, spikes): assert torch.allclose(p.grad, g*(min(1, c*mean/norm) if c else 1))
+        means,n = 0.9*means+0.1*min(norm, max(spikes)*mean),n+1
+
+def test_a_parameter_of_two_groups_counts_in_the_first():
+    "Also where it is looked at"
+    w = nn.Parameter(torch.ones(2))
+    opt = adahessian([[w],[w]], lr=slice(0.1,0.2))
+    assert step_rates(opt, [w])==[0.1] and by_parameter(opt)[w][1] is opt.hypers[0]

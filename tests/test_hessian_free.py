@@ -1522,3 +1522,9 @@ def test_auto_looks_again_at_what_is_thawed():
     for f,want in ((learn.freeze,'finite_difference'), (learn.unfreeze,'reverse')):
         f()
         assert fit(learn).opt.curvature.curvature.used==want
+
+def test_a_picture_without_damping_shows_its_zeros():
+    opt,p = hessian_free([w := nn.Parameter(torch.ones(2))], damping=0., curvature='hessian'),torch.tensor([1.,3.])
+    for _ in range(2): opt.step(lambda: (p*w**2).sum())
+    damping = next(ax for ax in opt.plot_record().axes if 'damping' in ax.get_title())
+    assert damping.get_yscale()=='linear' and set(damping.lines[0].get_ydata())=={0.}

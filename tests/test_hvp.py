@@ -432,3 +432,44 @@ def test_counts_are_checked_by_name(value):
 def test_counts_of_other_libraries_are_numbers():
     import numpy as np
     assert [check_count('n', o) for o in (2, np.int64(2), torch.tensor(2), np.uint8(2))]==[2]*4 and check_count('n', 0, least=0)==0
+
+# What stands for several tensors, and what only looks like it
+
+def single(): return torch.tensor([1.,2.], dtype=torch.double, requires_grad=True)
+
+@pytest.mark.parametrize('f', [lambda w,l: gradient(l(), w), lambda w,l: hessian_product(l, w), lambda w,l: graph_product(gradient(l(), [w], True), w),
+    lambda w,l: dual_gradient(l, w, w), lambda w,l: difference_product(l, w), lambda w,l: unflat(w, w), lambda w,l: check_symmetric(lambda v: v, w)])
+def test_a_single_tensor_is_no_list(f):
+    "Its rows are other tensors, on which no loss depends: a Hessian of zeros"
+    w = single()
+    with pytest.raises(ValueError, match=r'params must be several tensors, such as \[w\]'): f(w, lambda: (w**3).sum())
+
+def test_generators_serve_more_than_once():
+    w,v = single(),[torch.ones(2, dtype=torch.double)]
+    loss,want = lambda: (w**3).sum(),[6*w.detach()]
+    product = graph_product(gradient(loss(), iter([w]), create_graph=True), iter([w]))
+    for _ in range(2): assert torch.equal(product(v)[0], want[0])
+    assert torch.equal(dual_gradient(loss, iter([w]), v)[1][0], want[0]) and torch.equal(unflat(torch.ones(2), iter([w]))[0], torch.ones(2).double())
+    check_symmetric(product, iter([w]))
+
+def test_complex_parameters_are_refused_by_products():
+    z = torch.ones(2, dtype=torch.cfloat, requires_grad=True)
+    with pytest.raises(ValueError, match='real_parameters'): hessian_product(lambda: z.abs().square().sum(), [z])
+
+def test_tied_complex_parameters_stay_tied():
+    net = nn.ModuleDict(dict(a=nn.Linear(2,2,bias=False,dtype=torch.cfloat), b=nn.Linear(2,2,bias=False,dtype=torch.cfloat)))
+    net.b.weight = net.a.weight
+    before = net.a.weight.detach().clone()
+    ps = list(real_parameters(net).parameters())
+    assert len(ps)==2 and torch.equal(net.a.weight, before)
+    with torch.no_grad(): ps[0].add_(1)
+    assert torch.equal(net.a.weight, net.b.weight) and torch.equal(net.a.weight, before+1)
+
+@pytest.mark.parametrize('dim', [-3,-2,-1,0,1,2,None])
+@pytest.mark.parametrize('norm', [weight_norm,parametrizations.weight_norm])
+def test_weight_norm_along_any_dimension(norm, dim):
+    torch.manual_seed(0)
+    net,x = norm(nn.Conv1d(2,3,2).double(), dim=dim),torch.randn(2,2,5,dtype=torch.double)
+    want = net(x)
+    with twice_differentiable(net): assert torch.allclose(net(x), want, atol=1e-12)
+    with substituted(): assert torch.allclose(net(x), want, atol=1e-12)

@@ -1,12 +1,15 @@
 "What a newcomer gets wrong: the error names the argument, what it got, and a way out that works there"
+import inspect
 from functools import partial
 
-import pytest,torch
+import numpy as np,pytest,torch
 from fastai.basics import CrossEntropyLossFlat,DataLoaders,FocalLossFlat,Learner,nn
 from fastai.callback.all import MixUp,ParamScheduler,SchedLin
-from adahessian_fastai.all import AdaHessian,AdaHessianWrapper,Sophia,adahessian,hessian_free,perturbed,sophia,twice_differentiable
-from adahessian_fastai.curvature import Hessian
+from adahessian_fastai.all import AdaHessian,AdaHessianWrapper,CurvatureRecorder,Sophia,adahessian,adahessian_paper,hessian_free,m_sassha
+from adahessian_fastai.all import perturbed,sassha,sophia,twice_differentiable
+from adahessian_fastai.curvature import GaussNewton,Hessian
 from adahessian_fastai.estimators import GNB,Hutchinson
+from adahessian_fastai.problem import MeanProblem,Problem,weights_of
 from helpers_learner import data,mlp
 
 def learner(opt_func, loss=None, **kwargs):
@@ -103,3 +106,58 @@ def test_one_of_several_processes_that_keeps_to_itself(monkeypatch, recwarn):
 @pytest.mark.parametrize('opt_func', [adahessian,sophia])
 def test_objects_of_another_kind_are_refused_at_once(kwargs, name, opt_func):
     with pytest.raises(ValueError, match=f'{name}(=|.* must be)'): opt_func([torch.nn.Parameter(torch.ones(2))], **kwargs)
+
+ps = lambda: [nn.Parameter(torch.ones(2))]
+OF_ANOTHER_KIND = dict(  # chkstyle: ignore-node
+    signed=lambda: adahessian(ps(), signed='False'), decouple_wd=lambda: adahessian(ps(), decouple_wd='false'),
+    debiased=lambda: adahessian(ps(), debiased='no', n_samples=2), average_kernels=lambda: sophia(ps(), average_kernels='no'),
+    signed_blocks=lambda: adahessian(ps(), signed_blocks='no'), per_layer=lambda: CurvatureRecorder(per_layer='no'),
+    closed=lambda: GaussNewton(closed='no'), hvp=lambda: adahessian(ps(), curvature='ggn', hvp='dual'), probe=lambda: adahessian(ps(), probe=['rademacher']),
+    curvature=lambda: Hutchinson(curvature='ggn'), weights=lambda: MeanProblem([Problem(ps(), torch.ones(()))]*2, [1.]),
+    reduction=lambda: weights_of([1,2], 'none'), loss=lambda: Problem(ps(), torch.ones((), dtype=torch.cfloat)))
+
+@pytest.mark.parametrize('name', OF_ANOTHER_KIND)
+def test_values_of_another_kind_are_named(name):
+    with pytest.raises(ValueError, match=name): OF_ANOTHER_KIND[name]()
+
+@pytest.mark.parametrize('f', [np.bool_,bool,int])
+def test_switches_take_what_is_true_or_false(f): assert adahessian(ps(), signed=f(1)).smooth.keywords['signed'] and not adahessian(ps(), signed=f(0)).smooth.keywords['signed']
+
+def test_what_takes_no_part_has_to_be_there():
+    "An alien parameter was put into the state, and a list of modules did nothing"
+    a,b = nn.Linear(2,2),nn.Linear(2,2)
+    opt = adahessian([*a.parameters(), *b.parameters()])
+    for odd in (nn.Linear(2,2), nn.Parameter(torch.ones(2)), 'a'):
+        with pytest.raises(ValueError, match='that this optimizer trains'): opt.opt_out(odd)
+    assert not any('do_hessian' in s for s in opt.state.values())
+    opt.opt_out([a, b.bias])
+    assert [opt.state[p].get('do_hessian', True) for p in (*a.parameters(), *b.parameters())]==[False,False,True,False]
+
+@pytest.mark.parametrize('opt_func', [adahessian,adahessian_paper,sophia,sassha,m_sassha])
+@pytest.mark.parametrize('fit', ['fit','fit_one_cycle','fine_tune'])
+def test_a_rate_of_none_is_the_usual_one(opt_func, fit):
+    def rates(f):
+        learn = learner(f)
+        with learn.no_bar(),learn.no_logging(): getattr(learn, fit)(1)
+        return learn.recorder.lrs
+    assert rates(partial(opt_func, lr=None))==rates(opt_func)
+
+def test_a_list_of_rates_serves_fine_tune():
+    def rates(lr):
+        learn = learner(adahessian, lr=lr)
+        with learn.no_bar(),learn.no_logging(): learn.fine_tune(1)
+        return learn.recorder.lrs
+    assert rates([0.1])==rates(0.1)
+
+@pytest.mark.parametrize('word', ['valley','xyz'])
+def test_suggestions_are_functions(word):
+    with pytest.raises(ValueError, match=f"suggest_funcs must be .*{word}"): learner(adahessian).lr_find(suggest_funcs=word)
+
+def test_help_of_m_sassha_says_how_it_moves():
+    assert inspect.signature(m_sassha).parameters['along'].default=='momentum'==m_sassha(ps()).perturb.along
+    assert m_sassha(ps(), along='gradient').perturb.along=='gradient'
+    with pytest.raises(TypeError, match="m_sassha has no argument 'momentum': use mom"): m_sassha(ps(), momentum=0.9)
+
+def test_none_is_the_default_of_settings():
+    a,b = hessian_free(ps(), cg=None, batches=None),hessian_free(ps())
+    assert vars(a.cg)==vars(b.cg) and repr(a)==repr(b)

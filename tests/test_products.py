@@ -1,5 +1,5 @@
 "The products of the room `hvp` and how the optimizers use them"
-import pytest,torch,torch.nn.functional as F
+import math,pytest,torch,torch.nn.functional as F
 from fastai.basics import Callback,CrossEntropyLossFlat,DataLoaders,L1LossFlat,Learner,partial,set_seed
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
@@ -476,3 +476,37 @@ def test_differences_are_looked_at_as_they_are_used():
         return Problem(list(net.parameters()), F.cross_entropy(z, y), z, y, F.cross_entropy, again, model=net)
     Hessian('finite_difference')(p(0.), list(net.parameters()))
     with pytest.raises(ValueError, match='was off by'): Hessian('finite_difference')(p(0.1), list(net.parameters()))
+
+# Kinks that depend on arguments, and those that no trained parameter feels
+
+@pytest.mark.parametrize('f,name', [(F.selu,'Elu'), (partial(F.elu, alpha=0.3),'Elu'), (lambda x: torch.fmax(x, -x),'Fmax'),
+    (lambda x: x.cummax(1)[0],'Cummax'), (lambda x: x-x.median(1, keepdim=True)[0],'Median'), (lambda x: x/x.norm(p=1, dim=1, keepdim=True),'LinalgVectorNorm'),
+    (lambda x: x/torch.linalg.vector_norm(x, math.inf, 1, keepdim=True),'LinalgVectorNorm'), (lambda x: torch.cdist(x, x.detach()+1, p=1),'Cdist'),
+    (lambda x: x.remainder(0.3),'Remainder')])
+def test_functions_whose_kink_depends_on_arguments(f, name):
+    x = torch.randn(6, 6, requires_grad=True)
+    found = nonsmooth_graph(f(x).square().sum())
+    assert any(o.startswith(name) for o in found), found
+
+@pytest.mark.parametrize('f', [F.elu, F.celu, F.gelu, F.softplus, lambda x: x.norm(dim=1), lambda x: torch.cdist(x, x.detach()+1),
+    lambda x: F.soft_margin_loss(x, torch.ones_like(x)), lambda x: F.multilabel_soft_margin_loss(x, torch.ones_like(x))])
+def test_smooth_functions_have_no_kink(f):
+    x = torch.randn(6, 6, requires_grad=True)
+    assert nonsmooth_graph(f(x).square().sum())==[]
+
+@pytest.mark.parametrize('f', [F.selu, partial(F.elu, alpha=0.3)])
+def test_auto_sees_a_functional_kink(f, capsys):
+    assert trained(model=functional(f), hvp='auto').opt.estimator.curvature.used=='reverse' and 'Elu' in capsys.readouterr().out
+
+def test_a_frozen_kink_is_no_objection():
+    "Of a frozen body with a smooth head nothing bends"
+    set_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(75,16), nn.ReLU(), nn.Linear(16,16), nn.Tanh(), nn.Linear(16,3))
+    for p in model[1].parameters(): p.requires_grad_(False)
+    assert trained(model=model, hvp='auto').opt.estimator.curvature.used=='finite_difference'
+
+def test_a_smooth_margin_is_no_objection():
+    w = torch.randn(5, dtype=torch.double, requires_grad=True)
+    def evaluate(twice=False): return F.soft_margin_loss(w, torch.ones_like(w)),None
+    hv, = Hessian('finite_difference')(Problem([w], evaluate()[0], evaluate=evaluate), [w], 1).product([torch.ones_like(w)])
+    assert torch.allclose(hv, torch.sigmoid(w).mul(torch.sigmoid(-w)).detach()/5, rtol=1e-5)

@@ -549,3 +549,25 @@ def test_the_weights_alone_go_on_where_the_state_does_not_fit(other, tmp_path):
     with pytest.raises(ValueError, match='load the weights alone with `with_opt=False`'): learn.load('old')
     learn.load('old', with_opt=False)
     assert fit(learn).opt.n_steps==5
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('how', ['load','export, kept','pickle'])
+def test_what_was_set_by_hand_goes_on(how, tmp_path):
+    "A period that was set in the middle of a training; one that another optimizer was told stays"
+    learn = fit(rate_learner(adahessian, tmp_path))
+    learn.opt.update_each,learn.opt.hessian_bs = 4,0.5
+    state = learn.opt.state_dict()
+    if how=='load': learn.save('b')
+    there = rate_learner(adahessian, tmp_path).load('b') if how=='load' else trip('pickle', learn, tmp_path) if how=='pickle' else after(how, learn, tmp_path)
+    assert (there.opt.update_each,there.opt.hessian_bs,there.opt.dense)==(4,0.5,20)
+    other = rate_learner(partial(adahessian, update_each=7), tmp_path)
+    other.create_opt()
+    other.opt.load_state_dict(state)
+    assert (other.opt.update_each,other.opt.hessian_bs)==(7,None)
+    for k,odd in (('update_each',0), ('hessian_bs',2.), ('dense',-1)):
+        spoilt = {**state, 'curvature': {**state['curvature'], 'when': {**state['curvature']['when'], k: odd}}}
+        fresh = rate_learner(adahessian, tmp_path)
+        fresh.create_opt()
+        with pytest.raises(ValueError, match=k): fresh.opt.load_state_dict(spoilt)
+        assert (fresh.opt.update_each,fresh.opt.n_steps)==(10,0)

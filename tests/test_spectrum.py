@@ -387,3 +387,26 @@ def test_parameters_may_come_from_a_generator():
     for f in readers:
         a,b = f(m.parameters()),f(list(m.parameters()))
         if a is not None: assert torch.equal(*(flat(o) if isinstance(o, list) else torch.as_tensor(o) for o in (a,b)))
+
+def test_a_list_of_parameters_is_one():
+    w = torch.tensor([1.,2.], dtype=torch.double, requires_grad=True)
+    loss = lambda: (w**3).sum()
+    for f in (dense_hessian, hessian_times_gradient):
+        with pytest.raises(ValueError, match='params must be several tensors'): f(loss, w)
+    assert torch.equal(dense_hessian(loss, iter([w])), torch.diag(6*w.detach()))
+    product = lambda v: [3*o for o in v]
+    assert hutch_plus_plus(product, iter([w]), 6)[0]==pytest.approx(6)
+    assert torch.equal(block_product(product, iter([w]), iter([w]))([torch.ones_like(w)])[0], torch.full_like(w, 3))
+
+@pytest.mark.parametrize('which,n', [('largest',3),('smallest',3),('both',6)])
+def test_as_many_eigenvalues_as_asked_for(which, n):
+    "However few steps are allowed"
+    d = torch.arange(1., 9, dtype=torch.double)
+    assert len(extreme_eigenvalues(lambda v: [d*v[0]], [torch.zeros(8, dtype=torch.double)], 3, which, max_iter=1, check=False).values)==n
+
+def test_weights_that_add_up_to_nothing_are_named():
+    with pytest.raises(ValueError, match='weights of the 2 batches add up to 0'): mean_product(lambda b: lambda v: v, [1,2], lambda b: 0)([torch.ones(1)])
+    with pytest.raises(ValueError, match='batches is empty'): mean_product(lambda b: lambda v: v, [])([torch.ones(1)])
+
+def test_no_direction_is_left_beside_a_whole_basis():
+    with pytest.raises(ValueError, match='no direction is left'): next(lanczos(lambda v: v, [torch.zeros(2)], against=list(torch.eye(2))))

@@ -1,7 +1,7 @@
 "Paths on functions with a known minimum, from the start points of the published pictures"
 import torch
 from adahessian_fastai.all import adahessian_paper as adahessian
-from adahessian_fastai.toys import descend,rastrigin,rosenbrock
+from adahessian_fastai.toys import descend,plot_paths,quadratic,rastrigin,rosenbrock
 
 
 def test_rosenbrock_comes_close_to_its_minimum():
@@ -27,3 +27,12 @@ def test_the_settings_of_the_published_pictures_end_at_the_minimum():
     torch.manual_seed(0)
     path = descend(rosenbrock, lambda p: adahessian(p, lr=1., wd=0., hessian_power=0.5), (-2.,2.), 500, clip=1.)
     assert (path[-1]-torch.tensor([0.9995,0.999])).abs().max()<1e-3
+
+def test_numbers_and_grids():
+    xs = torch.meshgrid(torch.linspace(-1,1,3), torch.linspace(-1,1,3), indexing='xy')
+    assert rosenbrock((1.,1.))==0 and rastrigin((0.,0.)).abs()<1e-5 and isinstance(rosenbrock((1.,2.)), torch.Tensor)
+    f,A = quadratic(torch.tensor([1.,10.]))
+    for point in ((0,1),(2,2)):
+        x = torch.stack([o[point] for o in xs])
+        assert torch.allclose(f(xs)[point], x@A@x/2) and torch.allclose(f(x), x@A@x/2)
+    plot_paths(f, dict(a=torch.zeros(2,2)), (0,0))

@@ -242,3 +242,8 @@ def test_scores():
 def test_missing_sacrebleu_names_the_remedy(monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'sacrebleu.metrics', None)
     with pytest.raises(ImportError, match='pip install'): bleu_chrf(['a'], ['a'])
+
+def test_a_batch_larger_than_the_data_is_named():
+    "No step would be made"
+    with pytest.raises(ValueError, match='bs must be at most 50, the number of pairs'):
+        translation_dls(sentence_pairs('toy','train',50), sentence_pairs('toy','valid',20))
