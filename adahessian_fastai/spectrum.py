@@ -141,7 +141,7 @@ def lanczos(
 ): # Yields `(Q, alpha, beta)` after each product; raises `FloatingPointError` for one that is not finite
     "Lanczos' method with full reorthogonalisation, for as many steps as the caller goes on"
     Q,alpha,beta,params = [],[],[],tensor_list(params)
-    if len(against)>=sum(p.numel() for p in params): raise ValueError(f"no direction is left beside the {len(against)} of against")
+    if against and len(against)>=sum(p.numel() for p in params): raise ValueError(f"no direction is left beside {len(against)} of against")
     q = _direction(params, probe, generator, against)
     while True:
         Q.append(q)
