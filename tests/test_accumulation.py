@@ -2,9 +2,13 @@
 import copy,gc
 import pytest,torch
 import torch.nn.functional as F
+from torch import nn
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation,GradientClip
 from adahessian_fastai.adahessian import adahessian_paper as adahessian
+from adahessian_fastai.estimators import Estimate
+from adahessian_fastai.problem import Problem
+from adahessian_fastai.steppers import Pending
 from helpers_learner import ROUNDING,Noted,data,distance,fit,given,learner,mlp,plain,split,state_of
 
 
@@ -174,3 +178,13 @@ def test_a_step_past_differentiate_is_refused():
     F.cross_entropy(net(x), y).backward()
     opt.step()
     assert opt.n_steps==2
+
+def test_gradient_diagonal_and_noise_are_means_over_items():
+    "One item, then three"
+    p,pending = nn.Parameter(torch.ones(2)),Pending()
+    for n,v in ((1,1.), (3,0.)):
+        problem = Problem([p], (p*v).sum())
+        w = pending.weigh(problem, n, 2)
+        problem.backward(w)
+        pending.add([p], Estimate([torch.full((2,), v)], [torch.full((2,), v)], None), w)
+    assert p.grad.tolist()==pending.diags[p].tolist()==pending.noises[p].tolist()==[0.25,0.25]

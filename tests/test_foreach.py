@@ -49,7 +49,7 @@ def compare(**kwargs):
 def test_parity(decouple_wd, hessian_power, kind): compare(decouple_wd=decouple_wd, hessian_power=hessian_power, wd=0.05, **kind)
 
 @pytest.mark.parametrize('kwargs', [dict(update_each=3), dict(out=(0,5)), dict(freeze=(0,1)), dict(freeze=(2,), update_each=4, out=(1,)), dict(wd=0.),
-    dict(update_each=(6,5)), dict(signed=True, update_each=3, out=(3,)), dict(block_length=1, average_kernels=False)], ids=str)
+    dict(debiased=True, n_samples=2, out=(0,5)), dict(update_each=(6,5)), dict(signed=True, update_each=3, out=(3,)), dict(block_length=1, average_kernels=False)], ids=str)
 def test_parity_of_missing_estimates_and_opt_outs(kwargs): compare(**kwargs)
 
 def test_parity_under_schedules_and_without_decay_of_some():
@@ -164,3 +164,60 @@ def test_one_bad_entry_changes_nothing(bad):
         assert torch.equal(p, q) and set(old)==set(opt.state[p])
         assert all(torch.equal(v, opt.state[p][k]) if isinstance(v, torch.Tensor) else v==opt.state[p][k] for k,v in old.items())
     assert (opt.n_steps,opt.n_skipped)==(3,1)
+
+def both_ways(rows, n=3, clip=0., cap=0., signed=False):
+    "Parameters of `rows() -> (parameters, work)` after `n` steps in lists, and after as many one by one"
+    cbs = AdaHessian([nn.Parameter(torch.ones(1))], lr=0.1, signed=signed).cbs
+    (ps,a),(qs,b) = rows(),rows()
+    for row in (*a,*b): row[2].update(clip=clip, cap=cap)
+    for _ in range(n): update(a, cbs), loop_step(b, cbs)
+    return ps,qs
+
+def a_hyper(): return dict(lr=0.1, mom=0.9, sqr_mom=0.8, eps=1e-3, wd=0.1, hessian_power=1.)
+
+def test_noise_of_other_weights():
+    "What is subtracted has the weight of what it is subtracted from"
+    def rows():
+        p,hyper = nn.Parameter(torch.ones(3).double()),a_hyper()
+        p.grad = torch.tensor([1.,2.,3.]).double()
+        return [p],[(p,{'hess_weight': 0.1},hyper,torch.full((3,), 2.).double(),torch.full((3,), 1.).double())]
+    (p,),(q,) = both_ways(rows)
+    assert (p-q).abs().max()<1e-8
+
+@pytest.mark.parametrize('kwargs', [dict(clip=3.), dict(cap=0.1), dict(clip=3., cap=0.1)], ids=str)
+def test_bounds_of_a_step_that_is_zero(kwargs):
+    "A parameter whose gradients have been zero stays where it is, and the others move"
+    def rows():
+        ps,hyper = [nn.Parameter(torch.ones(3)) for _ in range(2)],{**a_hyper(), 'wd': 0.}
+        for p,g in zip(ps, (0.,1.)): p.grad = torch.full((3,), g)
+        return ps,[(p,{},hyper,torch.ones(3),None) for p in ps]
+    for a,b in both_ways(rows, **kwargs): assert a.tolist()==[1.]*3 and b.isfinite().all() and (b<1).all()
+
+def test_a_large_parameter_with_a_gradient_of_another_layout(monkeypatch):
+    "It is not cut"
+    monkeypatch.setattr(room, 'cpu_portion', 7)
+    def rows():
+        p = nn.Parameter(torch.ones(6,8))
+        p.grad = torch.arange(48.).view(8,6).T
+        return [p],[(p,{},a_hyper(),torch.ones(6,8),None)]
+    (p,),(q,) = both_ways(rows)
+    torch.testing.assert_close(p, q)
+
+def test_parameters_of_two_dtypes_in_one_group():
+    "Those of one type alone are stepped together, as `eps` is rounded to it"
+    def rows():
+        ps,hyper = [nn.Parameter(torch.ones(3, dtype=o)) for o in (torch.half,torch.double)],{**a_hyper(), 'eps': 1e-8}
+        for p in ps: p.grad = torch.ones_like(p)
+        return ps,[(p,{},hyper,torch.full_like(p, 1e-8 if p.dtype==torch.double else 1., requires_grad=False),None) for p in ps]
+    ps,qs = both_ways(rows)
+    assert (ps[1]-qs[1]).abs().max()<1e-8 and [p.dtype for p in ps]==[torch.half,torch.double]
+
+def test_a_large_parameter_with_a_bound_is_not_cut(monkeypatch):
+    "The bound is in root mean squares of the whole tensor"
+    monkeypatch.setattr(room, 'cpu_portion', 4)
+    def rows():
+        p = nn.Parameter(torch.zeros(8))
+        p.grad = torch.tensor([1.]*4 + [100.]*3 + [1000.])
+        return [p],[(p,{},a_hyper(),torch.ones(8),None)]
+    (p,),(q,) = both_ways(rows, clip=1.5)
+    torch.testing.assert_close(p, q)

@@ -5,7 +5,8 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
 from functools import partial
 from torch import nn
-from adahessian_fastai.all import AdaHessian,AdaHessianWrapper
+from fastai.basics import DataLoaders,Learner
+from adahessian_fastai.all import AdaHessian,AdaHessianWrapper,sassha
 from adahessian_fastai.steppers import Perturbation,perturbed
 from helpers_learner import HYPERS,ROUNDING,data,distance,fit,given,learner,mlp,one_loss,split
 from twin import Twin
@@ -295,3 +296,34 @@ def test_a_perturbation_serves_two_optimizers():
     assert second.perturb.rho==made.rho==0.1
     second.differentiate((p**4).sum())
     with pytest.warns(UserWarning, match='rho=0.1 does nothing'): second.step()
+
+def test_a_context_within_a_context_moves_once():
+    "The inner one puts the parameters home, from where the outer one moved them"
+    p = nn.Parameter(torch.ones(2))
+    opt = AdaHessianWrapper(AdaHessian([p], 0.1), perturb=Perturbation(0.5))
+    opt.state[p]['grad_avg'] = torch.ones(2)
+    with perturbed(opt):
+        there = p.detach().clone()
+        with perturbed(opt): assert torch.equal(p, there) and not torch.equal(p, torch.ones(2))
+    assert torch.equal(p, torch.ones(2)) and not opt.perturb.kept
+
+@pytest.mark.parametrize('along', ['momentum','gradient'])
+def test_a_direction_of_length_zero_moves_nothing(along):
+    "As where a batch has no gradient, before there is a momentum"
+    p,perturb = nn.Parameter(torch.ones(2)),Perturbation(0.5, along)
+    perturb.move([p], [torch.zeros(2)], 1.)
+    assert p.tolist()==[1.,1.]
+
+def test_along_the_gradient_with_attention():
+    "The graph at the other point is one that can be differentiated twice"
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin,self.att,self.out = nn.Linear(5,8),nn.MultiheadAttention(8, 2, batch_first=True),nn.Linear(8,3)
+        def forward(self, x):
+            z = self.lin(x)[:,None].expand(-1,4,-1)
+            return self.out(self.att(z, z, z, need_weights=False)[0].mean(1))
+    torch.manual_seed(0)
+    x,y = data(12, dtype=torch.float)
+    learn = fit(Learner(DataLoaders.from_dsets(list(zip(x, y)), list(zip(x, y)), bs=6, num_workers=0), Net(), F.cross_entropy, opt_func=sassha))
+    assert learn.opt.n_estimates and not learn.opt.n_skipped

@@ -227,3 +227,20 @@ def test_a_schedule_that_is_set_by_hand_is_checked(name, v):
     assert getattr(opt, name)==old
     opt.update_each,opt.dense,opt.hessian_bs = (12,4),3,0.5
     assert [opt.when.part(i) for i in range(6)]==[0.5,0.5,0.5,0,0.5,0]
+
+def test_a_loss_is_noted_without_its_scale():
+    "Otherwise the guard of the loss sees the scale grow"
+    p = nn.Parameter(torch.ones(2))
+    opt = adahessian([p])
+    opt.differentiate((p**2).sum()*1024, scale=1024)
+    assert opt.pending.losses[0].item()==2
+
+def test_an_accumulation_that_begins_with_nothing():
+    "A first batch without items has no part in the mean"
+    def after(*items):
+        p = nn.Parameter(torch.ones(2))
+        opt = adahessian([p], n_acc=len(items))
+        for n in items: opt.differentiate((p**3).sum()*(n>0), n_items=n)
+        opt.step()
+        return p.tolist()
+    assert after(0, 5)==after(5)
