@@ -49,7 +49,8 @@ def compare(**kwargs):
 def test_parity(decouple_wd, hessian_power, kind): compare(decouple_wd=decouple_wd, hessian_power=hessian_power, wd=0.05, **kind)
 
 @pytest.mark.parametrize('kwargs', [dict(update_each=3), dict(out=(0,5)), dict(freeze=(0,1)), dict(freeze=(2,), update_each=4, out=(1,)), dict(wd=0.),
-    dict(debiased=True, n_samples=2, out=(0,5)), dict(update_each=(6,5)), dict(signed=True, update_each=3, out=(3,)), dict(block_length=1, average_kernels=False)], ids=str)
+    dict(debiased=True, n_samples=2, out=(0,5)), dict(update_each=(6,5)), dict(signed=True, update_each=3, out=(3,)),
+    dict(block_length=1, average_kernels=False)], ids=str)
 def test_parity_of_missing_estimates_and_opt_outs(kwargs): compare(**kwargs)
 
 def test_parity_under_schedules_and_without_decay_of_some():
