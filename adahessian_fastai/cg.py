@@ -144,7 +144,7 @@ def cg(
     keep:int=None, # Keep at most this many iterates of the grid, the latest; None keeps all
     neg_curv:Literal['stop','abs']='stop', # Where `pᵀAp <= 0`: 'stop' or 'abs'; raises `ValueError` for others
     check_every:int=None, # Iterations between two looks of the host; raises `ValueError` below 1
-    progress=noop # Called with `(iteration, m, ‖r‖)` at each look
+    progress=noop # Called with `(iteration, m, ‖r‖)` at each look but the last
 )->CGResult:
     "Minimise `m(x) = ½xᵀAx - bᵀx` by preconditioned conjugate gradients"
     check_choice('neg_curv', neg_curv, ('stop','abs'))
@@ -161,8 +161,8 @@ def cg(
         if keep and len(kept)>keep: kept.pop(min(kept))
         if i and i%every and i<max_iter: continue
         reason,new = _cg_look(rows, torch.stack(new).tolist(), bound, max_iter, eps, neg_curv),[]
-        if rows: progress(len(rows)-1, *rows[-1][:2])
         if reason: break
+        progress(i, *rows[-1][:2])
     rows = rows or [[0.,0.,0.]]
     n = len(rows)-1
     bent = reason=='negative curvature' or any(o[2]<=0 for o in rows)
