@@ -253,3 +253,28 @@ def test_buffers_of_torchscript_move_once():
     once = buffers()
     for again in (buffers(hvp='finite_difference'), buffers(record=True)):
         assert len(again)==3 and all(torch.allclose(a, b, atol=DIFFERENCE) for a,b in zip(once, again))
+
+
+class OnlyBack(torch.autograd.Function):
+    "A square without a forward derivative"
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+    @staticmethod
+    def backward(ctx, g): return 2*g*ctx.saved_tensors[0]
+
+class Warped(nn.Module):
+    "Pixels from where a network says: PyTorch has no forward derivative"
+    def forward(self, x):
+        image = torch.linspace(0, 1, 16).to(x).view(1,1,4,4).expand(len(x),1,4,4)
+        return F.grid_sample(image, torch.stack([x]*2, -1)[:,None].tanh(), align_corners=False).flatten(1)
+
+class OwnSquare(nn.Module):
+    def forward(self, x): return OnlyBack.apply(x)
+
+@pytest.mark.parametrize('last', [OwnSquare,Warped])
+def test_where_there_is_no_forward_derivative_the_way_that_works_is_named(last):
+    def model(): return nn.Sequential(mlp(), last())
+    with pytest.raises(ValueError, match="hvp='forward' is not possible here, use hvp='reverse'"): trained(model(), hvp='forward')
+    assert distance(trained(model(), hvp='reverse'), model())>100*ROUNDING
