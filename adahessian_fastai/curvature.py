@@ -374,7 +374,7 @@ class Hessian:
         if self.used=='finite_difference' or problem.half or way=='forward': return local
         try: error = against_reverse(problem, local, exact, params)
         except NotImplementedError as e:
-            raise ValueError(f"hvp={self.used!r} is not possible here, use hvp={way or 'auto'!r} or estimator='gnb': {e}".split('\n')[0]) from e
+            raise ValueError(f"hvp={self.used!r} is not possible here, use {way or 'auto'!r} or estimator='gnb': {e}".split('\n')[0]) from e
         if error: raise ValueError(f"hvp={self.used!r} is wrong here: {error}. Use hvp='reverse'")
         return local
 
