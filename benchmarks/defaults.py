@@ -22,7 +22,7 @@ from fastai.vision.all import *
 from training import RESULTS,imagenette,machine,multi30k
 
 from adahessian_fastai.adahessian import adahessian,adahessian_paper
-from adahessian_fastai.compare import digits_cnn,digits_dls
+from adahessian_fastai.compare import digits_cnn,digits_dls,mean_of_all
 from adahessian_fastai.sassha import m_sassha,sassha
 from adahessian_fastai.sophia import sophia
 from adahessian_fastai.translation import multi30k_lines,words
@@ -239,12 +239,12 @@ def report(rows):
     "Mean ± standard deviation over the seeds, and how far that is above the best rate of Adam"
     metric = 'rest_loss' if rows.rest_loss.notna().any() else 'loss'
     groups = rows.groupby(['entry','lr'], sort=False)
-    mean,std = groups[metric].mean(),groups[metric].std()
+    mean,std = groups[metric].agg(mean_of_all),groups[metric].std()
     shown = [f'{m:.4g}'+('' if math.isnan(s) else f' ± {s:.2g}') for m,s in zip(mean, std)]
     metric2 = metric.replace('loss', 'accuracy')
     counts = dict(diverged=groups.diverged.sum(), seeds=groups.seed.nunique(), seconds_a_step=(groups.seconds.sum()/groups.n_steps.sum()).round(4))
     above = mean/(mean.loc['Adam'].min() if 'Adam' in mean.index else math.nan)-1
-    return pd.DataFrame({'loss': shown, 'above Adam': above.map('{:+.1%}'.format), 'accuracy': groups[metric2].mean().round(4), **counts}, index=mean.index)
+    return pd.DataFrame({'loss': shown, 'above Adam': above.map('{:+.1%}'.format), 'accuracy': groups[metric2].agg(mean_of_all).round(4), **counts}, index=mean.index)
 
 # The suggestions of `lr_find`
 

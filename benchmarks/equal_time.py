@@ -102,13 +102,13 @@ def fill(path, name, seeds):
 def verdict(a, b):
     "Does AdaHessian's `a` win, lose or tie against Adam's `b`, both series of losses?"
     if len(a)<2 or len(b)<2: return 'one seed'
-    if abs(a.mean()-b.mean())<=max(a.std(), b.std()): return 'tie'
+    if a.mean()==b.mean() or abs(a.mean()-b.mean())<=max(a.std(), b.std()): return 'tie'
     return 'ahead' if a.mean()<b.mean() else 'behind'
 
 def columns(rows, name, seeds=3):
     "The three comparisons of a problem as (AdaHessian's losses, Adam's losses), `None` where a run is missing"
     epochs,adams = PROBLEMS[name].epochs,PROBLEMS[name].adam
-    get = lambda k,lr,n=epochs: ends(rows, name, k, n, lr).loss
+    get = lambda k,lr,n=epochs: ends(rows, name, k, n, lr).loss.fillna(math.inf) # What failed lies behind everything
     best = {k: tuned(rows, name, k, r, epochs) for k,r in (('Adam',adams),('adahessian',OURS))}
     res = {'nobody tuned': (get('own', None), get('Adam', 1e-3))}
     if None in best.values(): return res

@@ -15,6 +15,7 @@ from fastai.vision.all import *
 from fastai.vision.models.xresnet import xresnet18,xresnet34
 
 from adahessian_fastai.adahessian import adahessian,adahessian_paper
+from adahessian_fastai.compare import mean_of_all
 from adahessian_fastai.learner import lr_of_run
 from adahessian_fastai.sassha import m_sassha
 
@@ -55,7 +56,7 @@ def run(entry, seed, dls, arch, epochs, device):
 
 def report(rows):
     groups = rows.groupby('entry', sort=False)
-    table = groups.agg(accuracy=('accuracy','mean'), std=('accuracy','std'), seconds=('seconds','mean'), epochs=('epochs','first'), runs=('seed','nunique'))
+    table = groups.agg(accuracy=('accuracy',mean_of_all), std=('accuracy','std'), seconds=('seconds','mean'), epochs=('epochs','first'), runs=('seed','nunique'))
     table['time'] = table.seconds/table.seconds.get('ranger', math.nan)
     return table.round(4).to_string()
 

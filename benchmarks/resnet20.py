@@ -19,6 +19,7 @@ from _common import append,machine,results_dir,threads
 from fastai.vision.all import *
 
 from adahessian_fastai.adahessian import adahessian,adahessian_paper
+from adahessian_fastai.compare import mean_of_all
 from adahessian_fastai.sassha import m_sassha,sassha
 from adahessian_fastai.sophia import sophia
 
@@ -169,7 +170,7 @@ def report(path):
     rows = pd.read_csv(path).drop_duplicates(['entry','seed','epoch'], keep='last')
     n = rows.groupby(['entry','seed']).epoch.max().groupby('entry').max().min()
     groups = rows[rows.epoch==n].groupby('entry', sort=False)
-    table = groups.agg(accuracy=('accuracy','mean'), std=('accuracy','std'), loss=('loss','mean'), seconds=('seconds','mean'), seeds=('seed','nunique'))
+    table = groups.agg(accuracy=('accuracy',mean_of_all), std=('accuracy','std'), loss=('loss',mean_of_all), seconds=('seconds','mean'), seeds=('seed','nunique'))
     table['time'] = (table.seconds/table.seconds.loc['SGD']).round(2) if 'SGD' in table.index else math.nan
     table['against adahessian'] = [verdict(o, table.loc['adahessian']) if 'adahessian' in table.index else '' for _,o in table.iterrows()]
     return f'After {n} of {rows.epochs.max()} epochs\n\n{table.round(4).to_string()}'

@@ -3,6 +3,8 @@ import math
 
 import matplotlib.pyplot as plt,pandas as pd
 
+from adahessian_fastai.compare import mean_of_all
+
 
 def best_runs(
     runs:pd.DataFrame, # One row for each run, with columns `entry`, `lr`, `seed` and `valid_loss`
@@ -29,7 +31,7 @@ def study_table(
     best = best_runs(runs)
     groups = best.groupby('entry', sort=False)
     forms = {k: dict(accuracy='{:.1%}').get(k, '{:.3f}') for k in ('accuracy','chrf','bleu','loss') if k in best and best[k].notna().any()}
-    def show(form): return lambda o: form.format(o.mean())+(f' ± {form.format(o.std())}' if len(o)>1 else '')
+    def show(form): return lambda o: form.format(mean_of_all(o))+(f' ± {form.format(o.std())}' if len(o)>1 else '')
     columns = {k: (k,show(form)) for k,form in forms.items()}
     table = groups.agg(lr=('lr','first'), **columns, epochs=('epochs','first'), seeds=('seed','nunique'))
     seconds = groups.seconds.mean()

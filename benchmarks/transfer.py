@@ -14,6 +14,7 @@ from fastai.vision.all import *
 from _common import machine
 
 from adahessian_fastai.adahessian import adahessian
+from adahessian_fastai.compare import mean_of_all
 from adahessian_fastai.learner import own_lr
 
 def results(n_train, size): return Path(__file__).parent/'results'/('transfer.csv' if (n_train,size)==(1000,64) else 'transfer_large.csv')
@@ -108,7 +109,7 @@ def fill(n_train, size, seeds=(0,1,2)):
 def table(rows):
     "Loss, accuracy and time at the end: mean ± standard deviation over the seeds"
     last = rows[rows.epoch==rows.epochs].sort_values('lr').groupby(['entry','lr'])
-    def shown(name, form, scale=1): return (last[name].mean()*scale).map(form.format)+(last[name].std()*scale).map(lambda o: '' if math.isnan(o) else f' ± {form.format(o)}')
+    def shown(name, form, scale=1): return (last[name].agg(mean_of_all)*scale).map(form.format)+(last[name].std()*scale).map(lambda o: '' if math.isnan(o) else f' ± {form.format(o)}')
     adam = last.seconds.mean()['Adam'].mean()
     return pd.DataFrame({'loss': shown('loss', '{:.3f}'), 'accuracy, %': shown('accuracy', '{:.1f}', 100), 'seeds': last.seed.nunique(),
         'epochs': last.epochs.first()+1, 'time, Adam = 1': (last.seconds.mean()/adam).round(2)})

@@ -132,3 +132,18 @@ def test_robustness_looks_on_both_sides(load):
     assert losses(0.5, lambda o: o>0).loss.idxmin()==0.
     flat = m.shares(losses(-1.))
     assert flat['rates']==9 and flat['loss_within']==pytest.approx(1/9) and flat['accuracy_within']==1 and flat['accuracy_lost']==0
+
+def test_a_run_that_failed_is_in_no_mean(load):
+    "A mean over the others would make a rate at which runs fail the best one"
+    nan,runs = math.nan,[0.3,math.nan,0.2]
+    rows = pd.DataFrame(dict(entry='Adam', lr=0.1, seed=range(3), loss=runs, rest_loss=runs, accuracy=runs, rest_accuracy=runs, valid_loss=[0.3,nan,0.2],
+        diverged=[False,True,False], seconds=1., n_steps=1, epochs=1, epoch=1))
+    assert load('defaults').report(rows).loss.iloc[0]=='nan ± 0.071' and 'nan' in load('studies').study_table(rows).loss.iloc[0]
+    assert 'nan' in load('transfer').table(rows).loss.iloc[0] and 'NaN' in load('forum').report(rows)
+    verdict,fine = load('equal_time').verdict,pd.Series([0.3,0.2])
+    bad = pd.Series([0.1,math.inf])
+    assert [verdict(a, b) for a,b in ((bad,fine), (fine,bad), (bad,bad), (fine,fine))]==['behind','ahead','tie','tie']
+
+def test_results_say_of_what_they_are(load):
+    "Versions, the package's among them, and its commit"
+    assert 'adahessian_fastai' in (said := load('_common').machine()) and 'torch' in said and (not (root/'.git').exists() or load('_common').commit())

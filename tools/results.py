@@ -67,7 +67,7 @@ def training(name):
 
 def where(rs, k='machine'):
     "The machines of `rs` as a line under a table"
-    names = dict.fromkeys(r[k] for r in rs if r.get(k))
+    names = dict.fromkeys(r[k].partition(', adahessian_fastai')[0] for r in rs if r.get(k))
     return f"\n\n{'; '.join(names)}." if names else ''
 
 def forum():
