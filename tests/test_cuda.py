@@ -43,9 +43,9 @@ class SameDraws(TorchDispatchMode):
         if isinstance(o, torch.Generator): return self.generator(o)
         return torch.device('cpu') if isinstance(o, torch.device) else o
     def dropout(self, x, p, train):
-        "As it is on the CPU"
+        "As it is on the CPU, which draws in the order of memory"
         if not train: return x,torch.ones_like(x, dtype=torch.bool)
-        noise = torch.empty(x.shape, dtype=x.dtype).bernoulli_(1-p).to(x.device)
+        noise = torch.empty_like(x, device='cpu').bernoulli_(1-p).to(x.device)
         return x*(noise/(1-p)),noise.bool()
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name,kwargs = func._schema.name.partition('::')[2],kwargs or {}
@@ -94,7 +94,8 @@ def test_the_draws_are_the_cpus():
         g = torch.Generator(device).manual_seed(5)
         with mode: return [o.cpu() for o in (torch.empty(40, device=device).bernoulli_(0.5), torch.randn(9, device=device, generator=g),
             torch.randint(9, (9,), device=device, generator=g), rademacher_like(torch.empty(70, device=device), g),
-            F.dropout(torch.ones(50, device=device), 0.3), torch.multinomial(torch.ones(4,3, device=device), 1, generator=g))]
+            F.dropout(torch.ones(50, device=device), 0.3), F.dropout(torch.ones(3,4,5, device=device).mT, 0.3),
+            torch.multinomial(torch.ones(4,3, device=device), 1, generator=g))]
     for a,b in zip(drawn('cpu', contextlib.nullcontext()), drawn('cuda', SameDraws()), strict=True): assert torch.equal(a, b)
 
 # Waiting for the GPU
