@@ -446,9 +446,7 @@ class PlainTensors(TorchFunctionMode):
 
 class Evaluated(nn.Module):
     "Another evaluation of a problem, as a module without inputs"
-    def __init__(self,
-        problem, # The `Problem`, with `outputs` and `evaluate`
-    ):
+    def __init__(self, problem): # The `Problem`, with `outputs` and `evaluate`
         super().__init__()
         self.model,self.outputs = problem.model,outputs_again(problem)
 
@@ -656,9 +654,8 @@ def way_product(
 # %% ../nbs/08_curvature.ipynb #a2301f05
 class OverBatches:
     "Any curvature of one problem, for the mean of several"
-    def __init__(self,
-        curvature # `(problem, params) -> Local`, such as `Hessian()`
-    ): self.curvature,self.failed = curvature,{}
+    def __init__(self, curvature): # `(problem, params) -> Local`, such as `Hessian()`
+        self.curvature,self.failed = curvature,{}
 
     def product(self, params, p):
         "Product of one problem, which is evaluated each time if it does not keep its graph"

@@ -521,9 +521,7 @@ def hessian_product(
 class SharedContext:
     "A context for switches of the whole process: set by the first to enter, put back by the last to leave"
     every = []
-    def __init__(self,
-        make, # `() -> context`
-    ):
+    def __init__(self, make): # `() -> context`
         self.make,self.lock,self.n,self.stack = make,threading.RLock(),0,ExitStack()
         self.own = threading.local()
         self.every.append(self)

@@ -434,9 +434,7 @@ class LossGuard:
     def __init__(self): self.reset()
     def reset(self): self.n,self.sum,self.first,self.best,self.told = 0,0.,None,math.inf,False
 
-    def __call__(self,
-        loss:float, # Of the last step, finite
-    ): # What to say, or `None`
+    def __call__(self, loss:float): # What to say of the last step's finite loss, or `None`
         "Look at one more loss"
         self.n,self.sum,self.first = self.n+1,self.beta*self.sum+(1-self.beta)*loss,ifnone(self.first, loss)
         avg = self.sum/(1-self.beta**self.n)

@@ -216,7 +216,7 @@ def differentiate(self:CurvatureOptimizer,
     weight = self.pending.weigh(problem, n_items, self.n_acc)
     half = problem.scale!=1 and self.estimator.second_order
     if not turn.due or half and not math.isfinite(self.pending.losses[-1].item()): return problem.backward(weight)
-    ahead = turn.aside or problem.scale!=1
+    ahead = turn.aside or problem.scale!=1 or problem.others() # Which only a backward pass reaches
     if ahead: problem.backward(weight, retain_graph=not turn.aside)
     with turn.evaluated(problem, self.counts.rng) as on:
         if half and on.scale!=1: on = self.curvature_scale.rescaled_for_half(on, [p.grad for p in problem.params if p.grad is not None])

@@ -17,7 +17,7 @@ from copy import copy
 import torch, torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from fastcore.basics import noop, store_attr
-from .hvp import SharedContext,check_choice,dual_thread,gradient,tensor_list,unflat
+from .hvp import SharedContext,check_choice,dual_thread,gradient,graph_nodes,tensor_list,unflat
 from .ggn import NoOutputs
 
 # %% ../nbs/07_problem.ipynb #330f2148
@@ -48,9 +48,7 @@ class Problem:
     inputs,obstacle = None,'this problem has no `inputs` to call its model with' # For what calls the model as a function of its parameters
     def preserving(self): return nullcontext() # Around such a call
 
-    def replace(self,
-        **kwargs # Fields that differ
-    ):
+    def replace(self, **kwargs): # Fields that differ
         "A copy with other fields"
         new = copy(self)
         vars(new).update(kwargs)
@@ -76,6 +74,11 @@ class Problem:
     def without_graph(self):
         "This problem with its loss as a plain number, without scale, which frees the graph"
         return self.replace(loss=self.loss.detach()/self.scale, outputs=None, scale=1., rescaled=noop)
+
+    def others(self)->list:
+        "Tensors that get a gradient and are not among `params`, such as those of another optimizer"
+        own = set(map(id, self.params))
+        return [o.variable for o in graph_nodes(self.loss) if hasattr(o, 'variable') and id(o.variable) not in own]
 
     def backward(self,
         weight:float=1., # Of the gradient

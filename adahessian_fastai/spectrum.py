@@ -272,9 +272,7 @@ class SpectralDensity:
     nodes:Tensor # Ritz values, one row for each start vector
     weights:Tensor # Shares of the eigenvalues; all together 1
 
-    def mean(self,
-        f, # `eigenvalues -> values`, elementwise
-    )->float:
+    def mean(self, f)->float: # `eigenvalues -> values`, elementwise
         "Mean of `f` over the eigenvalues"
         return (self.weights*f(self.nodes)).sum().item()
 

@@ -302,16 +302,15 @@ class Perturbation:
         on = [(p,o) for p,o in zip(params, d) if o is not None]
         if not on or self.kept: return
         ps,ds = zip(*on)
-        self.kept,norm = list(zip(ps, torch._foreach_mul(ps, 1))),total_norm(list(ds)) # Times 1: all copies in one operation
+        olds,norm = torch._foreach_mul(ps, 1),total_norm(list(ds)) # Times 1: all copies in one operation
         size = torch.where(norm>0, sign*self.rho/norm, 0.)
+        self.kept = [(p, old, _written(p), d, size) for p,old,d in zip(ps, olds, ds)]
         torch._foreach_addcmul_([p.data for p in ps], ds, [size]*len(ds)) # A change of `data` autograd does not count
 
     @torch.no_grad()
     def back(self):
         "Put the parameters back"
-        if not self.kept: return
-        ps,olds = zip(*self.kept)
-        copy_all([p.data for p in ps], olds)
+        copy_all([p.data for p,*_ in self.kept], [_home(*o) for o in self.kept])
         self.kept = []
 
     def ahead(self, opt:Optimizer):
@@ -336,16 +335,23 @@ class Perturbation:
         return there.replace(loss=there.loss*problem.scale, scale=problem.scale)
 
 # %% ../nbs/14_steppers.ipynb #bcb7a4d6
+def _written(p): return p._version,getattr(p, '_local_tensor', p).data_ptr() # Another one after a write
+
+def _home(p, old, written, d, size):
+    "`old`, with what was written into `p` after the move, as an embedding with `max_norm` does"
+    if _written(p)==written: return old
+    moved = torch.addcmul(old, d, size)
+    return torch.where(p==moved, old, p-moved+old)
+
 @patch
 @contextmanager
 def unmoved(self:Perturbation):
     "Context in which the parameters are where they belong"
-    home,there = self.kept,[(p, p.detach().clone()) for p,_ in self.kept]
+    home,there = self.kept,[p.detach().clone() for p,*_ in self.kept]
     self.back()
     try: yield
     finally:
-        self.kept = there
-        self.back()
+        copy_all([p.data for p,*_ in home], there)
         self.kept = home
 
 # %% ../nbs/14_steppers.ipynb #e26ed4b6
@@ -438,7 +444,7 @@ class Pending:
         if n_acc==1: return 1.
         if self.group: n_items = cross_rank_mean([torch.tensor([float(n_items)], device=ps[0].device)], self.group)[0].item()
         self.n_items += n_items
-        if old and n_items: torch._foreach_mul_([p.grad for p in ps if p.grad is not None] + self.tensors(), old/self.n_items)
+        if old*n_items: torch._foreach_mul_([p.grad for p in ps+problem.others() if p.grad is not None]+self.tensors(), old/self.n_items)
         return n_items/self.n_items if self.n_items else 1.
 
     def add(self,

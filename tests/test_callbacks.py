@@ -11,7 +11,7 @@ from fastai.losses import CrossEntropyLossFlat,LabelSmoothingCrossEntropy
 from fastai.optimizer import Adam
 from functools import partial
 from torch import nn
-from adahessian_fastai.all import adahessian_paper as adahessian
+from adahessian_fastai.all import adahessian_paper as adahessian,hessian_free
 from helpers_learner import HYPERS,ROUNDING,Noted,convnet,data,distance,fit,given,learner,mlp,one_loss,plain,split,state_of
 from twin import Twin
 
@@ -316,3 +316,44 @@ def test_rows_of_a_sum_are_refused():
     kwargs = dict(loss_func=nn.CrossEntropyLoss(reduction='sum'), estimator='gnb')
     with pytest.raises(ValueError, match='reduction'): fit(learner(mlp(), *data(12), hessian_bs=0.5, **kwargs))
     assert fit(learner(mlp(), *data(12), **kwargs)).opt.n_estimates==2
+
+
+class Centred(nn.Module):
+    "A loss with centres of its own, which some other optimizer trains"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.centres = nn.Parameter(torch.randn(3,3).double())
+    def forward(self, pred, y): return F.cross_entropy(pred, y)+0.1*((pred-self.centres[y])**2).mean()
+
+OTHERS = dict(paper={}, forward=dict(hvp='forward'), difference=dict(hvp='finite_difference'), rows=dict(hessian_bs=3), accumulated=dict(n_acc=2),
+    ggn=dict(curvature='ggn'), perturbed=dict(rho=0.3))
+
+@pytest.mark.parametrize('opt_func,kwargs', [*((adahessian,o) for o in OTHERS.values()),(hessian_free,{})], ids=[*OTHERS,'hessian_free'])
+def test_what_another_optimizer_trains_has_its_gradient(opt_func, kwargs):
+    "At each step, with and without an estimate, that of the predictions of the training pass"
+    loss_func,want,got,n = Centred(),[],[],kwargs.get('n_acc', 1)
+    def expect(learn):
+        c,p,y = loss_func.centres.detach(),learn.pred.detach(),learn.yb[0]
+        want.append(0.2/p.numel()/n*torch.zeros_like(c).index_add(0, y, c[y]-p))
+    def look(learn):
+        got.append(loss_func.centres.grad.clone())
+        loss_func.centres.grad = None
+    cbs = [Noted('after_backward', expect),Noted('before_step', look)]
+    learn = fit(learner(mlp(), *data(36), loss_func=loss_func, opt_func=opt_func, hypers=dict(lr=0.05), cbs=cbs, **kwargs))
+    assert len(want)==6 and len(got)==6//n and (opt_func is hessian_free or learn.opt.n_estimates==6)
+    assert all((a-sum(want[i*n:(i+1)*n])).norm()<1e-6*a.norm() for i,a in enumerate(got))
+
+def test_a_second_optimizer_in_a_plain_loop():
+    "The head is another's: both parts move as with one loss and one backward pass"
+    def train(opt_func, differentiate):
+        model,seen = mlp(),[]
+        opt,head = opt_func(model[:3].parameters()),torch.optim.SGD(model[3].parameters(), 0.1)
+        for i in range(3):
+            differentiate(opt, F.cross_entropy(model(data(36)[0]), data(36)[1]))
+            seen.append(model[3].weight.grad.clone())
+            for o in (opt,head): o.step()
+            for o in (opt,head): o.zero_grad()
+        return seen[0],model
+    grads,model = train(partial(adahessian, lr=0.05), lambda opt,loss: opt.differentiate(loss))
+    assert torch.allclose(grads, train(partial(Adam, lr=0.05), lambda opt,loss: loss.backward())[0]) and distance(model[3], mlp()[3])>0.01

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation,GradientClip
 from torch import nn
+from adahessian_fastai.all import adahessian_paper,hessian_free
 from adahessian_fastai.batch import CurvatureScale
 from adahessian_fastai.hvp import twice_differentiable
 from helpers_learner import HYPERS,Noted,convnet,data,distance,fit,given,learner,mlp,plain,relative,split,state_of
@@ -257,3 +258,19 @@ def test_an_interrupt_leaves_no_autocast_on(cpu_amp, mode, training, event):
     assert not torch.is_autocast_enabled('cpu')
     torch.manual_seed(0)
     assert state_of(fit(made(), 3))==undisturbed
+
+
+@pytest.mark.parametrize('opt_func', [adahessian_paper,hessian_free])
+def test_full_precision_after_an_interrupt_in_half(cpu_amp, opt_func):
+    "fastai leaves the loss scale behind, which is nobody's then"
+    class Stop(Callback):
+        def before_batch(self): raise KeyboardInterrupt
+    def train(interrupted):
+        learn = learner(mlp(), *data(36), opt_func=opt_func, hypers=dict(lr=0.05))
+        if interrupted:
+            with pytest.raises(KeyboardInterrupt): fit(learn.to_fp16(), cbs=Stop())
+            assert learn.to_fp32().scaler is not None
+            learn.create_opt()
+        torch.manual_seed(0)
+        return fit(learn).model
+    assert distance(train(True), train(False))==0
