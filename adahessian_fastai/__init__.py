@@ -26,6 +26,6 @@ Modules:
 - `adahessian_fastai.stability`: How large a learning rate may be for the optimizer at hand, and a table of the curvature of each layer
 - `adahessian_fastai.steppers`: What an optimizer does with an estimated diagonal, as fastai stats and steppers
 - `adahessian_fastai.toys`: Two dimensions, a known answer and a picture: Rosenbrock, Rastrigin and quadratics
-- `adahessian_fastai.translation`: English to German with 30 000 sentences, small enough for one processor"""
+- `adahessian_fastai.translation`: English to German with 29 000 pairs, small enough for one processor"""
 
 __version__ = "0.0.1"

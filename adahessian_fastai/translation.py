@@ -1,4 +1,4 @@
-"""English to German with 30 000 sentences, small enough for one processor
+"""English to German with 29 000 pairs, small enough for one processor
 
 Attention is hard for second-order training: fused kernels, masks, layers that share a weight. Multi30k (Elliott et al., *Multi30K:
 Multilingual English-German Image Descriptions*, 2016) is a real problem with all of that, and a processor can train on it in minutes.
