@@ -241,9 +241,7 @@ def _is_once(node):
     backward = getattr(getattr(node, '_forward_cls', None), 'backward', None)
     return node.name()=='torch::autograd::Error' or getattr(backward, '__code__', None) is _once
 
-def check_twice(
-    grads:list, # From `gradient(..., create_graph=True)`, may hold `None`, and the loss; raises `RuntimeError`
-):
+def check_twice(grads:list): # From `gradient(..., create_graph=True)`, may hold `None`, and the loss; raises `RuntimeError`
     "Refuse gradients that passed a function whose gradient is marked as not differentiable, which autograd may overlook"
     if any(map(_is_once, graph_nodes(grads))):
         raise RuntimeError("the network has a function that is not differentiable twice (`once_differentiable`): for adahessian take "

@@ -14,7 +14,7 @@ __all__ = ['whole_number', 'callback_of', 'unwrapped', 'is_sharded', 'check_mode
            'check_groups', 'check_part', 'check_entry', 'state_like', 'LossGuard', 'warn_rarely', 'Counts']
 
 # %% ../nbs/10_learner.ipynb #d25dec26
-import inspect,math,pickle,traceback,warnings,zipfile
+import inspect,math,pickle,traceback,typing,warnings,zipfile
 from collections import deque
 from contextlib import contextmanager,nullcontext
 from functools import wraps
@@ -378,7 +378,8 @@ def check_groups(
     lost,alone = [k for o,h in zip(names, opt.hypers) for k in needs or h if k not in o],'load the weights alone with `with_opt=False`'
     if len(names)!=len(opt.hypers): raise ValueError(f"other parameter groups, {len(names)} in hypers and {len(opt.hypers)} here: {alone}")
     if lost: raise ValueError(f"the state of an optimizer without {', '.join(dict.fromkeys(lost))}: {alone}")
-    if odd := {k: v for h in sd['hypers'] for k,v in h.items() if v is not None and not (isinstance(v, (int,float)) and math.isfinite(v))}:
+    fits = lambda v: v is None or isinstance(v, typing.SupportsFloat) and math.isfinite(v) # A number of NumPy is one
+    if odd := {k: v for h in sd['hypers'] for k,v in h.items() if not fits(v)}:
         raise ValueError(f"hyperparameters must be finite numbers, got {odd}")
     if len(sd['state'])!=n: raise ValueError(f"the state is for {len(sd['state'])} parameters, the model has {n}")
 
@@ -493,4 +494,5 @@ class Counts:
     def state_dict(self): return {k: vars(self)[k] for k in self.names}
     def load_state_dict(self, sd):
         vars(self).update({k: sd[k] for k in self.names})
+        self.noise_record = deque((o for o in self.noise_record if o[0]<self.n_steps), self.noise_record.maxlen) # Others are undone
         self.guard.reset()

@@ -450,6 +450,24 @@ def test_through_the_memory_of_another_device(kwargs, tmp_path):
     other.load('two', device='cpu')
     assert state_of(fit(other, 2))==state_of(straight)
 
+@pytest.mark.parametrize('number', [np.float32,torch.tensor])
+def test_a_number_of_another_library_set_by_hand_is_loaded(number, tmp_path):
+    "In a file, and after `lr_find`, which would leave its weights behind otherwise"
+    def make(): return learner(mlp(), *data(36), path=tmp_path)
+    learn = fit(make())
+    for h in learn.opt.hypers: h['wd'] = number(0.01)*h['lr']
+    learn.save('own')
+    before,state = copy.deepcopy(learn.model.state_dict()),state_of(learn)
+    with learn.no_bar(),learn.no_logging(): learn.lr_find(num_it=4, show_plot=False)
+    assert state_of(learn)==state and all(torch.equal(before[k], v) for k,v in learn.model.state_dict().items())
+    assert state_of(fit(make().load('own')))==state_of(fit(learn))
+
+def test_the_noise_of_undone_steps_is_forgotten(tmp_path):
+    learn = fit(learner(mlp(), *data(36), path=tmp_path, n_samples=2))
+    steps = [n for n,_ in learn.opt.noise_record]
+    with learn.no_bar(),learn.no_logging(): learn.lr_find(num_it=9, show_plot=False)
+    assert [n for n,_ in learn.opt.noise_record]==steps==list(range(6))
+
 
 script = """
 import os,sys
