@@ -270,10 +270,10 @@ def missing_second_derivative():
     "Say what helps where PyTorch says that a function has no second derivative"
     try: yield
     except RuntimeError as e:
-        if 'is not implemented' not in str(e): raise
-        raise RuntimeError(f"{str(e).splitlines()[0]}: outside a Learner compute attention and recurrent layers inside `with "
-            "twice_differentiable(model):`. Else take, for adahessian, hvp='auto', which finds what works, or estimator='gnb' if the table "
-            "`losses` has the loss; for hessian_free curvature=Hessian('finite_difference') in a smooth network") from e
+        if not re.search('is not implemented|support double backward', str(e)): raise
+        raise RuntimeError(f"{str(e).splitlines()[0]}: outside a Learner compute attention, recurrent layers and compiled models inside "
+            "`with twice_differentiable(model):`. Else take, for adahessian, hvp='auto', which finds what works, or estimator='gnb' if the "
+            "table `losses` has the loss; for hessian_free curvature=Hessian('finite_difference') in a smooth network") from e
 
 # %% ../nbs/00_hvp.ipynb #41a7ed3c
 def graph_product(

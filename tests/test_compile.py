@@ -7,6 +7,7 @@ from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint
 from adahessian_fastai import curvature as room
+from adahessian_fastai.all import adahessian_paper as adahessian,twice_differentiable
 from adahessian_fastai.problem import Problem
 from contextlib import nullcontext
 from helpers_learner import ROUNDING,Noted,data,distance,fit,given,learner,mlp,plain,split
@@ -150,3 +151,18 @@ def test_two_losses_of_one_model(monkeypatch):
     mean,total = product(lambda z,y: (z-y).square().mean()),product(lambda z,y: (z-y).square().sum())
     v = [torch.ones_like(model.weight)]
     assert torch.allclose(mean(v)[0]*8, total(v)[0]) and torch.allclose(mean(v)[0], 2*x.T@x.sum(1)/8)
+
+
+def test_a_compiled_model_in_a_plain_loop_is_told_what_to_do():
+    "PyTorch differentiates a compiled model once; the advice leads to the result of the plain model"
+    def train(compiled, around):
+        model,(x,y) = mlp(),data(36)
+        opt,net = adahessian(model.parameters(), lr=0.05, probe=given()),torch.compile(model, backend='aot_eager') if compiled else model
+        for _ in range(2):
+            with around(net): loss = F.cross_entropy(net(x), y)
+            opt.differentiate(loss)
+            opt.step()
+            opt.zero_grad()
+        return model
+    with pytest.raises(RuntimeError, match=r"compiled models inside `with twice_differentiable\(model\):`"): train(True, lambda _: nullcontext())
+    assert distance(train(True, twice_differentiable), train(False, lambda _: nullcontext()))<1e-10
