@@ -24,9 +24,7 @@ from .batch import n_rows,plain_number
 # %% ../nbs/13_schedule.ipynb #3c31fec2
 def _pair(o, first): return o if isinstance(o, (tuple,list)) and len(o)==2 else (first,o)
 
-def check_period(
-    update_each, # A whole number >= 1, or a pair of them; raises `ValueError` for anything else
-):
+def check_period(update_each): # A whole number >= 1, or a pair of them; raises `ValueError` for anything else
     "Raise an error for what is not a period"
     for k in _pair(update_each, 1):
         try: check_count('update_each', k)

@@ -276,5 +276,7 @@ class OwnSquare(nn.Module):
 @pytest.mark.parametrize('last', [OwnSquare,Warped])
 def test_where_there_is_no_forward_derivative_the_way_that_works_is_named(last):
     def model(): return nn.Sequential(mlp(), last())
+    try: torch.autograd.functional.hessian(lambda x: last()(x).pow(2).sum(), torch.rand(1,3))
+    except RuntimeError: pytest.skip('this version of PyTorch does not differentiate it twice')
     with pytest.raises(ValueError, match="hvp='forward' is not possible here, use 'reverse'"): trained(model(), hvp='forward')
     assert distance(trained(model(), hvp='reverse'), model())>100*ROUNDING
