@@ -118,7 +118,7 @@ def batch_of(
 # %% ../nbs/12_batch.ipynb #815f4615
 def loss_scale(learn:Learner)->float: # 1. without mixed precision
     "The number by which the loss of this batch was multiplied before the backward pass"
-    scaler = learn.__dict__.get('scaler') if callback_of(learn, MixedPrecision) else None # An interrupt leaves it behind
+    scaler = learn.__dict__.get('scaler')
     return scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.
 
 # %% ../nbs/12_batch.ipynb #93963fa3

@@ -14,7 +14,7 @@ __all__ = ['whole_number', 'callback_of', 'unwrapped', 'is_sharded', 'check_mode
            'check_groups', 'check_part', 'check_entry', 'state_like', 'LossGuard', 'warn_rarely', 'Counts']
 
 # %% ../nbs/10_learner.ipynb #d25dec26
-import inspect,math,pickle,traceback,typing,warnings,zipfile
+import inspect,math,numbers,pickle,traceback,warnings,zipfile
 from collections import deque
 from contextlib import contextmanager,nullcontext
 from functools import wraps
@@ -248,6 +248,7 @@ def _at_own_rate(fit):
     "`fit` of a Learner, where a learning rate that nobody gave suits the length of the training"
     @wraps(fit)
     def res(self, n_epoch, *args, reset_opt=False, **kwargs):
+        if isinstance(vars(self).get('scaler'), torch.amp.GradScaler): self.scaler = None # An interrupt left it behind
         if reset_opt: self.create_opt()
         with lr_of_run(self, n_epoch, kwargs.get('cbs')): return fit(self, n_epoch, *args, **kwargs)
     return res
@@ -378,7 +379,7 @@ def check_groups(
     lost,alone = [k for o,h in zip(names, opt.hypers) for k in needs or h if k not in o],'load the weights alone with `with_opt=False`'
     if len(names)!=len(opt.hypers): raise ValueError(f"other parameter groups, {len(names)} in hypers and {len(opt.hypers)} here: {alone}")
     if lost: raise ValueError(f"the state of an optimizer without {', '.join(dict.fromkeys(lost))}: {alone}")
-    fits = lambda v: v is None or isinstance(v, typing.SupportsFloat) and math.isfinite(v) # A number of NumPy is one
+    fits = lambda v: v is None or isinstance(v, numbers.Real) and math.isfinite(v) # A number of NumPy is one
     if odd := {k: v for h in sd['hypers'] for k,v in h.items() if not fits(v)}:
         raise ValueError(f"hyperparameters must be finite numbers, got {odd}")
     if len(sd['state'])!=n: raise ValueError(f"the state is for {len(sd['state'])} parameters, the model has {n}")

@@ -450,7 +450,7 @@ def test_through_the_memory_of_another_device(kwargs, tmp_path):
     other.load('two', device='cpu')
     assert state_of(fit(other, 2))==state_of(straight)
 
-@pytest.mark.parametrize('number', [np.float32,torch.tensor])
+@pytest.mark.parametrize('number', [np.float32,np.float64])
 def test_a_number_of_another_library_set_by_hand_is_loaded(number, tmp_path):
     "In a file, and after `lr_find`, which would leave its weights behind otherwise"
     def make(): return learner(mlp(), *data(36), path=tmp_path)
