@@ -245,7 +245,7 @@ def lr_of_run(
         if free and lr_untouched(learn): learn.lr = learn.lr_untouched = own
 
 def _at_own_rate(fit):
-    "`fit` of a Learner, where a learning rate that nobody gave suits the length of the training"
+    "`fit` of a Learner from a clean start, where a learning rate that nobody gave suits the length of the training"
     @wraps(fit)
     def res(self, n_epoch, *args, reset_opt=False, **kwargs):
         if isinstance(vars(self).get('scaler'), torch.amp.GradScaler): self.scaler = None # An interrupt left it behind

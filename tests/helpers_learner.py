@@ -48,6 +48,20 @@ def convnet(seed=0):
     return nn.Sequential(*block(3,8), *block(8,16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16,10)).double()
 
 
+class Cube(torch.autograd.Function):
+    "Without a forward derivative"
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+    @staticmethod
+    def backward(ctx, g): return 3*ctx.saved_tensors[0]**2*g
+
+class Once(Cube):
+    "A cube with a first derivative and no second"
+    backward = staticmethod(torch.autograd.function.once_differentiable(Cube.backward))
+
+
 class Seeded(Callback):
     "The same dropout masks for a Learner and for a plain loop: training batch `i` runs on seed `i`. The Recorder wants a float32 loss"
     order = -20

@@ -6,10 +6,12 @@ from torch import nn
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation,GradientClip
 from adahessian_fastai.adahessian import adahessian_paper as adahessian
+from adahessian_fastai.all import hessian_free
 from adahessian_fastai.estimators import Estimate
+from adahessian_fastai.learner import steps_of_run
 from adahessian_fastai.problem import Problem
 from adahessian_fastai.steppers import Pending
-from helpers_learner import ROUNDING,Noted,data,distance,fit,given,learner,mlp,plain,split,state_of
+from helpers_learner import ROUNDING,InTurn,Noted,data,distance,fit,given,learner,mlp,plain,split,state_of
 
 
 def grouped(batches, n): return [batches[i:i+n] for i in range(0, len(batches), n)]
@@ -188,3 +190,34 @@ def test_gradient_diagonal_and_noise_are_means_over_items():
         problem.backward(w)
         pending.add([p], Estimate([torch.full((2,), v)], [torch.full((2,), v)], None), w)
     assert p.grad.tolist()==pending.diags[p].tolist()==pending.noises[p].tolist()==[0.25,0.25]
+
+
+def test_an_accumulation_of_less_than_a_batch_makes_no_more_steps():
+    learn = learner(mlp(), *data(36), cbs=[GradientAccumulation(3)])
+    learn.create_opt()
+    assert steps_of_run(learn, 2)==12
+
+def test_a_first_batch_of_which_nothing_counts_has_no_part_in_the_gradient():
+    "Its loss is not a number"
+    x,y = data(12)
+    y = torch.cat([torch.full((6,), -100),y[6:]])
+    grads = Noted('after_step', lambda l: [p.grad.clone() for p in l.model.parameters()])
+    fit(learner(mlp(), x, y, opt_func=hessian_free, hypers={}, n_acc=2, cbs=[grads]))
+    model = mlp()
+    F.cross_entropy(model(x[6:]), y[6:]).backward()
+    assert all(torch.allclose(a, p.grad) for a,p in zip(grads.notes[-1], model.parameters()))
+
+def test_a_parameter_that_later_batches_do_not_use_has_its_share():
+    "Half of the first batch's gradient"
+    x,y = data(12)
+    learn = learner(InTurn(), x, y, opt_func=hessian_free, hypers={}, n_acc=2)
+    grads = Noted('after_step', lambda l: l.model.heads[1].bias.grad.clone())
+    fit(learn.add_cb(grads))
+    model = InTurn()
+    F.cross_entropy(model(x[:6]), y[:6]).backward()
+    assert torch.allclose(grads.notes[-1], model.heads[1].bias.grad/2)
+
+def test_a_loss_that_reaches_no_parameter_is_named():
+    other = nn.Parameter(torch.ones(1).double())
+    learn = learner(mlp(), *data(12), loss_func=lambda pred,y: (other**2).sum(), opt_func=hessian_free, hypers={})
+    with pytest.raises(ValueError, match='depends on no parameter of the optimizer'): fit(learn)

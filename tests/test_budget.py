@@ -288,3 +288,20 @@ def test_a_checkpoint_does_not_answer_for_another_budget(kwargs):
     other.opt.load_state_dict(learn.opt.state_dict())
     assert not other.opt.when.done and other.opt.hessian_bs==args['hessian_bs']
     assert fit(other).opt.when.done and clock.n>0
+
+
+def test_a_part_at_the_budget_is_within_it():
+    "0.1+0.2 is a little above 0.3"
+    assert Budget(0.3).part_for(0.1, 0.1+0.2)[0]==1.
+
+def test_steps_that_take_no_time_are_measured_ten_times_as_long():
+    when,n = Budget(0.25, 12, clock=iter(i*1e-9 for i in range(1000)).__next__),0
+    while not when.done and n<500:
+        part,n = when.part(n),n+1
+        when.tick(n, part)
+    assert n==120
+
+def test_an_own_schedule_is_used_itself():
+    class Own(Every): pass
+    when = Own(3)
+    assert adahessian([nn.Parameter(torch.ones(1))], when=when).when is when

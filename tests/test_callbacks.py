@@ -14,6 +14,7 @@ from torch import nn
 from adahessian_fastai.all import adahessian_paper as adahessian,hessian_free
 from helpers_learner import HYPERS,ROUNDING,Noted,convnet,data,distance,fit,given,learner,mlp,one_loss,plain,split,state_of
 from twin import Twin
+from adahessian_fastai.batch import check_rows_possible
 
 # fastai mixes in float32: four steps of a convnet with batch norm against the same in float64
 SINGLE = 1e-4
@@ -357,3 +358,32 @@ def test_a_second_optimizer_in_a_plain_loop():
         return seen[0],model
     grads,model = train(partial(adahessian, lr=0.05), lambda opt,loss: opt.differentiate(loss))
     assert torch.allclose(grads, train(partial(Adam, lr=0.05), lambda opt,loss: loss.backward())[0]) and distance(model[3], mlp()[3])>0.01
+
+
+def test_what_a_callback_does_to_the_number_it_shows_changes_no_curvature():
+    "`loss` is a copy of `loss_grad`, in each evaluation"
+    class Doubles(Callback):
+        order = -30
+        def after_loss(self): self.learn.loss.mul_(2)
+    def one(cbs): return fit(learner(mlp(), *data(12), probe=given(), hvp='forward', cbs=cbs)).model
+    assert all(map(torch.equal, one([]).parameters(), one([Doubles()]).parameters()))
+
+def test_curvature_in_evaluation_hears_no_backward_pass():
+    "As in validation, where the loss has no such part"
+    class Penalty(Callback):
+        def before_backward(self): self.learn.loss_grad = self.loss_grad+sum(p.square().sum() for p in self.model.parameters())
+    model = mlp()
+    v = [torch.ones_like(p) for p in model.parameters()]
+    def product(cbs, train): return learner(model, *data(12), cbs=cbs).curvature_product(train=train)(v)[0]
+    assert torch.equal(product([], False), product([Penalty()], False)) and not torch.equal(product([], True), product([Penalty()], True))
+
+def test_a_measurement_leaves_no_attribute():
+    learn = learner(mlp(), *data(12))
+    before = set(vars(learn))
+    learn.curvature_product()([torch.ones_like(p) for p in learn.model.parameters()])
+    assert not {'xb','yb','pred','loss','loss_grad','training'} & (set(vars(learn))-before)
+
+def test_more_rows_of_inputs_than_of_targets_are_refused_too():
+    learn = learner(mlp(), *data(12))
+    learn.xb,learn.yb = (torch.zeros(12,5),),(torch.zeros(6),)
+    with pytest.raises(ValueError, match='12 rows of inputs for 6'): check_rows_possible(learn, 3, 6)

@@ -1,5 +1,5 @@
 "Estimators against dense Hessians in float64, the arguments that choose among them, and what a step makes of them"
-import copy
+import copy,math,warnings
 
 import fastai.callback.fp16 as fp16
 import pytest,torch
@@ -549,3 +549,22 @@ def test_what_is_usual_may_be_said_beside_a_name():
 def test_a_device_has_one_generator_however_it_is_spelled():
     rng = seeded(3)
     assert rng('cpu') is rng(torch.device('cpu'))
+
+
+def test_an_estimate_that_is_dropped_everywhere_has_no_noise():
+    p = nn.Parameter(torch.ones(2))
+    opt = adahessian([p], n_samples=2, probe=lambda o,_: torch.full_like(o, math.inf))
+    opt.differentiate((p**4).sum())
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        opt.step()
+    assert opt.n_dropped==1 and len(opt.noise_record)==0
+
+def test_the_noise_of_a_group_leaves_out_what_was_dropped():
+    p,q = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    opt = adahessian([p,q], n_samples=2, probe=lambda o,_: torch.full_like(o, math.inf) if o is p else torch.randn_like(o))
+    opt.differentiate((p**4).sum()+(q**4).sum())
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        opt.step()
+    assert opt.n_dropped==1 and opt.noise_record[0][1].isfinite().all()

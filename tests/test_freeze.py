@@ -5,6 +5,7 @@ from fastai.callback.core import Callback
 from fastai.torch_core import params
 from functools import partial
 from torch import nn
+from adahessian_fastai.all import adahessian_paper
 from adahessian_fastai.learner import trainable_params
 from helpers_learner import HYPERS,ROUNDING,Noted,data,distance,fit,given,learner,mlp,one_loss,plain,split
 from twin import Twin
@@ -257,3 +258,13 @@ def test_a_group_added_by_hand():
     start = model[0].weight.detach().clone()
     with learn.no_bar(),learn.no_logging(): learn.fit(1, lr=[0.05,0.01])
     assert not torch.equal(start, model[0].weight) and learn.opt.opt.state[model[0].weight]['step']==4
+
+
+def test_a_square_of_gradients_weighs_one_in_a_dense_start():
+    "Estimates weigh less there, as there are more of them"
+    p,q = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    opt = adahessian_paper([p,q], update_each=10, dense=20)
+    opt.opt_out(q)
+    opt.differentiate((p**4).sum()+(q**4).sum())
+    opt.step()
+    assert opt.state[p]['hess_step']==0.1 and opt.state[q]['hess_step']==1

@@ -3,6 +3,7 @@ import pytest, torch, torch.nn.functional as F
 from torch import nn
 from adahessian_fastai.hvp import flat, unflat
 from adahessian_fastai.ggn import *
+from helpers_learner import Once
 
 EXACT = dict(rtol=1e-9, atol=1e-11)  # float64, two orders of summation
 F64 = torch.float64
@@ -114,16 +115,6 @@ def test_a_loss_without_curvature_has_a_zero_product():
     assert not any(o.any() for o in ggn_product(out, (out-10).abs().mean(), ps)(ps))
     w = torch.ones(2, requires_grad=True)
     assert not any(o.any() for o in ggn_product([w*1.], (w*2).sum(), [w, torch.ones(3, requires_grad=True)])([torch.ones(2), torch.ones(3)]))
-
-class Once(torch.autograd.Function):
-    "A cube with a first derivative and no second"
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g): return 3*ctx.saved_tensors[0]**2*g
 
 def test_a_missing_second_derivative_raises_where_autograd_would_drop_it():
     w = torch.ones(3, requires_grad=True)

@@ -4,7 +4,8 @@ from functools import partial
 from fastai.basics import Callback,nn,noop
 from adahessian_fastai.all import *
 from adahessian_fastai.diagnostics import step_rates
-from adahessian_fastai.learner import by_parameter
+from adahessian_fastai.learner import LossGuard,by_parameter,norms_of
+from adahessian_fastai.optimizer import remedy
 from adahessian_fastai.steppers import Work
 from helpers_learner import fit,learner,mlp
 
@@ -196,3 +197,42 @@ def test_a_parameter_of_two_groups_counts_in_the_first():
     w = nn.Parameter(torch.ones(2))
     opt = adahessian([[w],[w]], lr=slice(0.1,0.2))
     assert step_rates(opt, [w])==[0.1] and by_parameter(opt)[w][1] is opt.hypers[0]
+
+
+def test_the_advice_names_the_largest_rate_and_the_bounds_that_are_off():
+    a,b = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    opt = adahessian_paper([[a],[b]], lr=slice(0.1,0.2), clip=3)
+    assert remedy(opt)=='take a smaller learning rate than lr=0.2, or bound the steps with cap=0.1, spike=2'
+
+def said_of(*losses):
+    guard = LossGuard()
+    return [o for o in map(guard, losses) if o]
+
+def test_a_loss_has_grown_where_it_was_far_below_the_first():
+    "Ten times its best, and above a tenth of the first one"
+    assert len(said_of(1., *[0.001]*600, *[0.5]*60))==1
+
+def test_of_a_loss_below_zero_nothing_is_said(): assert said_of(1., *[-5.]*20, *[0.9]*200)==[]
+
+def test_the_loss_of_a_step_is_the_mean_of_its_batches():
+    p = nn.Parameter(torch.ones(2))
+    opt = adahessian_paper([p], n_acc=2)
+    for k in (1,3): opt.differentiate(k*(p**2).sum())
+    opt.step()
+    assert opt.counts.guard.first==4
+
+def test_a_state_begins_the_average_of_the_loss_anew():
+    p = nn.Parameter(torch.ones(2))
+    opt = adahessian_paper([p], lr=0.)
+    def step(k):
+        opt.differentiate(k*(p**2).sum())
+        opt.step()
+    step(1e-3)
+    opt.load_state_dict(opt.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for _ in range(5): step(1.)
+    assert opt.counts.guard.first==2
+
+def test_a_norm_belongs_to_its_tensor_where_one_is_empty():
+    assert [n.item() for n in norms_of([torch.zeros(0),torch.ones(4),torch.zeros(0),torch.ones(9)])]==[0,2,0,3]

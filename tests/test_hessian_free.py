@@ -23,6 +23,7 @@ from adahessian_fastai.ggn import ggn_product
 from adahessian_fastai.problem import MeanProblem, Problem
 from adahessian_fastai.hessian_free import *
 from adahessian_fastai.hessian_free import Batches,CG,Damping,LineSearch,Preconditioner   # their path before they moved
+from helpers_learner import Once
 
 torch.set_num_threads(1)
 SOLVED = 1e-3   # one CG run to a relative residual of 1e-5, problems of condition 1e2, float32
@@ -614,16 +615,6 @@ def test_an_interrupt_in_a_trial_restores_the_parameters_and_propagates(kind):
     assert torch.equal(log['before'], weights(learn)) and opt.batches.rounds == []
     assert (opt.hypers[0]['damping'], opt.n_steps, opt.n_skipped) == (log['lam'], 2, 0)
     assert all(torch.equal(opt.state[p]['x0'], x0) for p,x0 in log['x0s'].items()) and all(p.grad is None for p in learn.model.parameters())
-
-class Once(torch.autograd.Function):
-    "A cube with a first derivative and no second"
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g): return 3*ctx.saved_tensors[0]**2*g
 
 @pytest.mark.parametrize('curvature', ['ggn','hessian'])
 def test_a_network_that_is_not_differentiable_twice_takes_gradient_steps(curvature):

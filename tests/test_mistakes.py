@@ -161,3 +161,10 @@ def test_help_of_m_sassha_says_how_it_moves():
 def test_none_is_the_default_of_settings():
     a,b = hessian_free(ps(), cg=None, batches=None),hessian_free(ps())
     assert vars(a.cg)==vars(b.cg) and repr(a)==repr(b)
+
+
+def test_one_odd_parameter_among_others_opts_nothing_out():
+    p,other = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    opt = adahessian_paper([p])
+    with pytest.raises(ValueError, match='got 1 of 2 that are none'): opt.opt_out([p,other])
+    assert 'do_hessian' not in opt.state[p]

@@ -1,10 +1,11 @@
 "fp16 and bf16 as users switch them on: gradients and estimates against float32, overflows of either, and no trace of the loss scale"
+import math,warnings
 import pytest,torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation,GradientClip
 from torch import nn
-from adahessian_fastai.all import adahessian_paper,hessian_free
+from adahessian_fastai.all import Problem,adahessian_paper,hessian_free,sophia
 from adahessian_fastai.batch import CurvatureScale
 from adahessian_fastai.hvp import twice_differentiable
 from helpers_learner import HYPERS,Noted,convnet,data,distance,fit,given,learner,mlp,plain,relative,split,state_of
@@ -274,3 +275,32 @@ def test_full_precision_after_an_interrupt_in_half(cpu_amp, opt_func):
         torch.manual_seed(0)
         return fit(learn).model
     assert distance(train(True), train(False))==0
+
+
+def test_an_overflow_of_one_parameter_is_one_of_all():
+    "It may hide behind finite numbers elsewhere: the scale falls, and no estimate is used"
+    p,q = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    opt = adahessian_paper([p,q], probe=lambda o,_: torch.full_like(o, math.inf if o is p and opt.n_estimates else 1.))
+    for _ in range(2):
+        opt.zero_grad()
+        opt.differentiate(((p**4).sum()+(q**4).sum())*1024, scale=1024.)
+        for o in (p,q): o.grad.div_(1024)
+        assert [d.isfinite().all().item() for d in opt.diags.values()]==[opt.n_estimates==1,True]
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            opt.step()
+    assert opt.curvature_scale.c==0.5 and opt.n_dropped==1 and all(opt.state[o]['hess_step']==1 for o in (p,q))
+
+def test_drawn_labels_leave_the_scale_of_curvature_alone():
+    "They have no second derivative that could overflow"
+    x,y = data(12)
+    model = mlp()
+    opt = sophia(model.parameters(), dense=20)
+    out = model(x)
+    opt.differentiate(Problem(list(model.parameters()), F.cross_entropy(out, y)*1024, out, y, F.cross_entropy, scale=1024.))
+    assert not opt.pending.scaled
+
+def test_a_gradient_of_which_nothing_is_known_is_not_scaled():
+    scale = CurvatureScale()
+    assert scale.fit([torch.tensor([4.])], 1.)==8
+    assert scale.fit([torch.zeros(2)], 1.)==scale.fit([torch.tensor([math.inf])], 1.)==scale.fit([], 1.)==1

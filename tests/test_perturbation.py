@@ -353,3 +353,23 @@ def test_what_the_forward_pass_writes_into_weights_stays(in_place):
     fit(learn, 2)
     assert long>1.5 and max(lengths[1:])<1.25 and learn.opt.n_estimates==20
     if in_place: assert all(torch.equal(o, last[0]) for o in last) # The row that no batch has
+
+
+calls = [] # In a method of a class it is not put back
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+    def forward(self, x):
+        calls.append(self.training)
+        return self.net(x)
+
+def counted(**kwargs):
+    "Forward passes of two batches in training"
+    calls.clear()
+    fit(learner(Counting(), *data(12), **kwargs))
+    return sum(calls)
+
+@pytest.mark.parametrize('rho,n', [(0,2),(None,2),(0.1,4)])
+def test_no_distance_needs_no_second_pass(rho, n): assert counted(opt_func=sassha, hypers={}, rho=rho)==n

@@ -1,5 +1,5 @@
 "A loop of one's own: schedule, accumulation, loss scale and file together do what each does alone; PyTorch's schedulers want a stand-in"
-import warnings
+import math,warnings
 import pytest,torch,torch.nn.functional as F
 from accelerate import Accelerator
 from contextlib import nullcontext
@@ -244,3 +244,54 @@ def test_an_accumulation_that_begins_with_nothing():
         opt.step()
         return p.tolist()
     assert after(0, 5)==after(5)
+
+
+def test_a_step_with_nothing_to_do_says_nothing():
+    "Without gradients, or with zeros, nobody went past `differentiate`"
+    p = nn.Parameter(torch.ones(2))
+    opt = adahessian([p], wd=0.)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        opt.step()
+        opt.differentiate((p**4).sum())
+        opt.step()
+        p.grad.zero_()
+        opt.step()
+    assert opt.n_skipped==0
+
+def test_gradients_past_an_optimizer_of_which_all_opted_out_are_welcome():
+    p = nn.Parameter(torch.ones(2))
+    opt = adahessian([p])
+    opt.opt_out(p)
+    (p**4).sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        opt.step()
+    assert opt.n_steps==1 and (p<1).all()
+
+def test_after_a_skipped_step_nothing_is_pending():
+    "Also where the loop clears the gradients itself"
+    p = nn.Parameter(torch.ones(2))
+    opt = adahessian([p])
+    opt.differentiate((p**4).sum()*math.inf)
+    with pytest.warns(UserWarning, match='step skipped'): opt.step()
+    p.grad = None
+    opt.differentiate((p**4).sum())
+    opt.step()
+    assert opt.n_steps==opt.n_skipped==1 and (p<1).all()
+
+def test_an_infinite_loss_with_a_finite_gradient_is_skipped():
+    p = nn.Parameter(torch.ones(2))
+    opt = adahessian([p])
+    opt.differentiate((p**4).sum()+math.inf)
+    assert p.grad.isfinite().all()
+    with pytest.warns(UserWarning, match='step skipped'): opt.step()
+    assert p.tolist()==[1.,1.]
+
+def test_a_loop_after_a_learner_asks_the_schedule_anew():
+    "Of the Learner's last batch, which had no estimate, nothing is left"
+    x,y = data(12)
+    learn = fit(learner(mlp(), x, y, update_each=2))
+    assert learn.opt.n_estimates==1
+    learn.opt.differentiate(F.cross_entropy(learn.model(x), y))
+    assert learn.opt.n_estimates==2 and len(learn.opt.diags)==6

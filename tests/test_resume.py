@@ -12,6 +12,7 @@ from functools import partial
 from torch import nn
 from adahessian_fastai.all import adahessian,adahessian_paper,hessian_free,sassha,sophia
 from helpers_learner import ROUNDING,data,fit,learner,mlp,state_of
+from adahessian_fastai.optimizer import upgraded
 
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')
 CASES = [dict(), dict(update_each=5), dict(n_acc=4), dict(n_acc=4, update_each=5), dict(n_samples=2, debiased=True, n_acc=3)]
@@ -589,3 +590,16 @@ def test_what_was_set_by_hand_goes_on(how, tmp_path):
         fresh.create_opt()
         with pytest.raises(ValueError, match=k): fresh.opt.load_state_dict(spoilt)
         assert (fresh.opt.update_each,fresh.opt.n_steps)==(10,0)
+
+
+def test_an_old_file_says_of_a_loss_that_was_not_finite_and_of_parameters_that_had_no_estimate():
+    own = dict(seed=1, n_steps=5, n_estimates=5, n_dropped=0, n_skipped=0, n_batches=1, n_items=6, bad_loss=True)
+    new = upgraded(dict(wrapper=own, state=[{},dict(hess_step=5, step=5)], hypers=[{}]))
+    assert [math.isnan(o) for o in new['curvature']['pending']['losses']]==[True] and new['state']==[{},dict(hess_step=5, step=5, age=5)]
+
+def test_the_scale_of_curvature_goes_with_a_state():
+    p = nn.Parameter(torch.ones(2))
+    a,b = (adahessian_paper([p]) for _ in range(2))
+    a.curvature_scale.update(False)
+    b.load_state_dict(a.state_dict())
+    assert b.curvature_scale.c==0.5

@@ -7,7 +7,8 @@ from functools import partial
 from torch import nn
 from types import SimpleNamespace
 from adahessian_fastai.all import CurvatureRecorder,adahessian_paper as adahessian,hessian_free
-from helpers_learner import HYPERS,InTurn,ROUNDING,data,distance,fit,given,learner,mlp,state_of
+from helpers_learner import Cube,HYPERS,InTurn,ROUNDING,data,distance,fit,given,learner,mlp,state_of
+from adahessian_fastai.curvature import NoProductError,FirstThatWorks,batch_statistics
 
 SETTINGS = dict(  # chkstyle: ignore-node
     whole={}, rows=dict(hessian_bs=0.5), rows4=dict(hessian_bs=4), rows_changed=dict(hessian_bs=(3,0.5)), each=dict(update_each=2), samples=dict(n_samples=2),
@@ -255,28 +256,46 @@ def test_buffers_of_torchscript_move_once():
         assert len(again)==3 and all(torch.allclose(a, b, atol=DIFFERENCE) for a,b in zip(once, again))
 
 
-class OnlyBack(torch.autograd.Function):
-    "A square without a forward derivative"
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**2
-    @staticmethod
-    def backward(ctx, g): return 2*g*ctx.saved_tensors[0]
-
 class Warped(nn.Module):
     "Pixels from where a network says: PyTorch has no forward derivative"
     def forward(self, x):
         image = torch.linspace(0, 1, 16).to(x).view(1,1,4,4).expand(len(x),1,4,4)
         return F.grid_sample(image, torch.stack([x]*2, -1)[:,None].tanh(), align_corners=False).flatten(1)
 
-class OwnSquare(nn.Module):
-    def forward(self, x): return OnlyBack.apply(x)
+class Cubed(nn.Module):
+    def forward(self, x): return Cube.apply(x)
 
-@pytest.mark.parametrize('last', [OwnSquare,Warped])
+@pytest.mark.parametrize('last', [Cubed,Warped])
 def test_where_there_is_no_forward_derivative_the_way_that_works_is_named(last):
     def model(): return nn.Sequential(mlp(), last())
     try: torch.autograd.functional.hessian(lambda x: last()(x).pow(2).sum(), torch.rand(1,3))
     except RuntimeError: pytest.skip('this version of PyTorch does not differentiate it twice')
     with pytest.raises(ValueError, match="hvp='forward' is not possible here, use 'reverse'"): trained(model(), hvp='forward')
     assert distance(trained(model(), hvp='reverse'), model())>100*ROUNDING
+
+
+def test_a_way_is_looked_at_though_one_before_it_was_right():
+    "The second one starts without the trust in the first"
+    used = []
+    def build(way):
+        def product(v):
+            used.append(way)
+            if len(used)==2: raise RuntimeError('no more')
+            return v
+        return product
+    product = FirstThatWorks(['a','b'], build, lambda way: 'it is wrong' if way=='b' else '')
+    assert product(1)==1
+    with pytest.raises(NoProductError, match='it is wrong'): product(1)
+
+def test_a_batch_norm_without_running_statistics_stays_one():
+    model = nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False), nn.BatchNorm1d(3))
+    with batch_statistics(model): assert not any(m.track_running_stats for m in model)
+    assert [m.track_running_stats for m in model]==[False,True]
+
+def test_the_first_look_is_the_only_one():
+    learn = fit(learner(mlp(), *data(12)))
+    assert learn.opt.estimator.curvature.trusted
+
+def test_nothing_of_a_pass_with_dual_numbers_is_kept():
+    learn = fit(learner(mlp(), *data(12), curvature='ggn', hvp='forward'))
+    assert learn.opt.n_estimates==2 and learn.opt.estimator.curvature.ride is None
