@@ -119,7 +119,7 @@ def batch_of(
 def loss_scale(learn:Learner)->float: # 1. without mixed precision
     "The number by which the loss of this batch was multiplied before the backward pass"
     scaler = learn.__dict__.get('scaler')
-    return scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.
+    return 1. if scaler is None else scaler.get_scale()
 
 # %% ../nbs/12_batch.ipynb #93963fa3
 class CurvatureScale:
@@ -465,7 +465,7 @@ def loss(self:Batches)->float:
     def tried(p):
         try: return one(p, self.with_graph)
         except RuntimeError as e:
-            if self.with_graph or isinstance(e, torch.OutOfMemoryError) or 'grad' not in str(e): raise
+            if self.with_graph or 'grad' not in str(e): raise
         new,self.with_graph = one(p, True),True
         return new
     return self.trial.map(tried).loss.item()

@@ -287,8 +287,7 @@ def against_differences(
     near,hv = _near(problem, params, local.grads),local.product(v)
     stay = shard_mesh(params) and (torch.__version__<'2.9' or not total_norm(hv))
     if stay: return 'sharded parameters stay gathered when they move: take torch 2.9 or newer, and see `set_reshard_after_backward`'
-    error = math.nan if exact is None else relative_error(hv, exact.product(v))
-    if exact is None or error>max_error and another_function(problem, exact):
+    if exact is None or (error := relative_error(hv, exact.product(v)))>max_error and another_function(problem, exact):
         with all_bits: error = difference_error(loss, params, v, near)
     return '' if error<=max_error else f"a finite difference was off by {error:.2g} on the first batch"
 
@@ -546,8 +545,6 @@ class GaussNewton:
             if not along or 'forward' not in str(e): raise
             raise ValueError(f"curvature='ggn' with hvp='forward' is not possible here, use hvp='reverse' or estimator='gnb': "
                 f"{str(e).splitlines()[0]}") from e
-        finally:
-            if self.ride: self.ride.stack.close()
 
     def __call__(self,
         problem, # The `Problem`, or the `MeanProblem` of several; raises `ValueError` without outputs

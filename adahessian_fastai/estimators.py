@@ -271,6 +271,17 @@ estimators = dict(hutchinson=Hutchinson, control_variate=ControlVariate, gnb=GNB
 curvatures = dict(hessian=Hessian, ggn=GaussNewton)
 _usual = dict(hvp='reverse', jvp='reverse', probe='rademacher')
 
+def _refuse_others(what, name, others):
+    others = {'hvp' if k=='method' else k: v for k,v in others.items()}
+    if others: raise ValueError(f"{what}={name!r} takes no {', '.join(others)}, got {', '.join(f'{k}={v!r}' for k,v in others.items())}")
+
+def _made_object(what, o, table, given):
+    of_another_kind = tuple({*curvatures.values(), *estimators.values()}-{*table.values()})
+    if isinstance(o, (type,*of_another_kind)) or not callable(o):
+        raise SettingError(what, f"one of {list(table)}, or an object made by one of {[c.__name__ for c in table.values()]}", o)
+    _refuse_others(what, o, given)
+    return deepcopy(o) if isinstance(o, (Hessian,GaussNewton)) else o
+
 def made(
     what:str, # Name of the argument, for errors
     name, # A key of `table`, or an object; a curvature is copied, for what it learns is of one network
@@ -279,17 +290,11 @@ def made(
 ): # Raises `ValueError` for an unknown name, and for an argument that is not the object's own
     "The object that `name` and `kwargs` describe"
     given = {k: v for k,v in kwargs.items() if v is not None}
-    if isinstance(name, str) and name not in table: raise ValueError(f"{what} must be one of {list(table)}, got {what}={name!r}")
-    others = tuple({*curvatures.values(), *estimators.values()}-{*table.values()})
-    if not isinstance(name, str) and (isinstance(name, (type,*others)) or not callable(name)):
-        raise ValueError(f"{what} must be one of {list(table)}, or an object made by one of {[o.__name__ for o in table.values()]}, got "
-            f"{what}={name!r}")
-    takes = inspect.signature(table[name]).parameters if isinstance(name, str) else ()
-    odd = {k: v for k,v in given.items() if k not in takes and not (isinstance(name, str) and v==_usual.get(k))}
-    if odd := {'hvp' if k=='method' else k: v for k,v in odd.items()}:
-        raise ValueError(f"{what}={name!r} takes no {', '.join(odd)}, got {', '.join(f'{k}={v!r}' for k,v in odd.items())}")
-    if not isinstance(name, str): return deepcopy(name) if isinstance(name, (Hessian,GaussNewton)) else name
-    return table[name](**{k: v for k,v in given.items() if k in takes})
+    if not isinstance(name, str): return _made_object(what, name, table, given)
+    cls = table[check_choice(what, name, table)]
+    takes = inspect.signature(cls).parameters
+    _refuse_others(what, name, {k: v for k,v in given.items() if k not in takes and v!=_usual.get(k)})
+    return cls(**{k: v for k,v in given.items() if k in takes})
 
 # %% ../nbs/09_estimators.ipynb #f32b376d
 def gauss_newton(

@@ -154,9 +154,7 @@ class CurvatureOptimizer(Optimizer, GetAttr):
         self.estimator.load_state_dict(own['estimator'])
         self.counts.load_state_dict(own['counts'])
         self.curvature_scale.load_state_dict(own['scale'])
-        self.opt.hypers,self.opt.state = hypers,state
-        self.zero_grad()
-        self.pending = pending
+        self.opt.hypers,self.opt.state,self.pending = hypers,state,pending
         for p,g in zip(ps, grads): p.grad = g
 
 # %% ../nbs/15_optimizer.ipynb #3a6e4d3b
