@@ -61,7 +61,7 @@ def average_diag(
 def average_all(
     ds:list, # Estimates; parts of sharded ones are gathered, as blocks and kernels lie across them
     average=average_diag, # `d -> Tensor`, maybe a `partial` of `average_diag`
-    most:int=2**16, # Entries; larger ones would be copied for nothing
+    most:int=2**16, # Entries; larger tensors go one by one, as stacking them gains nothing
 )->list: # Like `ds`
     "Average each of `ds`, small ones of one shape together"
     if getattr(average, 'func', average) is not average_diag or shard_mesh(ds): return [sharded_like(average(whole(d)), d) for d in ds]

@@ -135,8 +135,8 @@ def control_variate_samples(
 # %% ../nbs/01_hutchinson.ipynb #a9bcf549
 def mean_and_noise(
     samples, # Yields lists of tensors, two at least; raises `ValueError` for less
-)->tuple: # The mean, and a draw of its error: two lists
-    "Mean of the lists that `samples` yields, with a zero-mean list of the same variance as its error"
+)->tuple: # The mean, and noise like its error: two lists
+    "Mean of the lists that `samples` yields, with a list of mean zero and the variance of its error"
     total = noise = None
     for n,s in enumerate(samples, 1):
         total = [o.clone() for o in s] if n==1 else [t.add_(o) for t,o in zip(total, s)]

@@ -37,8 +37,8 @@ from torch.utils._pytree import tree_map
 def check_real(params:list):
     "Refuse complex parameters"
     for i,p in enumerate(params):
-        if p.is_complex(): raise ValueError(f"curvature is that of real numbers, and parameter {i} of shape {tuple(p.shape)} is {p.dtype}: "
-            "call `real_parameters(model)`, which stores its real and imaginary part, before an optimizer is made")
+        if p.is_complex(): raise ValueError(f"curvature is defined for real parameters, and parameter {i} of shape {tuple(p.shape)} is "
+            f"{p.dtype}: call `real_parameters(model)`, which stores its real and imaginary part, before an optimizer is made")
 
 class AsComplex(nn.Module):
     "Parametrization: real and imaginary part, used as complex numbers"
@@ -66,7 +66,7 @@ def flat(
     v = torch.cat([t.detach().reshape(-1) for t in ts]).as_subclass(Tensor)
     return v.float() if v.dtype in (torch.half, torch.bfloat16) else v
 
-def tensor_list(params)->list: # Raises `ValueError` for a single tensor, whose rows would be parameters of nothing
+def tensor_list(params)->list: # Raises `ValueError` for a single tensor, which would be taken apart into its rows
     "`params` as a list"
     if isinstance(params, Tensor): raise SettingError('params', 'several tensors, such as [w]', f'one of shape {tuple(params.shape)}')
     return list(params)
@@ -156,7 +156,7 @@ def check_pair(
 
 # %% ../nbs/00_hvp.ipynb #e89d67ea
 def loaded(module, name):
-    "The class `name` of `module` for `isinstance`, `()` where nothing has imported that"
+    "The class `name` of `module` for `isinstance`, `()` where nothing has imported it"
     return getattr(sys.modules.get(module), name, ())
 
 def is_part(t):
@@ -196,7 +196,7 @@ def sharded_gradient(
     params:list, # Sharded parameters
     create_graph:bool=False, # Raises `ValueError` if true
     retain_graph:bool=None, # Keep the graph of `loss`?
-    along:Tensor=None, # What `loss` is multiplied with
+    along:Tensor=None, # Weights of the entries of `loss`, where it is not a scalar: shaped like it
 )->list: # Sharded like `params`
     "Gradient by a backward pass, which FSDP follows"
     if create_graph:
@@ -212,7 +212,7 @@ def gradient(
     params:list, # Tensors to differentiate for
     create_graph:bool=False, # Keep the graph of the gradient itself, to differentiate once more?
     retain_graph:bool=None, # Keep the graph of `loss`? Defaults to `create_graph`
-    along:Tensor=None, # What `loss` is multiplied with, where it is no scalar: shaped like it
+    along:Tensor=None, # Weights of the entries of `loss`, where it is not a scalar: shaped like it
 )->list: # A plain tensor or `None` for each of `params`, sharded for a sharded one; raises `ValueError` where one is sparse
     "Gradient of `loss` for each of `params`, `None` where `loss` does not depend on one"
     if shard_mesh(params := tensor_list(params)): return sharded_gradient(loss, params, create_graph, retain_graph, along)
@@ -241,7 +241,7 @@ def _is_once(node):
     backward = getattr(getattr(node, '_forward_cls', None), 'backward', None)
     return node.name()=='torch::autograd::Error' or getattr(backward, '__code__', None) is _once
 
-def check_twice(grads:list): # From `gradient(..., create_graph=True)`, may hold `None`, and the loss; raises `RuntimeError`
+def check_twice(grads:list): # From `gradient(..., create_graph=True)`, some maybe `None`, and the loss; raises `RuntimeError`
     "Refuse gradients that passed a function whose gradient is marked as not differentiable, which autograd may overlook"
     if any(map(_is_once, graph_nodes(grads))):
         raise RuntimeError("the network has a function that is not differentiable twice (`once_differentiable`): for adahessian take "
@@ -359,7 +359,7 @@ def _soft_margin_loss(input, target, size_average=None, reduce=None, reduction='
 dual_substitutes = {**substitutes, F.mse_loss: _mse_loss, F.huber_loss: _huber_loss, F.soft_margin_loss: _soft_margin_loss}
 
 # %% ../nbs/00_hvp.ipynb #37395075
-dual_thread = [] # The one that began the dual numbers; there are those of one thread at a time
+dual_thread = [] # The thread that began the dual numbers; only one has them at a time
 
 @contextmanager
 def dual_numbers(
@@ -617,7 +617,7 @@ def asymmetry(
     v:list, # Another one, independent of `u`
     Hu:list, # Product with `u`
     Hv:list, # Product with `v`
-)->float: # About 0 for a symmetric matrix, about √2 for one whose halves have nothing in common
+)->float: # About 0 for a symmetric matrix, about √2 for one that has nothing in common with its transpose
     "Share of a matrix that is not symmetric, from two products"
     dot = lambda xs,ys: sum((x*y).sum(dtype=torch.double) for x,y in zip(xs, ys))
     size = torch.stack([total_norm(Hu), total_norm(Hv)]).square().mean().sqrt()
