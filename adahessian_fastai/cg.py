@@ -42,7 +42,7 @@ def martens_stop(
     k_min:int=10, # Look back at least this far
     k_share:float=0.1 # Look back this share of the iterations
 )->bool:
-    "Has the quadratic model stopped to improve by the rule of Martens?"
+    "Has the quadratic model stopped improving, by the rule of Martens?"
     i = len(m)-1
     k = max(k_min, math.ceil(k_share*i))
     return i>k and m[i]<0 and (m[i]-m[i-k])/m[i] < k*eps
@@ -124,7 +124,7 @@ def _cg_look(rows, new, bound, max_iter, eps, neg_curv):
 
 # %% ../nbs/04_cg.ipynb #c2e4dfe7
 def _check_cg(n, max_iter, tol, atol, eps, grid, keep):
-    "The iteration cap; raises `ValueError` for a setting of `cg` that cannot be"
+    "The iteration cap; raises `ValueError` for an impossible setting of `cg`"
     for name,o in dict(tol=tol, atol=atol, eps=ifnone(eps, 0)).items(): check_number(name, o, least=0)
     check_number('grid', grid, above=1, optional=True)
     check_count('keep', keep, optional=True)
@@ -259,7 +259,7 @@ class CG:
         check_every:int=None, # Iterations between two looks of the host
         backtracking:bool=True, # Choose among the iterates of CG?
         grid:float=1.3, # Base of the grid of kept iterates
-        keep_iterates:int=4 # Keep at most so many; None: the whole grid
+        keep_iterates:int=4 # Keep at most this many; None: the whole grid
     ):
         self.max_iter,self.tol = check_count('max_iter', max_iter, optional=True),check_number('tol', tol, least=0)
         self.martens_eps = check_number('martens_eps', ifnone(martens_eps, 0), least=0)

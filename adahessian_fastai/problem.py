@@ -209,7 +209,7 @@ class Trial:
 
 # %% ../nbs/07_problem.ipynb #6165ad9f
 class Kept:
-    "Hook that keeps what modules return; an object, for what a function remembers is put back after an evaluation"
+    "Hook that keeps what modules return; an object, because an evaluation restores what a function remembers"
     def __init__(self): self.outputs = []
     def __call__(self, module, inputs, outputs): self.outputs.append(outputs[0] if isinstance(outputs, (tuple,list)) else outputs)
 
