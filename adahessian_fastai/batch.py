@@ -39,14 +39,14 @@ from .learner import shard_group,sync_group,unwrapped,whole_number
 from .replay import backward_hooks,preserving,restored,snapshot,without_backward_hooks
 
 # %% ../nbs/12_batch.ipynb #e3297adb
-_asked = set() # Callbacks that are answering at present
+_asked = set() # Callbacks that are handling an event
 
 def send(
     learn:Learner, # Its callbacks are asked in their order
     event:str, # Such as 'after_loss'
     leave_out:tuple=(), # Classes of callbacks that are not asked
 ):
-    "Fire `event` on the callbacks of `learn`, but on none that is asking itself"
+    "Fire `event` on the callbacks of `learn`, but not on one that is handling an event"
     for cb in learn.cbs.sorted('order'):
         if isinstance(cb, leave_out) or id(cb) in _asked: continue
         _asked.add(id(cb))
@@ -205,7 +205,7 @@ def take_rows(
 # %% ../nbs/12_batch.ipynb #5dd9acf2
 def check_rows_possible(
     learn:Learner, # With a batch
-    n:int, # Rows to take; raises `ValueError` where that cannot be
+    n:int, # Rows to take; raises `ValueError` where that is impossible
     bs:int, # Rows in the batch
 ):
     "Refuse rows of a batch whose loss is not a mean over its rows"
@@ -260,7 +260,7 @@ class LearnerProblem(Problem):
         generator:torch.Generator, # On the CPU; draws them
         estimator, # What the rows are for: it says what their graph needs
         params:list, # What it estimates for
-        rng, # `device -> generator`, as that estimate will get it anew
+        rng, # `device -> generator`, seeded like the one that estimate will get
     ): # Yields a `LearnerProblem`; raises `ValueError` where rows have no loss of their own
         "Context with the problem of `n` random rows; everything is as before when it is left"
         learn,bs = self.learn,find_bs(self.learn.yb)
@@ -332,7 +332,7 @@ class Turn(NamedTuple):
 @patch
 def surround(self:Turn,
     learn:Learner, # At the start of a training batch
-    rng, # `device -> generator`, as the estimate will get it anew
+    rng, # `device -> generator`, seeded like the one that the estimate will get
 ): # A context
     "What the forward pass of the batch needs for the estimate"
     return self.estimator.surround(unwrapped(learn.model), self.due, rng, no_duals(learn)) if self.around else nullcontext()
@@ -406,8 +406,8 @@ class Batches:
     flat = {k: k for k in ('n_acc','curv_batches','held_out','reduction','keep_graph','check_deterministic')}
     def __init__(self,
         n_acc:int=1, # Batches to a step
-        curv_batches:int=None, # Take the curvature on the first so many of them; None: on all
-        held_out:int=0, # Judge steps on the last so many of them alone, and keep these out of the gradient; raises `ValueError` for all
+        curv_batches:int=None, # Take the curvature on only this many of them, the first; None: on all
+        held_out:int=0, # Judge steps on this many of them, the last, which stay out of the gradient; raises `ValueError` for all
         reduction:Literal['mean','sum']='mean', # How the loss reduces over samples: 'mean' or 'sum'
         keep_graph:bool=True, # Keep the graph of the forward pass for the products? False saves memory and costs time
         check_deterministic:bool=False # Compare a second evaluation of each batch with the first?
@@ -531,7 +531,7 @@ def recording(self:Batches,
 def add(self:Batches,
     learn, # In the middle of a batch
     params:list, # Get their gradients
-    first:bool # Is it the first step, whose gradients are looked at?
+    first:bool # Is it the first step, whose gradients are checked?
 ):
     "Fill `p.grad` and remember the batch"
     if self.now is None:

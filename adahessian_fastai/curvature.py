@@ -221,7 +221,7 @@ def trial_probes(
     params:list, # Tensors that give shapes, dtypes and devices
     n:int=2, # How many
 )->list: # `n` lists of tensors
-    "Probes for looking at a product, which no estimate uses"
+    "Probes for checking a product, which no estimate uses"
     gens = {d: torch.Generator(d).manual_seed(0) for d in {p.device for p in params}}
     return [draw_like(params, lambda p,_: rademacher_like(p, gens[p.device])) for _ in range(n)]
 
@@ -237,9 +237,9 @@ def asymmetry_of(
 def checked_reverse(
     problem, # The `Problem`, with its graph; raises `RuntimeError` where there is no second derivative
     params:list, # Tensors to differentiate for
-    n_products:int=None, # How many there will be after the look
+    n_products:int=None, # How many there will be after the check
 )->tuple: # `Local`, and its `asymmetry`
-    "`reverse`, with a look at its graph and its symmetry"
+    "`reverse`, with its graph and its symmetry checked"
     local = reverse(problem, params, None if n_products is None else n_products+2)
     check_twice([*local.grads, problem.loss])
     return local,asymmetry_of(local.product, params)
@@ -328,7 +328,7 @@ class Hessian:
     @contextmanager
     def surround(self,
         model:nn.Module, # About to be called
-        params:list, # Parameters of the estimate that comes
+        params:list, # Parameters of the coming estimate
         draw, # `params -> probe`, the first one of that estimate
         half:bool=False, # In half precision?
     ): # A context for the forward pass
@@ -354,7 +354,7 @@ class Hessian:
         return hvp_ways[self.used](problem, params, n_products)
 
     def first(self, problem, params, n_products):
-        "The first product, looked at before it is believed"
+        "The first product, checked before it is believed"
         check_checkpoints(problem.loss)
         if self.used=='reverse':
             local,off = checked_reverse(problem, params, n_products)
@@ -367,7 +367,7 @@ class Hessian:
         return local
 
     def first_again(self, problem, params, n_products):
-        "The first product of a way that evaluates the loss again, beside an exact one"
+        "The first product of a way that evaluates the loss again, checked by an exact one"
         way,exact = exact_way(problem, params)
         if self.used=='finite_difference': refuse_difference(against_differences(problem, params, exact))
         local = hvp_ways[self.used](problem, params, n_products)
@@ -386,14 +386,14 @@ class Hessian:
 # %% ../nbs/08_curvature.ipynb #da6e6a1c
 @patch
 def notice(self:Hessian, params, half):
-    "Look anew where other parameters are trained than before, or in another precision"
+    "Check and choose anew where other parameters are trained than before, or in another precision"
     self.known |= {*map(id, params)}
     (n,before),self.seen = self.seen,(max(self.seen[0], len(self.known)),half)
     if n and (len(self.known)>n or half!=before): self.trusted,self.used = False,None if self.method=='auto' else self.used
 
 def against_reverse(
     problem, # The `Problem`, with its graph
-    local:Local, # With the product to look at
+    local:Local, # With the product to check
     exact:Local, # By double backward, `None` where there is none
     params:list, # Tensors that give the shapes
 )->str: # Empty where they agree, and where they cannot be compared
@@ -438,7 +438,7 @@ def outputs_again(problem): # `() -> [outputs]`
     return outputs
 
 class PlainTensors(TorchFunctionMode):
-    "Context in which functions see plain tensors in the place of subclasses, whose types `linearize` cannot follow"
+    "Context in which functions see plain tensors instead of subclasses, whose types `linearize` cannot follow"
     def __torch_function__(self, func, types, args=(), kwargs=None):
         def plain(o): return o.as_subclass(Tensor) if isinstance(o, Tensor) and type(o) not in (Tensor,nn.Parameter) else o
         args,kwargs = tree_map(plain, (args, kwargs or {}))
@@ -532,9 +532,9 @@ class GaussNewton:
     @contextmanager
     def surround(self,
         model:nn.Module, # About to be called
-        params:list, # Parameters of the estimate that comes
+        params:list, # Parameters of the coming estimate
         draw, # `params -> probe`, the first one of that estimate
-        half:bool=False, # In half precision? Dual numbers stay at home then
+        half:bool=False, # In half precision? There are no dual numbers then
     ): # A context for the forward pass
         "What the graph of the loss needs, and dual numbers"
         along,self.ride = self.jvp=='along',None

@@ -30,7 +30,7 @@ from .curvature import GaussNewton,Hessian,OverBatches,hvp_ways,jvp_ways
 class Estimate(NamedTuple):
     "What an estimator returns"
     diag:list  # The estimated diagonal, like `params`
-    noise:list # A draw of its error, with two samples or more; empty otherwise
+    noise:list # Noise like its error, from two samples or more; empty otherwise
     grads:list # The gradient, like `problem.params`, or `None` where it did not come along
 
 def peek_seed()->int:
@@ -71,8 +71,8 @@ class Hutchinson:
     @contextmanager
     def surround(self,
         model, # `nn.Module` that is about to be called
-        params:list, # Parameters of the estimate that comes
-        rng, # `device -> generator`, as that estimate will get it anew
+        params:list, # Parameters of the coming estimate
+        rng, # `device -> generator`, seeded like the one that estimate will get
         half:bool=False, # In half precision?
     ): # A context for the forward pass and the estimate
         "What the graph of the loss needs"
@@ -284,9 +284,9 @@ def _made_object(what, o, table, given):
 
 def made(
     what:str, # Name of the argument, for errors
-    name, # A key of `table`, or an object; a curvature is copied, for what it learns is of one network
+    name, # A key of `table`, or an object; a curvature is copied, because what it learns holds for one network
     table:dict, # Classes by name
-    **kwargs # Their arguments; `None` asks for nothing, nor does what is usual beside a key
+    **kwargs # Their arguments; `None` means not given, and beside a name so does the usual value
 ): # Raises `ValueError` for an unknown name, and for an argument that is not the object's own
     "The object that `name` and `kwargs` describe"
     given = {k: v for k,v in kwargs.items() if v is not None}
