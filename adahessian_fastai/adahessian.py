@@ -72,9 +72,9 @@ class AdaHessianWrapper(CurvatureOptimizer):
 # %% ../nbs/16_adahessian.ipynb #0373d378
 def adahessian(
     params:Tensor|Iterable, # Model parameters, or lists of them as groups
-    lr:float|slice=None, # Learning rate, η; 5 to 150 times Adam's; by default that of variant (`lr_for`) and, in a Learner, length
-    mom:float=0.9, # Gradient moving average's weight of the past, β₁
-    sqr_mom:float=0.999, # Squared diagonal's moving average's weight of the past, β₂
+    lr:float|slice=None, # Learning rate, η; 5 to 150 times Adam's; by default `lr_for` of the variant, in a Learner also by length
+    mom:float=0.9, # Weight of the past in the moving average of gradients, β₁
+    sqr_mom:float=0.999, # Weight of the past in the moving average of squared diagonals, β₂
     eps:float=1e-4, # Added to the denominator
     wd:float=1e-4, # Weight decay (true or L2)
     hessian_power:float=1., # Exponent of the curvature, k; 0 is momentum alone
@@ -96,11 +96,11 @@ def adahessian(
     probe:Literal['rademacher','gaussian']=None, # 'rademacher' by default; or a callable `(p, generator) -> tensor like p`
     n_samples:int=None, # Probes for each estimate; 1 by default
     update_each:int|tuple=10, # Estimate at steps 1, k+1, 2k+1, … and keep the average in between; for a pair see `is_due`
-    dense:int|tuple=20, # So many steps at the start have an estimate each; `(20, 4)`: with four probes
+    dense:int|tuple=20, # Number of first steps with an estimate each; `(20, 4)`: with four probes each
     hessian_bs:int|float|str=None, # Rows of the batch to estimate on, or a fraction; `None` for all, 'auto' with a `budget`
     budget:float=None, # Mean overhead that curvature may have, such as 0.25; chooses `update_each`, and `hessian_bs` if 'auto'
-    when=None, # A schedule of one's own, in the place of the four above; raises `ValueError` beside them
-    **others # Names of other packages, which are answered with those here; raises `TypeError`
+    when=None, # A schedule of your own, instead of the four above; raises `ValueError` beside them
+    **others # Other packages' names of arguments; raises `TypeError`, which says the name here
 )->AdaHessianWrapper: # Raises `ValueError` for an argument outside its range
     "AdaHessian as `opt_func` of a `Learner`"
     check_names(adahessian, others)
@@ -136,8 +136,8 @@ def adahessian_paper(
 def AdaHessian(
     params:Tensor|Iterable, # Model parameters, or lists of them as groups
     lr:float|slice, # Learning rate, η
-    mom:float=0.9, # Gradient moving average's weight of the past, β₁
-    sqr_mom:float=0.999, # Squared diagonal's moving average's weight of the past, β₂
+    mom:float=0.9, # Weight of the past in the moving average of gradients, β₁
+    sqr_mom:float=0.999, # Weight of the past in the moving average of squared diagonals, β₂
     eps:float=1e-4, # Added to the denominator
     wd:float=1e-4, # Weight decay (true or L2)
     hessian_power:float=1., # Exponent of the curvature, k; 0 is momentum alone

@@ -1,7 +1,7 @@
 r"""`opt_func=hessian_free`: Newton-type steps by conjugate gradients, for full batches and large ones
 
-Martens' Hessian-free optimizer (*Deep learning via Hessian-free optimization*, ICML 2010, below [1]; Martens & Sutskever, *Training deep
-and recurrent networks with Hessian-free optimization*, 2012, below [2]). Each step minimises the quadratic model
+This is Martens' Hessian-free optimizer (*Deep learning via Hessian-free optimization*, ICML 2010, below [1]; Martens & Sutskever,
+*Training deep and recurrent networks with Hessian-free optimization*, 2012, below [2]). Each step minimises the quadratic model
 $\tfrac12 x^\top (B+\lambda I) x + g^\top x$ of the loss by conjugate gradients, with the Gauss-Newton matrix or the Hessian for $B$.
 Then it evaluates the loss to see how far to go. There is no learning rate to tune: `lr` is a factor on the step, by default 1. The
 gradient must have little noise, so a batch is all samples or some thousands. For small batches use Adam or AdaHessian."""
@@ -217,7 +217,7 @@ def step(self:HessianFree,
     if len(b.rounds)==b.n_acc: return self.update(partial(b.ready, ps))
 
 def put_hypers(opt):
-    "Hyperparameters as numbers of Python, which schedules and users may have set since; raises `ValueError` for one that cannot be"
+    "Hyperparameters as numbers of Python, which schedules and users may have set since; raises `ValueError` for an impossible one"
     for h in opt.hypers: h.update(made_steppers(opt.param_lists, [], **h).hypers[0])
 
 # %% ../nbs/18_hessian_free.ipynb #cfe05b49
@@ -354,7 +354,7 @@ def load_state_dict(self:HessianFree,
 
 # %% ../nbs/18_hessian_free.ipynb #a46a9cea
 def upgraded_state(sd):
-    "A state in the form of today, also one from version 0.0.1"
+    "A state in today's form, also one from version 0.0.1"
     if not isinstance(sd, dict) or 'curvature' in sd or 'hessian_free' not in sd: return sd
     old = sd['hessian_free']
     return {**sd, 'curvature': dict(counts={k: old[k] for k in ('n_steps','n_skipped')}, record=old['record'],
@@ -364,7 +364,7 @@ own_rules = dict(counts=dict.fromkeys(('n_steps','n_skipped'), whole_number), pr
     record=(lambda v: isinstance(v, list) and all(isinstance(r, dict) and 'step' in r for r in v), 'a list of steps'))
 
 def check_own(own, state):
-    "Raise `ValueError` for costs, a generator or a warm start that cannot be"
+    "Raise `ValueError` for impossible costs, generators or warm starts"
     for k,v in own['products'].get('costs', {}).items():
         if not (isinstance(v, (tuple,list)) and len(v)==2 and all(isinstance(o, (int,float)) and 0<=o<math.inf for o in v)):
             raise SettingError(f'costs of {k}', 'two numbers >= 0', v)

@@ -35,7 +35,7 @@ def remedy(opt)->str:
 
 # %% ../nbs/15_optimizer.ipynb #41727c9e
 def check_seen(opt, work):
-    "Refuse gradients that came past `differentiate` where there is no average to step with; warn where it should have a new estimate"
+    "Refuse gradients that bypassed `differentiate` where there is no average to step with; warn where an estimate was due"
     if opt.n_batches or not any(p.grad.any() for p in work): return
     what = "call `opt.differentiate(loss)` in place of `loss.backward()`"
     if not all('hess_step' in s or not s.get('do_hessian', True) for s,_ in work.values()):
@@ -60,8 +60,8 @@ def noises_for(
     opt, # `CurvatureOptimizer`
     work:dict, # Parameters that move
     diags:dict, # Finite estimates by parameter
-)->dict: # Draws of their noise, where the steppers want these
-    "Note who was asked in vain and how noisy the estimates are; hand on the noise"
+)->dict: # Their noise, where the steppers want it
+    "Note which parameters were asked in vain and how noisy the estimates are; hand on the noise"
     for p in opt.diags:
         if p not in work: opt.state[p]['asked'] = opt.state[p].get('age', 0)
     noises = {p: e for p,e in opt.noises.items() if p in diags}
@@ -70,7 +70,7 @@ def noises_for(
 
 # %% ../nbs/15_optimizer.ipynb #5665e816
 def upgraded(sd:dict)->dict:
-    "`sd` in the form of today"
+    "`sd` in today's form"
     if not isinstance(sd, dict) or 'wrapper' not in sd or 'curvature' in sd: return sd
     own = sd['wrapper']
     m,pending = own.get('measured', {}),{k: own.get(k) for k in ('n_batches','n_items','scaled','grads','diags','noises')}

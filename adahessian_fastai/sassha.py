@@ -23,11 +23,11 @@ from ._help import check_names
 def sassha(
     params:Tensor|Iterable, # Model parameters, or lists of them as groups
     lr:float|slice=0.15, # Learning rate, η
-    mom:float=0.9, # Gradient moving average's weight of the past, β₁
-    sqr_mom:float=0.999, # Absolute diagonal's moving average's weight of the past, β₂
+    mom:float=0.9, # Weight of the past in the moving average of gradients, β₁
+    sqr_mom:float=0.999, # Weight of the past in the moving average of absolute diagonals, β₂
     eps:float=1e-4, # Added to the denominator
     wd:float=5e-4, # True weight decay, λ
-    rho:float=0.2, # Length of the way to the point where loss and curvature are taken, ρ
+    rho:float=0.2, # Distance to the point where loss and curvature are taken, ρ
     hessian_power:float=0.5, # Exponent of the averaged diagonal
     *,
     update_each:int=10, # Estimate at steps 1, k+1, 2k+1, … and keep the average in between
@@ -41,8 +41,8 @@ def sassha(
     hvp:Literal['reverse','forward','compiled','finite_difference','auto']=None, # How a product is computed; 'reverse' by default
     n_samples:int=None, # Probes for each estimate; 1 by default
     hessian_bs:int|float=None, # Rows of the batch to estimate on, or a fraction; `None` for all
-    dense:int|tuple=0, # So many steps at the start have an estimate each; a pair: with so many probes
-    **others # Names of other packages, which are answered with those here; raises `TypeError`
+    dense:int|tuple=0, # Number of first steps with an estimate each; (n, m): with m probes each
+    **others # Other packages' names of arguments; raises `TypeError`, which says the name here
 )->CurvatureOptimizer: # Raises `ValueError` for an argument outside its range
     "Sassha as `opt_func` of a `Learner`"
     check_names(sassha, others)
@@ -55,7 +55,7 @@ def sassha(
 def m_sassha(
     params:Tensor|Iterable, # Model parameters, or lists of them as groups
     lr:float|slice=0.15, # Learning rate, η
-    rho:float=0.1, # Length of the way to the point where loss and curvature are taken, ρ
+    rho:float=0.1, # Distance to the point where loss and curvature are taken, ρ
     along:Literal['momentum','gradient']='momentum', # As for `sassha`
     **kwargs
 )->CurvatureOptimizer:

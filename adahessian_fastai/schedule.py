@@ -33,7 +33,7 @@ def check_period(update_each): # A whole number >= 1, or a pair of them; raises 
 def is_due(
     age:int, # Steps that were made
     update_each, # Period k, or a pair (n, k)
-    dense:int=0, # So many steps at the start have an estimate each
+    dense:int=0, # Number of first steps with an estimate each
 )->bool:
     "Does the next step have an estimate?"
     n,k = _pair(update_each, 0)
@@ -73,7 +73,7 @@ class Every:
     def __init__(self,
         update_each:int|tuple=1, # The period k, or a pair, see `is_due`; raises `ValueError` for anything else
         hessian_bs=None, # Rows of the batch, or a fraction; `None` for all; a pair: see `rows_due`; raises `ValueError` otherwise
-        dense:int|tuple=0, # So many steps at the start have an estimate each; a pair: with so many probes; raises `ValueError` below 0
+        dense:int|tuple=0, # Number of first steps with an estimate each; (n, m): with m probes each; raises `ValueError` below 0
     ):
         check_rows(hessian_bs)
         n,m = dense if isinstance(dense, (tuple,list)) and len(dense)==2 else (dense,1)
@@ -102,7 +102,7 @@ class Every:
     def tick(self, n_steps, part, **kwargs): "A step ended"
     def state_dict(self): return {k: vars(self)[k] for k in (*_checks, 'asked')}
     def load_state_dict(self, sd):
-        "Go on with what was set by hand in `sd`, if that was told the same"
+        "Go on with what was set by hand in `sd`, if that schedule was made with the same arguments"
         if sd.get('asked')!=self.asked: return
         for k,check in _checks.items(): check(sd[k])
         for k in _checks: setattr(self, k, sd[k])
@@ -130,8 +130,8 @@ class Budget(Every):
         self.update_each,self.last_measured,self.hessian_bs,self.asked = (n,2),n,hessian_bs,[overhead,hessian_bs]
 
     def anew(self,
-        hessian_bs=None, # As for `Every`, or 'auto', where this one was told of no part
-        dense:int|tuple=0, # As for `Every`, where this one was told of no start
+        hessian_bs=None, # As for `Every`, or 'auto', where this one has none of its own
+        dense:int|tuple=0, # As for `Every`, where this one has none of its own
     )->'Budget': # A copy for an optimizer of its own
         "The same budget, nothing measured yet"
         new,own = copy(self),ifnone(self.asked[1], hessian_bs)
@@ -232,7 +232,7 @@ def made_schedule(
     hessian_bs=None, # As for `Every`, or 'auto' with a budget
     budget=None, # A number, a `Budget`, or `None`
     dense:int|tuple=0, # As for `Every`
-    when=None, # A schedule, in the place of all these
+    when=None, # A schedule, instead of all these
 ): # Raises `ValueError` for what does not go together
     "The schedule that these keywords describe"
     if when is not None and not hasattr(when, 'part'): raise ValueError(f"when must be a schedule, such as `Every(10)`, got {when=}")

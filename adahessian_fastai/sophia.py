@@ -21,8 +21,8 @@ from ._help import check_names
 def sophia(
     params:Tensor|Iterable, # Model parameters, or lists of them as groups
     lr:float|slice=1e-3, # Learning rate, η: the largest step of an entry; in a Learner 1e-3 to 3e-3 by length
-    mom:float=0.965, # Gradient moving average's weight of the past, β₁
-    sqr_mom:float=0.99, # Diagonal's moving average's weight of the past, β₂
+    mom:float=0.965, # Weight of the past in the moving average of gradients, β₁
+    sqr_mom:float=0.99, # Weight of the past in the moving average of diagonals, β₂
     rho:float=0.04, # Weight of the curvature, ρ (γ in the paper); see `win_rate`
     wd:float=0.1, # True weight decay, λ
     update_each:int=10, # Estimate at steps 1, k+1, 2k+1, … and keep the average in between
@@ -35,11 +35,11 @@ def sophia(
     n_samples:int=None, # Probes or draws of the labels for each estimate; 1 by default
     probe:Literal['rademacher','gaussian']=None, # For 'hutchinson': by default 'rademacher'; or a callable as for `adahessian`
     hessian_bs:int|float=None, # Rows of the batch that the estimate is taken on, a number or a fraction; `None` for all
-    dense:int|tuple=0, # So many steps at the start have an estimate each; a pair: with so many draws
-    when=None, # A schedule of one's own, in the place of `update_each`, `hessian_bs` and `dense`; raises `ValueError` beside them
+    dense:int|tuple=0, # Number of first steps with an estimate each; (n, m): with m draws each
+    when=None, # A schedule of your own, instead of `update_each`, `hessian_bs` and `dense`; raises `ValueError` beside them
     block_length:int=1, # Entries averaged together in a 2-D parameter; 1 for none
     average_kernels:bool=False, # Average over the kernels of convolutions?
-    **others # Names of other packages, which are answered with those here; raises `TypeError`
+    **others # Other packages' names of arguments; raises `TypeError`, which says the name here
 )->AdaHessianWrapper: # Raises `ValueError` for an argument outside its range
     "Sophia as `opt_func` of a `Learner`"
     check_names(sophia, others)
@@ -53,8 +53,8 @@ def sophia(
 def Sophia(
     params:Tensor|Iterable, # Model parameters, or lists of them as groups
     lr:float|slice, # Learning rate, η
-    mom:float=0.965, # Gradient moving average's weight of the past, β₁
-    sqr_mom:float=0.99, # Diagonal's moving average's weight of the past, β₂
+    mom:float=0.965, # Weight of the past in the moving average of gradients, β₁
+    sqr_mom:float=0.99, # Weight of the past in the moving average of diagonals, β₂
     rho:float=0.04, # Weight of the curvature, ρ (γ in the paper)
     wd:float=0.1, # True weight decay, λ
     eps:float=1e-12, # Least denominator

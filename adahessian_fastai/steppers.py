@@ -31,7 +31,7 @@ def average_sqr_diag_hessian(
     sqr_avg_diag_hessian=None, # The average so far, vₜ
     hess_step=0, # Estimates in the average
     hess_weight=1, # How many ordinary estimates this one counts for
-    diag_noise=None, # A draw of the error of `diag_hessian`, whose square is subtracted; `None` to leave the bias in
+    diag_noise=None, # Noise like the error of `diag_hessian`, whose square is subtracted; `None` to leave the bias in
     **kwargs
 ):
     "Moving average of the squared `diag_hessian`, with the count of its estimates"
@@ -93,9 +93,9 @@ def bounded(
 def adahessian_step(
     p, # Parameter, changed in place
     lr, # Learning rate, η
-    mom, # Gradient average's weight of the past, β₁
+    mom, # Weight of the past in the average of gradients, β₁
     step, # Gradients in `grad_avg`, t
-    sqr_mom, # Diagonal average's weight of the past, β₂
+    sqr_mom, # Weight of the past in the average of diagonals, β₂
     eps, # Added to the denominator, ϵ
     hessian_power, # Exponent of the curvature, k
     grad_avg, # Dampened average of gradients, m
@@ -109,7 +109,7 @@ def adahessian_step(
     else: p.data.addcdiv_(grad_avg, denom, value=-lr/δ1)
 
 adahessian_step.defaults = dict(eps=1e-4, hessian_power=1.)
-signed_adahessian_step = adahessian_step # Its name of before; the state says which average there is
+signed_adahessian_step = adahessian_step # Its former name; the state says which average there is
 
 # %% ../nbs/14_steppers.ipynb #cb8f191a
 def sophia_step(
@@ -281,7 +281,7 @@ def update(
 # %% ../nbs/14_steppers.ipynb #be47f732
 class Perturbation:
     "Moves the parameters for the forward and backward pass"
-    asked = False # Has a loop asked for it? One that never does is told
+    asked = False # Has a loop asked for it? One that never does is warned
     def __init__(self,
         rho:float=0., # How far, ρ; 0 or `None` for not at all; raises `ValueError` below 0
         along:Literal['gradient','momentum']='momentum', # Against the momentum, or up another gradient; raises `ValueError` for others
@@ -399,7 +399,7 @@ def put_hyper(
 def plain_params(
     params, # Parameters, or lists of them as groups; raises `ValueError` for anything else, groups of PyTorch's form among them
 ):
-    "Refuse what are no parameters"
+    "Refuse what is not parameters"
     several = isinstance(params, Iterable) and not isinstance(params, (Tensor,nn.Module))
     params = params if isinstance(params, Tensor) else [list(o) if isinstance(o, tuple) else o for o in params] if several else [params]
     if any(isinstance(p, dict) for p in params):
@@ -436,7 +436,7 @@ class Pending:
         n_items:float, # Items in it; an empty batch has no loss at all
         n_acc:int, # Batches of a step
     )->float: # Weight of its loss
-        "Note the loss, shrink what is there, and return the weight of `n_items` more, by their mean over the processes"
+        "Note the loss, shrink the means for `n_items` more (averaged over the processes), and return the weight of these"
         loss,ps,self.group = problem.loss,problem.params,problem.group
         value = loss.detach().as_subclass(Tensor).float()/problem.scale if n_items else torch.zeros((), device=loss.device)
         self.losses += cross_rank_mean([value.clone().reshape(1)], self.group)
@@ -553,7 +553,7 @@ def bound(self:Work, norms:list):
 
 # %% ../nbs/14_steppers.ipynb #ddfefd8b
 def note_age(state, d, weight): # `weight`: by age, that of an estimate `d` in the average
-    "A parameter with `state` steps: it is older, and has what it waited for where there is an estimate"
+    "Count a step of the parameter with `state`, which has what it waited for where there is an estimate"
     age = state.get('age', 0)
     if d is not None:
         state.pop('late', None)
@@ -564,7 +564,7 @@ def note_age(state, d, weight): # `weight`: by age, that of an estimate `d` in t
 @patch
 def step(self:Work,
     diags:dict, # Finite estimates by parameter
-    noises:dict, # Draws of their noise by parameter
+    noises:dict, # Their noise by parameter
     cbs, # Stats and steppers
     when=None, # The schedule, which may say how much an estimate counts
     smooth=noop, # `d -> d`, smooths an estimate
@@ -598,7 +598,7 @@ def check_averages(
     i:int, # Place of the parameter
     s:dict, # Its state; raises `ValueError` where something is missing
 ):
-    "Refuse a state without the averages that its counts speak of"
+    "Refuse a state without the averages that belong to its counts"
     need = [k for f,k in ((average_diag_hessian,'avg_diag_hessian'), (average_sqr_diag_hessian,'sqr_avg_diag_hessian')) if f in cbs]
     if not need or 'hess_step' not in s and not any(isinstance(v, Tensor) for v in s.values()): return
     counts = [k for k in ('step','hess_step','age') if k!='step' or step_stat in cbs]
@@ -612,7 +612,7 @@ def checked_steppers(
     needs=None, # Hyperparameters that each group has to have; by default those that `opt` has
     **rules # Those of the other parts, as for `check_part`
 )->tuple: # Hyperparameters and state, copied for the parameters of `opt`
-    "Look at hyperparameters, averages and other parts before any of them is used"
+    "Check hyperparameters, averages and other parts before any of them is used"
     check_groups(opt, sd, 'curvature', needs)
     for h in sd['hypers']: check_hypers(**h)
     pairs = list(zip(opt.all_params().itemgot(0), sd['state']))
