@@ -83,7 +83,7 @@ def plain_progress(
     learn:Learner, # Is about to be trained
     bars:bool=None, # Draw progress bars? By default in a terminal or a notebook
 ):
-    "Context in which `learn` draws bars, or writes one line an epoch"
+    "Context in which `learn` draws bars, or writes one line per epoch"
     if ifnone(bars, IN_NOTEBOOK or sys.stdout.isatty()):
         yield
         return

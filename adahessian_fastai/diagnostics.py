@@ -31,7 +31,7 @@ from .estimators import curvatures,made
 # %% ../nbs/20_diagnostics.ipynb #8fb444fd
 @contextmanager
 def optimizer_of(learn:Learner): # Yields its optimizer
-    "Context with the optimizer of `learn`, made for the moment if there is none yet"
+    "Context with the optimizer of `learn`, a temporary one if there is none yet"
     had,lr = learn.opt,learn.lr
     if had is None: learn.create_opt()
     try: yield learn.opt

@@ -167,10 +167,10 @@ class TranslationTransformer(nn.Module):
         if length>n: raise ValueError(f"a sentence has {length} words, and the model was made with max_len={n}")
         return self.drop(emb(x)*d**0.5 + self.pos[:length])
     def encode(self, src):
-        "What the decoder looks at, B×S×d"
+        "What the decoder attends to, B×S×d"
         return self.body.encoder(self.embed(self.src_emb, src), src_key_padding_mask=src==pad)
     def decode(self, tgt_in, memory, src):
-        "States from which the next words are told, B×T×d"
+        "States that predict the next words, B×T×d"
         later = torch.ones(2*tgt_in.shape[1:], dtype=torch.bool, device=src.device).triu(1)
         return self.body.decoder(self.embed(self.tgt_emb, tgt_in), memory, tgt_mask=later, tgt_is_causal=True,
             tgt_key_padding_mask=tgt_in==pad, memory_key_padding_mask=src==pad)
