@@ -114,7 +114,7 @@ def adahessian(
     return opt
 
 def lr_for(opt:AdaHessianWrapper)->tuple: # Rate, and the steps that it suits: `None` where short trainings ended worse at a higher one
-    "The learning rate of a variant that nobody gave one"
+    "The default learning rate of the variant `opt`"
     est = opt.estimator
     if isinstance(est, GNB) or average_diag_hessian in opt.opt.cbs: return 0.05,None
     if opt.smooth.keywords['signed']: return 0.1,None

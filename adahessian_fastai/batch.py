@@ -177,7 +177,7 @@ def loss_weight(
 
 # %% ../nbs/12_batch.ipynb #292d7a7c
 def plain_number(v): # A number of Python where `v` is a number; `v` otherwise
-    "`v` as Python writes it"
+    "`v` as a plain number of Python"
     return v.item() if hasattr(v, 'item') and getattr(v, 'ndim', 1)==0 else v
 
 def n_rows(
@@ -262,7 +262,7 @@ class LearnerProblem(Problem):
         params:list, # What it estimates for
         rng, # `device -> generator`, seeded like the one that estimate will get
     ): # Yields a `LearnerProblem`; raises `ValueError` where rows have no loss of their own
-        "Context with the problem of `n` random rows; everything is as before when it is left"
+        "Context with the problem of `n` random rows; leaves no trace"
         learn,bs = self.learn,find_bs(self.learn.yb)
         check_rows_possible(learn, n, bs)
         idxs = torch.randperm(bs, generator=generator)[:n]
@@ -280,7 +280,7 @@ class LearnerProblem(Problem):
 
 # %% ../nbs/12_batch.ipynb #nodual03
 def no_duals(learn:Learner)->bool:
-    "Can no dual numbers come through the model as it is called?"
+    "Can dual numbers not pass through the model as it is called?"
     model = getattr(learn.model, '_orig_mod', learn.model)
     return in_half(learn) or isinstance(model, DistributedDataParallel) and model.find_unused_parameters
 
@@ -636,7 +636,7 @@ class DataBatch:
         self.make = lambda: closure_problem(closure, model, params, modules, loss_func, count=self.count, **known)
 
     def first(self, keep):
-        "The `Problem`, with its graph; which stays if it is to be kept"
+        "The `Problem` with its graph, which is kept for later on request"
         p = self.make()
         self.problem = p if keep else p.without_graph()
         return p

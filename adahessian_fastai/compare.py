@@ -376,7 +376,7 @@ def save_comparison(
 
 # %% ../nbs/22_compare.ipynb #490b90eb
 def check_machine(fp16, bf16, out):
-    "Raise `ValueError` for a precision that the machine lacks, and for a file where results are to lie"
+    "Raise `ValueError` for a precision that the machine lacks, and where `out` is a file"
     if fp16 and bf16: raise ValueError("take one of fp16 and bf16")
     if (fp16 or bf16) and not torch.cuda.is_available(): raise ValueError("fp16 and bf16 need a CUDA device, and there is none")
     if Path(out).exists() and not Path(out).is_dir(): raise ValueError(f"out must be a folder, got the file {out!r}")

@@ -195,7 +195,7 @@ _nonsmooth_nodes = re.compile('(Relu|LeakyRelu|Prelu|PreluKernel|RreluWithNoise|
     '|Mode|Topk|Sort|Remainder|Fmod|(?!(Multilabel)?SoftMargin).*Margin)')
 
 def _has_kink(node):
-    "Is the function of `node` not smooth? Of some it depends on their arguments"
+    "Has the function of `node` a kink? For some that depends on their arguments"
     name,order = type(node).__name__,getattr(node, '_saved_ord', getattr(node, '_saved_p', 2))
     if name.startswith('Elu'): return not math.isclose(node._saved_alpha*node._saved_input_scale, 1)
     if name.startswith(('LinalgVectorNorm','Norm','Cdist','PdistForward','ScatterReduce')):
@@ -587,7 +587,7 @@ class GaussNewton:
 max_adjoint_error = dict(full=0.01, half=0.1) # Of a Jacobian product; convolutions on a GPU have 10 bits
 
 def _clock(params, measured):
-    "Seconds, after all that the device was asked for"
+    "The time in seconds, once the device is done if this is `measured`"
     if measured and params[0].is_cuda: torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -596,7 +596,7 @@ def agreed_costs(
     reduce, # `tensors -> tensors`: mean over the processes, in place
     like:Tensor, # On the device to communicate from
 )->dict: # Of the ways that all processes have measured
-    "Means of `costs` over all processes, which so make the same choice"
+    "Means of `costs` over all processes, so that all make the same choice"
     if reduce is noop: return costs
     t, = reduce([torch.tensor([costs.get(k, (math.nan,math.nan)) for k in jvp_ways], device=like.device)])
     return {k: tuple(c) for k,c in zip(jvp_ways, t.tolist()) if math.isfinite(sum(c))}

@@ -201,7 +201,7 @@ def overestimate(
     opt, # Any optimizer
     params:list, # Parameters of the estimate `st`
     st:ProbeStats, # Statistics of their diagonal
-)->float: # Root mean squares, optimizer's by the batch's; not a number for an optimizer without curvature
+)->float: # Root mean squares, the optimizer's divided by the batch's; not a number for an optimizer without curvature
     "How many times too large the optimizer's diagonal is"
     own = own_diagonal(opt)
     idxs = [i for i,p in enumerate(params) if p in own]
@@ -248,7 +248,7 @@ def step_scaling(
 # %% ../nbs/20_diagnostics.ipynb #4a73685d
 def scaled_product(
     product, # `v -> Hv` on lists of tensors like `rates`
-    rates:list, # A tensor or number for each parameter, the learning rate by what the step is divided by
+    rates:list, # A tensor or number for each parameter: learning rate divided by the step's scaling
 ): # `v -> S½HS½v`
     "Product with the curvature as the optimizer sees it"
     half = [o**0.5 for o in rates]
@@ -272,7 +272,7 @@ def edge_of_stability(
     params:list, # Its parameters
     **kwargs # For `extreme_eigenvalues`
 )->float: # Not a number where no limit is known, or the optimizer has not made a step
-    "The learning rate of `opt` by the largest that is stable"
+    "The learning rate of `opt`, divided by the largest that is stable"
     (rule,factor),P = step_rule(opt),step_scaling(opt, params)
     if rule=='unknown' or rule in scaled_rules and P is None: return math.nan
     return extreme_eigenvalues(scaled_product(product, step_rates(opt, params, P)), params, **kwargs).values[0].item()/factor

@@ -203,14 +203,14 @@ class Given:
 
 # %% ../nbs/09_estimators.ipynb #1a2feb6e
 def is_first_order(estimator)->bool:
-    "Is `estimator` content with first derivatives?"
+    "Are first derivatives enough for `estimator`?"
     return not estimator.second_order or getattr(getattr(estimator, 'curvature', None), 'method', None) in ('finite_difference','auto')
 
 def with_samples(
     estimator, # Any estimator
     n:int, # Samples that it is to take at least
 ): # `estimator`, or a copy of it
-    "`estimator` with more samples, where it has such"
+    "`estimator` with at least `n` samples"
     if n<=getattr(estimator, 'n_samples', 1): return estimator
     new = copy(estimator)
     new.n_samples = n
@@ -218,7 +218,7 @@ def with_samples(
 
 # %% ../nbs/09_estimators.ipynb #99c7d474
 class Preconditioner:
-    "A diagonal that resembles the curvature's, to a power"
+    "A diagonal like the curvature's, raised to a power"
     flat = dict(fisher_exponent='exponent', fisher_probes='n_probes')
     def __init__(self,
         diagonal:Literal['fisher','gnb']='fisher', # That of the empirical Fisher matrix, or an estimate of the Gauss-Newton matrix's own

@@ -198,7 +198,7 @@ def sharded_gradient(
     retain_graph:bool=None, # Keep the graph of `loss`?
     along:Tensor=None, # Weights of the entries of `loss`, where it is not a scalar: shaped like it
 )->list: # Sharded like `params`
-    "Gradient by a backward pass, which FSDP follows"
+    "Gradient by a backward pass, which works under FSDP"
     if create_graph:
         raise ValueError("sharded parameters have no second derivative: use estimator='gnb', or hvp='finite_difference' in a smooth "
             "network")
@@ -566,9 +566,9 @@ def own_statistics(model:nn.Module):
 @contextmanager
 def switched(
     module, # One of `torch.backends`
-    **values, # Attributes of it, with what they are inside
+    **values, # Its attributes, with their values inside
 ):
-    "Context in which some switches of PyTorch are others, and the rest as it was"
+    "Context in which attributes of `module` have other values"
     old = {k: getattr(module, k) for k in values}
     for k,v in values.items(): setattr(module, k, v)
     try: yield

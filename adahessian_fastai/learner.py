@@ -107,7 +107,7 @@ def check_shards(
     first_order:bool, # Is nothing differentiated twice?
     scale:float=1., # Loss scale
 ): # Raises `ValueError`
-    "Refuse what cannot be had of sharded parameters"
+    "Refuse what sharded parameters cannot give"
     mesh = shard_mesh(params)
     if mesh is None: return
     way = "use estimator='gnb' or, where the model is smooth, hvp='finite_difference'"
@@ -329,7 +329,7 @@ def save(self:Learner, file, **kwargs):
 
 # %% ../nbs/10_learner.ipynb #88d51965
 def norms_of(tensors:list)->list: # A tensor with one number for each
-    "Norms of `tensors`, of one in parts that of the whole"
+    "Norms of `tensors`; of a sharded one the norm of the whole"
     local = [t.to_local() if is_part(t) else t for t in tensors] if (group := shard_group(tensors)) else tensors
     some = iter(torch._foreach_norm(full) if (full := [t for t in local if t.numel()]) else [])
     norms = [next(some) if t.numel() else torch.zeros((), device=t.device) for t in local]

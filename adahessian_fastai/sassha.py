@@ -59,7 +59,7 @@ def m_sassha(
     along:Literal['momentum','gradient']='momentum', # As for `sassha`
     **kwargs
 )->CurvatureOptimizer:
-    "M-Sassha as `opt_func` of a `Learner`: the point is found by the momentum that is there"
+    "M-Sassha as `opt_func` of a `Learner`: Sassha that moves against the momentum"
     check_names(m_sassha, kwargs)
     opt = sassha(params, lr, rho=rho, along=along, **kwargs)
     opt.opt.name = 'm_sassha'

@@ -45,7 +45,7 @@ least_part = 1/8 # Of a batch, that a budget goes down to
 def check_rows(
     hessian_bs, # `None`, rows or a fraction, or a pair of a whole number and one of these; raises `ValueError` for anything else
 ):
-    "Raise an error for what is no part of a batch"
+    "Raise an error for what is not a part of a batch"
     if hessian_bs is None: return
     n,part = _pair(hessian_bs, 1)
     try: check_count('hessian_bs', n)
@@ -90,7 +90,7 @@ class Every:
         return None if isinstance(part, float) and part==1 else part
 
     def samples(self, age:int)->int: # 1 where the estimator may have its own way
-        "How many probes has the next step's estimate at least?"
+        "How many probes does the next step's estimate take at least?"
         return self.probes if age<self.dense else 1
 
     def weight(self, age:int)->float: # 1 for those at every k-th step
@@ -193,7 +193,7 @@ def choose(self:Budget, n_steps, device=None, group=None):
 # %% ../nbs/13_schedule.ipynb #c5d69e19
 @patch
 def unsure(self:Budget)->bool:
-    "Are steps shorter than 5 ms, or do like ones differ by half and more?"
+    "Are steps shorter than 5 ms, or do steps of one kind differ by half or more?"
     def spread(o):
         q = statistics.quantiles(o, n=4, method='inclusive')
         return q[2]/q[0]

@@ -160,7 +160,7 @@ def _clamp(ts, x):
     torch._foreach_clamp_min_(ts, -x)
 
 def _in_rms(us):
-    "Divide each of `us` by its root mean square, in place; these as a vector"
+    "Divide each of `us` by its root mean square, in place, and return these as a vector"
     norms,roots = [whole(n) for n in torch._foreach_norm(us)],[max(u.numel(), 1)**0.5 for u in us]
     if us[0].device.type=='cpu': rms = torch.stack(norms)/torch.tensor(roots, dtype=norms[0].dtype)
     else: rms = torch.stack(torch._foreach_div(norms, roots)) # No vector has to come from the host, which would wait
@@ -399,7 +399,7 @@ def put_hyper(
 def plain_params(
     params, # Parameters, or lists of them as groups; raises `ValueError` for anything else, groups of PyTorch's form among them
 ):
-    "Refuse what is not parameters"
+    "Refuse anything but parameters"
     several = isinstance(params, Iterable) and not isinstance(params, (Tensor,nn.Module))
     params = params if isinstance(params, Tensor) else [list(o) if isinstance(o, tuple) else o for o in params] if several else [params]
     if any(isinstance(p, dict) for p in params):
@@ -569,7 +569,7 @@ def step(self:Work,
     when=None, # The schedule, which may say how much an estimate counts
     smooth=noop, # `d -> d`, smooths an estimate
 )->list: # The parameters that moved
-    "Move what has something to step with"
+    "Move the parameters that have an average of estimates"
     weight = getattr(when, 'weight', lambda age: 1)
     known = [[p for p in ds if p in self] for ds in (diags,noises)]
     diags,noises = (dict(zip(ps, average_all([ds[p] for p in ps], smooth))) for ps,ds in zip(known, (diags,noises)))
