@@ -116,7 +116,6 @@ def _cg_look(rows, new, bound, max_iter, eps, neg_curv):
         if bad and (not row[2]<=0 or len(rows)>1): break
         rows.append(row)
         if bad: break
-    else: bad = False
     if rows and rows[-1][1]<=bound: return 'tolerance'
     if bad:                         return 'negative curvature' if row[2]<=0 else 'divergence'
     if eps and martens_stop([o[0] for o in rows], eps): return 'martens'

@@ -12,9 +12,9 @@ __all__ = ['hvp_ways', 'nonsmooth_modules', 'nonsmooth_functions', 'max_error', 
            'reverse', 'without_padding', 'forward', 'finite_difference', 'batch_statistics', 'ModelWithLoss',
            'compile_product', 'compiled', 'nonsmooth', 'nonsmooth_graph', 'relative_error', 'trial_probes',
            'asymmetry_of', 'checked_reverse', 'exact_way', 'another_function', 'against_differences',
-           'refuse_difference', 'choose_way', 'Hessian', 'against_reverse', 'Ride', 'outputs_again', 'PlainTensors',
-           'Evaluated', 'closed_hessian', 'NoProductError', 'AgreedError', 'FirstThatWorks', 'GaussNewton',
-           'agreed_costs', 'evaluated', 'way_product', 'OverBatches']
+           'refuse_difference', 'is_finite', 'choose_way', 'Hessian', 'against_reverse', 'Ride', 'outputs_again',
+           'PlainTensors', 'Evaluated', 'closed_hessian', 'NoProductError', 'AgreedError', 'FirstThatWorks',
+           'GaussNewton', 'agreed_costs', 'evaluated', 'way_product', 'OverBatches']
 
 # %% ../nbs/08_curvature.ipynb #4338fba8
 import math,re,time,warnings,weakref
@@ -299,6 +299,11 @@ def refuse_difference(reason:str):
             "smooth activation such as nn.GELU and nn.AvgPool2d for pooling")
 
 # %% ../nbs/08_curvature.ipynb #4f386b34
+def is_finite(problem)->bool: # `True` where several processes would have to answer alike
+    "Are the loss and its gradient finite?"
+    if getattr(problem, 'group', None) or shard_mesh(problem.params): return True
+    return total_norm([problem.loss.detach(), *(g for g in problem.gradient(retain_graph=True) if g is not None)]).isfinite().item()
+
 def choose_way(
     problem, # The `Problem`, with `evaluate`; raises `RuntimeError` where nothing works
     params:list, # Tensors to differentiate for
@@ -343,7 +348,9 @@ class Hessian:
         params:list, # Tensors to differentiate for, some of `problem.params`
         n_products:int=None, # How many there will be
     )->Local:
-        "Product and gradient at the present point"
+        "Product and gradient at the present point; nan where a way is to be judged by a batch that is not finite"
+        untried = self.used is None or self.again and not self.trusted and self.method!='auto'
+        if untried and not is_finite(problem): return Local(lambda v: [p.detach()*math.nan for p in params])
         if self.used is None:
             self.used,why = choose_way(problem, params)
             print(f"hvp='auto' is {self.used!r} here: {why}")

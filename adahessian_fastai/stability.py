@@ -147,10 +147,3 @@ def curvature_summary(self:Learner,
     s = self.stability(max_iter=max_iter, seed=seed, batches=batches, curvature=curvature)
     judged = f"\nlr={lr:.3g} is {lr/s.limit:.2g} times that limit" if 0<s.limit<math.inf else ''
     return PrettyString('\n'.join([head, line, *rows, line, total, '', f'{s}{judged}']))
-
-# %% ../nbs/21_stability.ipynb #12ede641
-@patch
-def suggest_lr_from_curvature(self:Learner, *args, **kwargs):
-    "Gone: says what to use instead"
-    raise NotImplementedError("`suggest_lr_from_curvature` is gone, since `lr_find` finds better rates: use "
-        "`learn.lr_find(suggest_funcs=minimum)`, with `minimum` of `fastai.callback.schedule`; `learn.stability()` says what is stable")

@@ -345,6 +345,29 @@ def test_what_another_optimizer_trains_has_its_gradient(opt_func, kwargs):
     assert len(want)==6 and len(got)==6//n and (opt_func is hessian_free or learn.opt.n_estimates==6)
     assert all((a-sum(want[i*n:(i+1)*n])).norm()<1e-6*a.norm() for i,a in enumerate(got))
 
+class HeadsInTurn(nn.Module):
+    "A head for each batch in turn"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.body,self.heads,self.n = nn.Linear(4,3),nn.ModuleList([nn.Linear(3,3),nn.Linear(3,3)]),0
+    def forward(self, x):
+        self.n += self.training
+        return self.heads[self.n%2](self.body(x).tanh())
+
+@pytest.mark.parametrize('ours', ['all','body'])
+def test_a_mean_holds_batches_that_a_parameter_had_no_part_in(ours):
+    "A head that one of two batches uses has half of that batch's gradient, whoever trains it; so has one that stops taking gradients between them"
+    grads,net,(x,y) = [],HeadsInTurn().double(),data(12, (4,))
+    want = [torch.autograd.grad(F.cross_entropy(h(net.body(x[s]).tanh()), y[s]), h.weight)[0]/2 for h,s in zip(reversed(net.heads), (slice(6),slice(6,12)))]
+    def stop(learn): net.heads[1].weight.requires_grad_(ours=='body' or learn.iter==0)
+    look = Noted('before_step', lambda learn: grads.extend(net.heads[i].weight.grad.clone() for i in (1,0)))
+    params = lambda m: [list(m.parameters() if ours=='all' else m.body.parameters())]
+    learn = learner(net, x, y, n_acc=2, cbs=[Noted('before_batch', stop),look])
+    learn.splitter = params
+    fit(learn)
+    assert len(grads)==2 and all((g-w).norm()<1e-6*w.norm() for g,w in zip(grads, want))
+
 def test_a_second_optimizer_in_a_plain_loop():
     "The head is another's: both parts move as with one loss and one backward pass"
     def train(opt_func, differentiate):

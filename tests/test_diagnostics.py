@@ -931,9 +931,6 @@ def test_an_optimizer_of_torch():
     assert s.rule=='unknown' and math.isnan(s.limit) and s.lambda_max>0
     assert 'No stability limit is known' in other.curvature_summary()
 
-def test_the_suggestion_says_what_to_use_instead():
-    with pytest.raises(NotImplementedError, match='lr_find'): learner().suggest_lr_from_curvature(n_steps=4)
-
 
 @pytest.mark.parametrize('call', [lambda l,how: l.stability(2, curvature=how), lambda l,how: l.curvature_summary(curvature=how, n_samples=2),
     lambda l,how: l.curvature_product(curvature=how)([torch.ones_like(p) for p in l.model.parameters()])], ids=['stability','summary','product'])

@@ -242,6 +242,24 @@ def test_auto(act, cbs, want, why, capsys):
     assert learn.opt.state_dict()['curvature']['estimator']['used']==want
     if not cbs: assert relative(values(learn), values(trained(act, hvp=want))) < SAME_RUN
 
+class Spoilt(Callback):
+    "The loss of the first batch, or its gradient alone, is not a number"
+    run_valid = False
+    def __init__(self, how): self.how = how
+    def after_loss(self):
+        if self.iter+self.epoch==0: self.learn.loss_grad = self.loss_grad*math.nan if self.how=='loss' else self.loss_grad+(0*self.pred).sqrt().sum()
+
+@pytest.mark.parametrize('how', ['loss','gradient'])
+@pytest.mark.parametrize('hvp', ['reverse','forward','finite_difference','auto']) # 'compiled' goes with no callback that acts on the loss
+def test_a_first_batch_that_is_not_finite_speaks_against_no_way(hvp, how):
+    "It is skipped, and the way is judged by the next one"
+    with pytest.warns(UserWarning, match='not finite'): learn = trained(nn.GELU(), hvp=hvp, cbs=[Spoilt(how)], epochs=1)
+    assert (learn.opt.n_skipped,learn.opt.n_steps)==(1,2) and values(learn)[0].isfinite().all()
+    assert learn.opt.estimator.curvature.used==('finite_difference' if hvp=='auto' else hvp)
+    if hvp!='finite_difference': return
+    with pytest.warns(UserWarning, match='not finite'),pytest.raises(ValueError, match='meaningless here'):
+        trained(nn.ReLU(), hvp=hvp, cbs=[Spoilt(how)], epochs=1)
+
 @pytest.mark.parametrize('kwargs', [dict(curvature=Hessian('auto')), dict(estimator=Hutchinson(Hessian('auto')))], ids=['curvature','estimator'])
 def test_what_one_network_taught_holds_for_no_other(kwargs):
     "Objects in a `partial` serve several Learners: a smooth network and one with kinks"
