@@ -45,7 +45,7 @@ def compare(**kwargs):
             if isinstance(s[k], torch.Tensor): assert (s[k]-t[k]).norm() <= ROUNDING*t[k].norm(), k
             else: assert s[k]==t[k], k
 
-@pytest.mark.parametrize('decouple_wd,hessian_power,kind', itertools.product((True,False), (1.,0.5,0.), ({},dict(signed=True),dict(debiased=True, n_samples=2))), ids=str)
+@pytest.mark.parametrize('decouple_wd,hessian_power,kind', [*itertools.product((True,False), (1.,0.5,0.), ({},dict(signed=True),dict(debiased=True, n_samples=2)))], ids=str)
 def test_parity(decouple_wd, hessian_power, kind): compare(decouple_wd=decouple_wd, hessian_power=hessian_power, wd=0.05, **kind)
 
 @pytest.mark.parametrize('kwargs', [dict(update_each=3), dict(out=(0,5)), dict(freeze=(0,1)), dict(freeze=(2,), update_each=4, out=(1,)), dict(wd=0.),

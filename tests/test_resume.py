@@ -548,7 +548,7 @@ def test_twenty_kills_end_with_the_same_weights(tmp_path):
     assert len(starts)==20 and sum(o>0 for o in starts)>=5, starts
 
 
-@pytest.mark.parametrize('old,new', itertools.permutations(['hutchinson','ggn','gnb'], 2))
+@pytest.mark.parametrize('old,new', [*itertools.permutations(['hutchinson','ggn','gnb'], 2)])
 def test_a_state_of_a_near_relative_goes_on(old, new, tmp_path):
     "The averages are of the same kind; what the other estimator has learned of products is left out"
     kinds = dict(hutchinson={}, ggn=dict(curvature='ggn'), gnb=dict(estimator='gnb'))
