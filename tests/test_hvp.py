@@ -264,6 +264,21 @@ def test_nothing_is_replaced_inside_a_checkpoint():
     with pytest.raises(RuntimeError, match='hardsigmoid_backward'): hessian_product(loss, [W])([W.detach()])
 
 
+def test_functions_are_replaced_beside_other_hooks_on_saved_tensors():
+    x = randn(50).mul(4).requires_grad_()
+    with torch.autograd.graph.save_on_cpu(): hv = hessian_product(lambda: F.hardsigmoid(x).pow(2).sum(), [x])([torch.ones_like(x)])
+    assert relative(hv, [(x.detach().abs()<3)/18])<=SIXTH
+
+
+@pytest.mark.filterwarnings('ignore:size_average')
+def test_losses_of_forward_mode_understand_all_arguments():
+    x,y = randn(6),randn(6, seed=1).sign()
+    for kw in (dict(reduce=False), dict(size_average=False), dict(reduction='none'), dict(reduction='sum'), {}):
+        assert torch.allclose(dual_substitutes[F.soft_margin_loss](x, y, **kw), F.soft_margin_loss(x, y, **kw))
+    for kw in (dict(weight=x.abs()), dict(delta=.3), dict(delta=.3, reduction='sum')):
+        assert torch.allclose(dual_substitutes[F.huber_loss](x, y, **kw), F.huber_loss(x, y, **kw))
+
+
 def test_forward_mode_goes_through_a_checkpoint():
     x,W = randn(5,3),randn(3,3, seed=1).requires_grad_()
     loss = lambda: checkpoint(lambda w: F.silu(x@w), W, use_reentrant=False).pow(2).sum()
@@ -339,6 +354,8 @@ def test_hooks_come_back_after_an_error():
 def test_norms_and_steps_at_the_edges():
     assert total_norm([]).item()==0. and total_norm([torch.zeros(0)]).item()==0. and total_norm([torch.zeros(0), torch.ones(4)]).item()==2.
     assert total_norm([torch.full((4,), 3e4).half()]).item()==6e4 and total_norm([torch.ones(4).bfloat16(), torch.ones(5)]).item()==3.
+    assert total_norm([torch.full((16,), 3e4).half()]).item()==pytest.approx(12e4) # Not a number of half precision
+    assert rounding([])==0. and rounding([torch.ones(1), torch.ones(1).half(), torch.ones(1).double()])==2**-10
     assert step_size([], [])==1. and step_size([torch.zeros(0)], [torch.zeros(0)])==1.
     assert step_size([torch.zeros(1)], [torch.tensor([2.])])==pytest.approx(2**-11.5/2)
     with moved([], [], .1): pass
@@ -436,6 +453,20 @@ def test_counts_of_other_libraries_are_numbers():
 # What stands for several tensors, and what only looks like it
 
 def single(): return torch.tensor([1.,2.], dtype=torch.double, requires_grad=True)
+
+@pytest.mark.parametrize('check,value', [(check_number,10**400), (check_number,torch.ones(2)), (check_number,'1'), (check_switch,2),
+    (check_switch,torch.tensor([True,False]).numpy()), (check_switch,'yes'), (partial(check_choice, choices=dict(a=1)),['a'])])
+def test_values_that_cannot_work_are_refused_by_name(check, value):
+    with pytest.raises(SettingError, match='^setting must be '): check('setting', value)
+
+
+def test_a_tolerance_of_symmetry_is_not_negative():
+    with pytest.raises(SettingError, match='tol must be'): check_symmetric(lambda v: v, [torch.ones(2)], tol=-1)
+
+
+def test_a_pair_may_be_two_equal_numbers():
+    assert check_pair('bounds', (1,1), rising=True)==(1.,1.)
+
 
 @pytest.mark.parametrize('f', [lambda w,l: gradient(l(), w), lambda w,l: hessian_product(l, w), lambda w,l: graph_product(gradient(l(), [w], True), w),
     lambda w,l: dual_gradient(l, w, w), lambda w,l: difference_product(l, w), lambda w,l: unflat(w, w), lambda w,l: check_symmetric(lambda v: v, w)])

@@ -410,3 +410,8 @@ def test_weights_that_add_up_to_nothing_are_named():
 
 def test_no_direction_is_left_beside_a_whole_basis():
     with pytest.raises(ValueError, match='no direction is left'): next(lanczos(lambda v: v, [torch.zeros(2)], against=list(torch.eye(2))))
+
+
+def test_a_block_of_strangers_is_refused():
+    a,b = torch.ones(2),torch.ones(2)
+    with pytest.raises(ValueError, match='entry 1 is not'): block_product(lambda v: v, [a,b], [b,b.clone()])
