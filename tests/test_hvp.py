@@ -464,8 +464,7 @@ def test_a_tolerance_of_symmetry_is_not_negative():
     with pytest.raises(SettingError, match='tol must be'): check_symmetric(lambda v: v, [torch.ones(2)], tol=-1)
 
 
-def test_a_pair_may_be_two_equal_numbers():
-    assert check_pair('bounds', (1,1), rising=True)==(1.,1.)
+def test_a_pair_may_be_two_equal_numbers(): assert check_pair('bounds', (1,1), rising=True)==(1.,1.)
 
 
 @pytest.mark.parametrize('f', [lambda w,l: gradient(l(), w), lambda w,l: hessian_product(l, w), lambda w,l: graph_product(gradient(l(), [w], True), w),

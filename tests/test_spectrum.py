@@ -256,6 +256,17 @@ def test_hutch_plus_plus_is_unbiased_and_its_error_honest():
     assert abs(runs[:,0].mean()-lam.sum()) < 4*spread/200**.5
     assert .7 < spread/(runs[:,1]**2).mean().sqrt() < 1.4
 
+def test_a_confidence_interval_by_the_table():
+    "0.95 quantile with 4 degrees of freedom: 2.13185"
+    assert confidence_interval(10., 2., 5, level=.9)==pytest.approx((10-2*2.13185,10+2*2.13185), abs=1e-4)
+    assert confidence_interval(1., 2., 1)==(-math.inf,math.inf)
+
+def test_hutch_plus_plus_by_hand():
+    "Two probes find 1 and 2, two others meet 3 and 4: the mean is 3.5, its standard error ½"
+    d,probes,n = torch.tensor([1.,2.,3.,4.]),list(torch.eye(4).flip(0)),[]
+    found = hutch_plus_plus(lambda v: n.append(1) or [d*v[0]], [torch.zeros(4)], 6, probe=lambda p, generator: probes.pop())
+    assert found==pytest.approx((6.5,.5)) and len(n)==6
+
 def test_density_has_the_moments_of_the_spectrum(net):
     loss,params,H,full = net
     n = len(full)
@@ -288,6 +299,13 @@ def test_density_integrates_to_one_and_plots(net):
     x = torch.linspace(dens.nodes.min().item()-1, dens.nodes.max().item()+1, 4000, dtype=torch.double)
     assert abs(torch.trapezoid(dens(x, .05), x)-1) < 1e-3
     assert len(dens.plot().lines)==1
+
+def test_a_picture_of_the_density_has_a_floor_and_margins():
+    def drawn(nodes): return SpectralDensity(torch.tensor([nodes]), torch.full((1,len(nodes)), 1/len(nodes))).plot().lines[0].get_data()
+    x,y = drawn([0.,1.])
+    assert (x[0],x[-1],len(x),y.min())==pytest.approx((-.05,1.05,400,1e-6))
+    x,y = drawn([2.])
+    assert (x[0],x[-1],y.max())==pytest.approx((1.95,2.05,100/math.sqrt(2*math.pi)), rel=1e-3)
 
 # ---- groups, batches, gradient ---------------------------------------------------------------------------------------
 
@@ -410,8 +428,3 @@ def test_weights_that_add_up_to_nothing_are_named():
 
 def test_no_direction_is_left_beside_a_whole_basis():
     with pytest.raises(ValueError, match='no direction is left'): next(lanczos(lambda v: v, [torch.zeros(2)], against=list(torch.eye(2))))
-
-
-def test_a_block_of_strangers_is_refused():
-    a,b = torch.ones(2),torch.ones(2)
-    with pytest.raises(ValueError, match='entry 1 is not'): block_product(lambda v: v, [a,b], [b,b.clone()])
