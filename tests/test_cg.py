@@ -288,3 +288,49 @@ def test_values_are_the_model_where_abs_goes_up_the_hill(seed):
 
 @pytest.mark.parametrize('inf', [math.inf,float('inf'),torch.tensor(math.inf).item()])
 def test_any_infinity_is_no_limit(inf): assert cg(lambda v: 2*v, torch.ones(3), max_iter=inf).reason=='tolerance'
+
+@pytest.mark.parametrize('every', [1,6])
+def test_the_iterate_stays_where_negative_curvature_was_met(every):
+    "The second direction has negative curvature, and the one that would follow has not"
+    d,b = torch.tensor([5.,2.,-1.]),torch.tensor([3.,2.,3.])
+    res = cg(lambda v: d*v, b, check_every=every, max_iter=6)
+    assert res.reason=='negative curvature' and torch.equal(res.x, b/2) and res.values==[0.,-5.5]
+
+@pytest.mark.parametrize('every', [1,5])
+@pytest.mark.parametrize('neg_curv,reason', [('stop','negative curvature'), ('abs','max_iter')])
+def test_without_curvature_the_step_is_the_right_hand_side(every, neg_curv, reason):
+    b = torch.tensor([1.,2.])
+    res = cg(lambda v: 0*v, b, neg_curv=neg_curv, check_every=every, max_iter=1)
+    assert (res.reason,res.neg_curv,res.n_iter,res.values)==(reason,True,1,[0.,-5.]) and torch.equal(res.x, b)
+
+@pytest.mark.parametrize('max_iter', [1,3,5,7])
+def test_no_look_goes_beyond_the_last_iteration(max_iter):
+    A,b = problem(20)
+    res = cg(lambda v: A@v, b, max_iter=max_iter, check_every=5, eps=None)
+    assert (res.reason,res.n_iter)==('max_iter',max_iter)
+    assert torch.equal(res.x, cg(lambda v: A@v, b, max_iter=max_iter, check_every=1, eps=None).x)
+
+def test_flat_product_keeps_the_type_and_wants_a_damping_for_each_tensor():
+    like = [torch.ones(1), torch.ones(2)]
+    assert flat_product(lambda v: [o.double() for o in v], like, damping=1.)(torch.ones(3)).dtype==torch.float
+    with pytest.raises(ValueError): flat_product(lambda v: v, like, damping=[1.])(torch.ones(3))
+
+def test_a_diagonal_with_zeros_and_no_damping_is_finite():
+    assert diag_preconditioner(torch.tensor([0.,16.]))(torch.tensor([0.,8.])).tolist()==[0.,1.]
+
+def test_an_exhaustive_search_goes_beyond_a_hill():
+    fs = {1: 3., 2: 4., 3: 2.}
+    assert backtrack(fs.get, fs, exhaustive=True)==(3,2.) and backtrack({1: 1., 2: 4., 3: 2.}.get, fs)==(3,2.)
+
+def test_a_length_that_lowers_by_just_as_much_as_asked_will_do(): assert armijo(lambda a: 1-a/2, 1., -1., c=.5)==(1.,.5)
+
+def test_the_first_iterate_is_a_step_where_the_start_was_warm():
+    sol = CGResult({0: torch.ones(1), 2: torch.ones(1)}, [0.,-1.,-2.], 'tolerance', False)
+    assert CG().best({0: 1., 2: 3.}.get, sol, cold=False)==(0,1.) and CG().best({0: 1., 2: 3.}.get, sol, cold=True)==(2,3.)
+
+def test_damping_stays_within_its_limits_and_none_stays_none():
+    assert Damping().adapted(0., 0.)==0. and Damping(limits=(.9,1.2)).adapted(1., math.nan)==1.2
+
+def test_cells_are_recurrent_layers():
+    net = nn.Sequential(nn.GRUCell(2, 3), nn.Linear(3, 1), nn.LSTM(1, 2))
+    assert recurrent_layers(net)==[net[0],net[2]]
