@@ -1,5 +1,6 @@
 "Gauss-Newton products and the Fisher diagonal, against dense matrices in float64"
 import pytest, torch, torch.nn.functional as F
+from fastai.torch_core import TensorBase
 from torch import nn
 from adahessian_fastai.hvp import flat, unflat
 from adahessian_fastai.ggn import *
@@ -361,3 +362,28 @@ def test_samples_of_unequal_outputs_are_refused():
     for outputs in ((z, z.square().mean()), (z, z[:2]*1.)):
         with pytest.raises(ValueError, match='samples along dimension 0'):
             fisher_diagonal(outputs, F.cross_entropy(z, torch.zeros(4).long()) + sum(o.square().sum() for o in outputs[1:]), list(net.parameters()))
+
+def test_dual_products_need_no_gradients_switched_on():
+    model,params,x,_ = setup('ce')
+    v,forward = [torch.ones_like(p) for p in params],model_forward(model, params, x)
+    with torch.no_grad(): Jv = dual_jvp(forward, params)(v)
+    assert torch.allclose(Jv[0], reverse_jvp(forward(params), params)(v)[0], **EXACT) and Jv[0].any()
+
+def test_products_of_fastai_tensors_are_plain():
+    model,params,x,_ = setup('ce')
+    forward = model_forward(model, params, x.as_subclass(TensorBase))
+    v = [torch.ones_like(p) for p in params]
+    for jvp in (dual_jvp(forward, params), reverse_jvp(forward(params), params)): assert type(jvp(v)[0]) is torch.Tensor
+
+def test_a_jacobian_of_zeros_has_no_error():
+    p = torch.ones(2, requires_grad=True)
+    assert adjoint_error(lambda v: [torch.zeros(2)], [p*0], [p])==0. and adjoint_error(lambda v: [torch.zeros(2)], [p*1], [p])==1.
+
+def test_a_direction_may_be_a_tuple():
+    model,params,x,loss = setup('ce')
+    G,v = fresh_ggn_product(model_forward(model, params, x), loss, params),[torch.ones_like(p) for p in params]
+    assert torch.equal(flat(G(tuple(v))), flat(G(v)))
+
+def test_reduction_of_the_fisher_diagonal_is_one_of_two():
+    p = torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match='reduction must be one of'): fisher_diagonal(p*1, (p*1).sum(), [p], reduction='max')

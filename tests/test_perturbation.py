@@ -6,7 +6,7 @@ from fastai.callback.training import GradientAccumulation
 from functools import partial
 from torch import nn
 from fastai.basics import DataLoaders,Learner
-from adahessian_fastai.all import AdaHessian,AdaHessianWrapper,sassha
+from adahessian_fastai.all import AdaHessian,AdaHessianWrapper,m_sassha,sassha
 from adahessian_fastai.steppers import Perturbation,perturbed
 from helpers_learner import HYPERS,ROUNDING,Noted,data,distance,fit,given,learner,mlp,one_loss,split
 from twin import Twin
@@ -373,3 +373,18 @@ def counted(**kwargs):
 
 @pytest.mark.parametrize('rho,n', [(0,2),(None,2),(0.1,4)])
 def test_no_distance_needs_no_second_pass(rho, n): assert counted(opt_func=sassha, hypers={}, rho=rho)==n
+
+
+def test_every_setting_of_sassha_arrives():
+    opt = sassha([nn.Parameter(torch.ones(2))], None, .8, .9, .1, .2, .3, .7, update_each=7, n_acc=2, clip=1., cap=2., spike=3., along='momentum', n_samples=4,
+        hessian_bs=.5, dense=(3,2))
+    assert opt.hypers[0]==dict(lr=.15, mom=.8, sqr_mom=.9, eps=.1, wd=.2, hessian_power=.7, clip=1., cap=2., spike=3.)
+    assert {k: vars(opt.when)[k] for k in ('update_each','hessian_bs','dense','probes')}==dict(update_each=7, hessian_bs=.5, dense=3, probes=2)
+    assert (opt.perturb.rho,opt.perturb.along,opt.n_acc,opt.estimator.n_samples)==(.3,'momentum',2,4)
+
+
+def test_defaults_of_sassha_and_its_cheap_form():
+    for f,rho,along in ((sassha,.2,'gradient'), (m_sassha,.1,'momentum')):
+        opt = f([nn.Parameter(torch.ones(2))])
+        assert opt.hypers[0]==dict(lr=.15, mom=.9, sqr_mom=.999, eps=1e-4, wd=5e-4, hessian_power=.5, clip=0., cap=0., spike=2.)
+        assert (opt.perturb.rho,opt.perturb.along,opt.when.update_each)==(rho,along,10) and repr(opt).startswith(f'{f.__name__}: ')

@@ -182,3 +182,17 @@ def test_negative_and_missing_curvature_gives_the_sign_of_momentum():
     p = torch.zeros(3)
     sophia_step(p, lr=0.1, rho=0.04, eps=1e-12, grad_avg=torch.tensor([1e-3,-1e-3,5.]), avg_diag_hessian=torch.tensor([-7.,0.,1e-9]))
     assert torch.allclose(p, torch.tensor([-0.1,0.1,-0.1]))
+
+
+def test_every_setting_arrives():
+    opt = sophia([nn.Parameter(torch.ones(2))], None, .8, .9, .5, .2, 7, eps=1e-3, n_acc=2, n_samples=4, hessian_bs=.5, dense=(3,2), block_length=8,
+        average_kernels=True)
+    assert opt.hypers[0]==dict(lr=1e-3, mom=.8, sqr_mom=.9, rho=.5, wd=.2, eps=1e-3) and (opt.n_acc,opt.estimator.n_samples)==(2,4)
+    assert {k: vars(opt.when)[k] for k in ('update_each','hessian_bs','dense','probes')}==dict(update_each=7, hessian_bs=.5, dense=3, probes=2)
+    assert opt.smooth.keywords==dict(block_length=8, signed=True, average_kernels=True)
+
+
+def test_defaults_are_those_of_the_paper():
+    opt = sophia([nn.Parameter(torch.ones(2))])
+    assert opt.hypers[0]==dict(lr=1e-3, mom=.965, sqr_mom=.99, rho=.04, wd=.1, eps=1e-12) and opt.when.update_each==10
+    assert opt.smooth.keywords==dict(block_length=1, signed=True, average_kernels=False)
