@@ -1,0 +1,92 @@
+"A loss as a function of parameters: what a copy keeps, and means of several, by known answers"
+import pytest,torch
+from torch import nn
+from adahessian_fastai.ggn import NoOutputs
+from adahessian_fastai.problem import *
+
+
+def bowl(scale=1., w=2., **kwargs):
+    "`scale*w²` at `w`, which says whether it was evaluated for two derivatives"
+    p = nn.Parameter(torch.tensor(w))
+    return Problem([p], p**2*scale, outputs=p*1, evaluate=lambda twice=False: (p**2, f'{twice=}'), scale=scale, rescaled=lambda f: f, **kwargs)
+
+
+def test_another_evaluation_has_no_scale():
+    p = bowl(8.)
+    for twice in (False,True):
+        new = p.again(twice)
+        assert (new.loss.item(),new.scale,new.outputs)==(4.,1.,f'{twice=}') and new.rescaled(3)==3 and new.rescaled is not p.rescaled
+    assert (p.scale,p.loss.item())==(8.,32.)
+
+
+def test_without_its_graph_a_problem_has_its_plain_loss():
+    p = bowl(8.)
+    new = p.without_graph()
+    assert (new.loss.item(),new.scale,new.outputs,new.loss.requires_grad)==(4.,1.,None,False) and new.rescaled is not p.rescaled
+
+
+def test_a_loss_may_be_a_vector_of_one_number(): assert Problem([], torch.ones(1)).loss.shape==(1,)
+
+
+def test_backward_with_a_weight_and_without_gradients():
+    p, = (b := bowl()).params
+    b.backward(3., retain_graph=True)
+    b.backward(.5)
+    b.backward(.5, grads=[torch.tensor(2.)])
+    b.backward(grads=[None])
+    assert p.grad==3*4+.5*4+.5*2
+
+
+def test_means_have_any_weights():
+    ps = [bowl(count=1), bowl(w=3., count=3)]
+    assert MeanProblem(ps).loss==4/4+9*3/4 and MeanProblem(ps, [2.,1.]).loss==2*4+9 and MeanProblem(ps, [0.,1.]).loss==9
+    halved = MeanProblem(ps, [2.,1.], lambda ts: [t/2 for t in ts]).map(lambda p: p)
+    assert halved.loss==(2*4+9)/2 and MeanProblem(iter(ps), iter([2.,1.])).loss==17 and halved.again(True).problems[0].outputs=='twice=True'
+    with pytest.raises(ValueError, match='weights must be like the 2 problems'): MeanProblem(ps, [1.])
+    with pytest.raises(ValueError, match='a mean needs items to count'): MeanProblem([bowl(count=0)])
+    assert MeanProblem([bowl(count=0)], [1.]).loss==4
+
+
+def test_gradients_of_a_mean_keep_their_graphs_where_asked():
+    mean = MeanProblem([bowl(count=1)]*2)
+    g, = mean.gradient(create_graph=True)
+    assert g.item()==4 and torch.autograd.grad(g, mean.params)[0]==2
+    assert mean.gradient(retain_graph=True)[0]==4==mean.gradient(retain_graph=True)[0]
+
+
+def test_negative_counts_weigh_nothing(): assert weights_of([-1,1,3])==[0.,.25,.75] and weights_of([-1,1,3], 'sum')==[0.,1.,1.]
+
+
+class Cell(nn.Module):
+    def __init__(self, kind): self.kind = super().__init__() or kind
+    def forward(self, x): return self.kind([x,None])
+
+@pytest.mark.parametrize('kind', [tuple,list,lambda o: o[0]])
+def test_the_first_output_is_the_state_and_hooks_go_after_an_error(kind):
+    cell,x = Cell(kind),torch.ones(2)
+    with pytest.raises(ZeroDivisionError), hidden_states([cell]) as hs: 1/(len(cell(x))*0)
+    assert hs[0] is x and not cell._forward_hooks
+
+
+def test_hidden_states_are_held_with_the_scale_and_weight_of_the_loss():
+    "μλ is 3, and the state is 5w: the second derivative has 3·25·weight/count more"
+    w,cell = nn.Parameter(torch.tensor(2.)),Cell(lambda o: o[0])
+    def evaluate(twice=False): return w**2+0*cell(5*w),None
+    def problem(scale, **kwargs):
+        with hidden_states([cell]) as hs: loss,_ = evaluate()
+        return Problem([w], loss*scale, w*1, evaluate=evaluate, scale=scale, count=4, weight=2., **kwargs).replace(states=hs)
+    def curvature(loss): return torch.autograd.grad(torch.autograd.grad(loss, w, create_graph=True)[0], w)[0].item()
+    for reduction,count in (('mean',4),('sum',1)):
+        held = with_states(problem(8.), 3., [cell], reduction)
+        assert curvature(held.loss)==8*curvature(held.again().loss)==8*(2+3*25*2/count) and held.unseen=='structural damping'
+    assert with_states(problem(1.).replace(outputs=None, states=[]), 3., [cell]).outputs is None
+    with pytest.raises(NoOutputs, match='none of the modules'): with_states(problem(1.).replace(states=[]), 3., [cell])
+
+
+def test_a_trial_that_ends_well_stays_where_it_is():
+    p = torch.ones(2)
+    trial = Trial(lambda: p.sum().item(), [p])
+    with trial: assert trial(torch.ones(2), .5)==3. and trial(torch.ones(2), 1.)==4.
+    assert trial.n_evals==2 and p.tolist()==[2.,2.]
+    trial.restore()
+    assert p.tolist()==[1.,1.]
