@@ -294,7 +294,7 @@ def test_the_iterate_stays_where_negative_curvature_was_met(every):
     "The second direction has negative curvature, and the one that would follow has not"
     d,b = torch.tensor([5.,2.,-1.]),torch.tensor([3.,2.,3.])
     res = cg(lambda v: d*v, b, check_every=every, max_iter=6)
-    assert res.reason=='negative curvature' and torch.equal(res.x, b/2) and res.values==[0.,-5.5]
+    assert res.reason=='negative curvature' and torch.equal(res.x, b/2) and res.values==[0.,-5.5] and list(res.iterates)==[0,1]
 
 @pytest.mark.parametrize('every', [1,5])
 @pytest.mark.parametrize('neg_curv,reason', [('stop','negative curvature'), ('abs','max_iter')])
@@ -334,3 +334,49 @@ def test_damping_stays_within_its_limits_and_none_stays_none():
 def test_cells_are_recurrent_layers():
     net = nn.Sequential(nn.GRUCell(2, 3), nn.Linear(3, 1), nn.LSTM(1, 2))
     assert recurrent_layers(net)==[net[0],net[2]]
+
+def test_martens_looks_back_by_a_rounded_up_share_and_equality_goes_on():
+    assert not martens_stop([-1.,-1.,-2.,-2.], .1, k_min=1, k_share=.5) and not martens_stop([-1.,-1.,-2.], .5, k_min=1, k_share=0.)
+
+def test_a_huge_limit_is_none(): assert grid_iterations(10**30)==grid_iterations(math.inf)
+
+def test_the_start_stays_as_it_is():
+    A,b = problem(5)
+    x0 = b.clone()
+    assert not torch.equal(cg(lambda v: A@v, b, x0=x0).x, x0) and torch.equal(x0, b)
+
+@pytest.mark.parametrize('tol,n', [(.7,1), (.4,2)])
+def test_the_larger_tolerance_counts(tol, n):
+    "The first residual is 0.6 of the right-hand side"
+    d,b = torch.tensor([1.,4.]),torch.ones(2)
+    assert cg(lambda v: d*v, b, tol=tol, atol=.5).n_iter==n==cg(lambda v: d*v, b, tol=.2, atol=tol*2**.5).n_iter
+
+@pytest.mark.parametrize('keep,n,kept', [(3,6,[3,4,6]), (2,5,[3,4,5]), (None,5,[0,1,2,3,4,5])])
+def test_the_latest_iterates_are_kept(keep, n, kept):
+    A,b = problem(20)
+    assert list(cg(lambda v: A@v, b, max_iter=n, keep=keep, eps=None).iterates)==kept
+
+def test_a_right_hand_side_that_is_not_finite_costs_no_iteration():
+    res = cg(lambda v: v, torch.tensor([math.nan,1.]))
+    assert (res.reason,res.n_iter,res.x.tolist())==('divergence',0,[0.,0.])
+
+def test_armijo_by_hand():
+    assert armijo(lambda a: .001*a, 0., slope=1.)==(0.,0.)
+    assert armijo(lambda a: 1-.1*a if a<1 else 2., 1., slope=-1., beta=.5, c=.08)==(.5,.95)
+
+def test_nothing_promised_and_ratios_at_the_bounds():
+    assert math.isnan(reduction_ratio(1., .5, m1=1.)) and lm_damping(1., 1/4)==1.==lm_damping(1., 3/4)
+
+def test_settings_of_cg_arrive():
+    A,b = problem(20)
+    def solved(**kwargs):
+        looks = []
+        return CG(max_iter=6, martens_eps=None, **kwargs).solve(lambda v: [A@v[0]], b, [b], progress=lambda i, *_: looks.append(i))[0],looks
+    assert list(solved(keep_iterates=3)[0].iterates)==[3,4,6] and list(solved(backtracking=False)[0].iterates)==[6]
+    assert solved()[1]==[0,1,2,3,4,5] and solved(check_every=4)[1]==[0,4]
+    with pytest.raises(ValueError, match='x0_decay must be a number >= 0 and <= 1'): CG(x0_decay=1.5)
+
+def test_a_way_through_a_saddle_where_the_first_direction_is_one():
+    d = torch.tensor([1.,-2.])
+    sol,saddle = CG().solve(lambda v: [d*v[0]], torch.ones(2), [torch.ones(2)])
+    assert sol.n_iter==1 and torch.allclose(saddle, 1/d)

@@ -1,5 +1,6 @@
 "A loss as a function of parameters: what a copy keeps, and means of several, by known answers"
 import pytest,torch
+from fastai.torch_core import TensorBase
 from torch import nn
 from adahessian_fastai.ggn import NoOutputs
 from adahessian_fastai.problem import *
@@ -44,7 +45,13 @@ def test_means_have_any_weights():
     assert halved.loss==(2*4+9)/2 and MeanProblem(iter(ps), iter([2.,1.])).loss==17 and halved.again(True).problems[0].outputs=='twice=True'
     with pytest.raises(ValueError, match='weights must be like the 2 problems'): MeanProblem(ps, [1.])
     with pytest.raises(ValueError, match='a mean needs items to count'): MeanProblem([bowl(count=0)])
+    with pytest.raises(ValueError, match='a mean needs items to count'): MeanProblem([bowl(count=-1)])
     assert MeanProblem([bowl(count=0)], [1.]).loss==4
+
+
+def test_the_loss_of_a_mean_is_a_plain_number_in_double_precision():
+    loss = MeanProblem([Problem([], TensorBase(1.+2**-20)), Problem([], TensorBase(2**-30))], [1.,1.]).loss
+    assert type(loss) is torch.Tensor and loss.item()==1+2**-20+2**-30
 
 
 def test_gradients_of_a_mean_keep_their_graphs_where_asked():
@@ -71,7 +78,7 @@ def test_the_first_output_is_the_state_and_hooks_go_after_an_error(kind):
 def test_hidden_states_are_held_with_the_scale_and_weight_of_the_loss():
     "μλ is 3, and the state is 5w: the second derivative has 3·25·weight/count more"
     w,cell = nn.Parameter(torch.tensor(2.)),Cell(lambda o: o[0])
-    def evaluate(twice=False): return w**2+0*cell(5*w),None
+    def evaluate(twice=False): return w**2+0*cell(5*w),twice
     def problem(scale, **kwargs):
         with hidden_states([cell]) as hs: loss,_ = evaluate()
         return Problem([w], loss*scale, w*1, evaluate=evaluate, scale=scale, count=4, weight=2., **kwargs).replace(states=hs)
@@ -79,6 +86,7 @@ def test_hidden_states_are_held_with_the_scale_and_weight_of_the_loss():
     for reduction,count in (('mean',4),('sum',1)):
         held = with_states(problem(8.), 3., [cell], reduction)
         assert curvature(held.loss)==8*curvature(held.again().loss)==8*(2+3*25*2/count) and held.unseen=='structural damping'
+        assert [held.again(o).outputs[0] for o in (False,True)]==[False,True]
     assert with_states(problem(1.).replace(outputs=None, states=[]), 3., [cell]).outputs is None
     with pytest.raises(NoOutputs, match='none of the modules'): with_states(problem(1.).replace(states=[]), 3., [cell])
 
