@@ -158,7 +158,7 @@ def cg(
         new.append(row)
         if i in marks: kept[i] = x.clone()
         if keep and len(kept)>keep: kept.pop(min(kept))
-        if i and i%every and i<max_iter: continue
+        if i%every and i<max_iter: continue
         reason,new = _cg_look(rows, torch.stack(new).tolist(), bound, max_iter, eps, neg_curv),[]
         if reason: break
         progress(i, *rows[-1][:2])

@@ -301,7 +301,7 @@ def _hardsigmoid(input, inplace=False):
 def _weight_norm(v, g, dim=0):
     "`g*v/‖v‖`, with a norm for each entry along `dim`; one for all where it is -1"
     axes = None if dim==-1 else [i for i in range(v.ndim) if i!=dim%v.ndim]
-    return v*(g/torch.linalg.vector_norm(v, dim=axes, keepdim=dim!=-1))
+    return v*(g/torch.linalg.vector_norm(v, dim=axes, keepdim=True))
 
 def _linear_cross_entropy(*args, options=None, **kwargs): return F.linear_cross_entropy(*args, **kwargs)
 

@@ -143,11 +143,8 @@ def cross_rank_mean(
 
 # %% ../nbs/10_learner.ipynb #fc7862cc
 class Ranks:
-    "Means over the processes of `group`"
-    def __init__(self,
-        group=None, # Process group; `None` for a single process
-        device=None # To communicate from
-    ): self.group,self.device = group,device
+    "Means over the processes of `group`, `None` for a single one, which communicate from `device`"
+    def __init__(self, group=None, device=None): self.group,self.device = group,device
 
     def worst(self, code):
         "The largest `code` that a process brings"
@@ -167,6 +164,9 @@ class Ranks:
         if isinstance(error, Exception) and not isinstance(error, AgreedError): self.worst(2)
 
 # %% ../nbs/10_learner.ipynb #pend0002
+@patch
+def zero_grad(self:Lookahead): self.opt.zero_grad()
+
 def drop_pending(opt):
     "Forget gradients and batches of an accumulation, which belong to other weights or another optimizer"
     if not hasattr(opt, 'backward'): return
@@ -307,12 +307,14 @@ def load(self:Learner, file, device=None, **kwargs):
     if self.opt is None: self.create_opt()
     if not hasattr(self.opt, 'backward'): return self._orig_load(file, device=device, **kwargs)
     opt,sds,kept = self.opt,[],{k: v.clone() if isinstance(v, Tensor) else v for k,v in self.model.state_dict().items()}
+    opt_kept = dict(vars(opt)) # `Lookahead` reads its own part first
     self.opt = SimpleNamespace(load_state_dict=sds.append)
     try:
         self._orig_load(file, device=device, **kwargs)
         opt.load_state_dict(*sds) if sds else drop_pending(opt)
     except BaseException as e:
         self.model.load_state_dict(kept)
+        vars(opt).update(opt_kept)
         said = _unread(file, join_path_file(file, self.path/self.model_dir, ext='.pth'), e)
         if said is None: raise
         raise ValueError(said) from e

@@ -5,8 +5,8 @@ from functools import partial
 import numpy as np,pandas as pd,pytest,torch
 import torch.nn.functional as F
 from fastai.callback.schedule import ParamScheduler,SchedLin
-from fastai.callback.training import GradientAccumulation
-from fastai.learner import Callback,CancelBatchException,Learner,defaults,load_learner
+from fastai.callback.training import GradientAccumulation,ShortEpochCallback
+from fastai.learner import Callback,CancelBatchException,CancelStepException,Learner,defaults,load_learner
 from fastai.data.core import DataLoaders
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
@@ -14,7 +14,7 @@ from fastai.optimizer import Adam,Lookahead,OptimWrapper
 from fastai.torch_core import params,set_seed
 from torch import nn
 import fastai.callback.all  # chkstyle: ignore
-from adahessian_fastai.all import adahessian as modern,adahessian_paper as adahessian,sophia
+from adahessian_fastai.all import adahessian as modern,adahessian_paper as adahessian,hessian_free,sophia
 
 
 def data(n=256, bs=16, seed=0):
@@ -229,6 +229,47 @@ def test_lookahead_around_adahessian():
     learn.fit(3, 0.1)
     assert learn.opt.opt.n_estimates==48 and learn.opt.count==48 and learn.opt.opt.diags=={}
     assert learn.validate()[0]<before*2/3
+
+
+def within_lookahead(opt_func, **kw): return lambda p,**k: Lookahead(opt_func(p, **kw, **k), alpha=1.) # Which moves nothing by itself
+
+class Cancelled(Callback):
+    "Without a third step"
+    run_valid = False
+    def before_step(self):
+        if self.train_iter==3: raise CancelStepException
+
+@pytest.mark.parametrize('opt_func,kw', [(hessian_free,dict(cg_max_iter=5)),(adahessian,{})], ids=['hessian_free','adahessian'])
+def test_a_cancelled_step_leaves_nothing_behind_within_lookahead(opt_func, kw):
+    def trained(opt_func):
+        learn = learner(opt_func)
+        learn.fit(1, 0.1, cbs=Cancelled())
+        return learn
+    one,other = trained(partial(opt_func, **kw)),trained(within_lookahead(opt_func, **kw))
+    assert torch.allclose(weights(one), weights(other), atol=1e-4) and one.opt.n_steps==other.opt.n_steps # Its slow weights round
+    if opt_func is hessian_free: assert [o['loss'] for o in other.opt.record]==pytest.approx([o['loss'] for o in one.opt.record])
+
+def test_weights_loaded_within_an_accumulation_drop_it_within_lookahead(tmp_path):
+    learn = learner(within_lookahead(adahessian, n_acc=3))
+    learn.path = tmp_path
+    learn.create_opt()
+    learn.save('w', with_opt=False)
+    learn.fit(1, 0.1, cbs=ShortEpochCallback(0.2, short_valid=False))
+    assert 0<learn.opt.n_batches<3 and learn.opt.diags
+    learn.load('w', with_opt=False)
+    assert learn.opt.n_batches==0 and not learn.opt.diags and all(p.grad is None for p in learn.model.parameters())
+
+def test_a_refused_file_leaves_lookahead_as_it_was(tmp_path):
+    learn = learner(within_lookahead(adahessian))
+    learn.path = tmp_path
+    learn.fit(1, 0.1)
+    learn.save('ours')
+    sd = torch.load(tmp_path/'models'/'ours.pth', weights_only=False)
+    sd['opt']['count'],sd['opt']['curvature'] = 99,{}
+    torch.save(sd, tmp_path/'models'/'spoilt.pth')
+    before = learn.opt.count,learn.opt.slow_weights,weights(learn)
+    with pytest.raises(ValueError): learn.load('spoilt')
+    assert (learn.opt.count,learn.opt.slow_weights)==before[:2] and torch.equal(weights(learn), before[2])
 
 
 def test_memory_is_flat_over_300_steps():
