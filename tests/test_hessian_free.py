@@ -23,7 +23,7 @@ from adahessian_fastai.ggn import ggn_product
 from adahessian_fastai.problem import MeanProblem, Problem
 from adahessian_fastai.hessian_free import *
 from adahessian_fastai.hessian_free import Batches,CG,Damping,LineSearch,Preconditioner   # their path before they moved
-from helpers_learner import Once
+from helpers_learner import Cube,Once
 
 torch.set_num_threads(1)
 SOLVED = 1e-3   # one CG run to a relative residual of 1e-5, problems of condition 1e2, float32
@@ -1181,15 +1181,6 @@ class NoDual(Module):
     def forward(self, x):
         h = self.c(self.a(x)[:,None])[:,0]
         return self.b(Cube.apply(h) if rank_distrib() else h**3)
-
-class Cube(torch.autograd.Function):
-    "Differentiable twice, and not forwards"
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-    @staticmethod
-    def backward(ctx, g): return 3*ctx.saved_tensors[0]**2*g
 
 def shard_of(rank, n_ranks, n_batches=3, bs=12):
     x,y = data(n_ranks*n_batches*bs)

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from adahessian_fastai.adahessian import adahessian_paper as adahessian
 from adahessian_fastai.hvp import *
 from adahessian_fastai.hvp import dual_substitutes,substitutes
+from helpers_learner import Cube
 
 # Two exact products differ by rounding alone
 EXACT = 1e-10
@@ -212,11 +213,6 @@ def test_a_wrong_forward_derivative_is_refused_and_the_way_out_works(f):
 
 
 def test_a_function_without_forward_derivative_says_so():
-    class Cube(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x): return ctx.save_for_backward(x) or x**3
-        @staticmethod
-        def backward(ctx, g): return 3*ctx.saved_tensors[0]**2*g
     x = randn(3).requires_grad_()
     with pytest.raises(NotImplementedError): dual_gradient(lambda: Cube.apply(x).sum(), [x], [torch.ones_like(x)])
     assert relative(hessian_product(lambda: Cube.apply(x).sum(), [x])([torch.ones_like(x)]), [6*x.detach()])<=EXACT
