@@ -98,16 +98,15 @@ def test_every_optimizer_of_a_budget_measures_for_itself(key):
         assert fit(learn).opt.update_each==(12,k)
 
 def test_an_object_as_a_budget_takes_what_it_was_not_told():
-    from adahessian_fastai.adahessian import adahessian
     p = nn.Parameter(torch.ones(1))
-    def when(*args, **kwargs): return adahessian([p], budget=Budget(*args), **kwargs).when
+    def when(*args, **kwargs): return default([p], budget=Budget(*args), **kwargs).when
     assert when(0.25).dense==20 and when(0.25, None, time.perf_counter, None, 7).dense==7
     assert when(0.25, dense=5).dense==5 and when(0.25, dense=0).dense==0
     assert when(0.25, None, time.perf_counter, 'auto').hessian_bs=='auto' and when(0.25, hessian_bs=0.5).hessian_bs==0.5
-    assert adahessian([p], when=Budget(0.25)).when.dense==0
+    assert default([p], when=Budget(0.25)).when.dense==0
     for told in (dict(hessian_bs=0.25), dict(hessian_bs='auto'), dict(dense=7)):
         with pytest.raises(ValueError, match='a Budget what it was told'):
-            adahessian([p], budget=Budget(0.25, **told), **{k: 0.5 if k=='hessian_bs' else 5 for k in told})
+            default([p], budget=Budget(0.25, **told), **{k: 0.5 if k=='hessian_bs' else 5 for k in told})
 
 def test_every_optimizer_of_a_period_has_its_own():
     opt_func = partial(adahessian, when=Every(3))
@@ -257,7 +256,7 @@ def test_starts_that_are_none(dense):
 
 @pytest.mark.parametrize('given', [dict(update_each=3), dict(dense=5), dict(hessian_bs=0.5), dict(budget=0.25)], ids=str)
 def test_a_schedule_comes_without_what_it_decides(given):
-    "It was taken and the other was ignored; the defaults of a factory are nobody's"
+    "Beside it that is refused; the defaults of a factory are nobody's"
     p = [nn.Parameter(torch.ones(1))]
     for f in (default, adahessian, sophia):
         assert f(p, when=Every(4)).update_each==4
@@ -279,7 +278,7 @@ def test_arguments_of_a_budget_are_looked_at(kwargs):
 
 @pytest.mark.parametrize('kwargs', [dict(budget=0.5), dict(hessian_bs=0.5), dict(hessian_bs='auto')], ids=str)
 def test_a_checkpoint_does_not_answer_for_another_budget(kwargs):
-    "What was measured for 0.25 was taken for 0.5, and a schedule without 'auto' for one with it"
+    "What was measured for 0.25 is not taken for 0.5, nor a schedule without 'auto' for one with it"
     learn,other = fit(learner(Clock(3.))),learner()
     args = {'budget': 0.25, 'hessian_bs': None, **kwargs}
     clock = RowClock(0.5, 1.5)

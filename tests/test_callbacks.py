@@ -161,7 +161,7 @@ def test_reduce_lr_on_plateau():
     assert math.isclose(learn.opt.hypers[-1]['lr'], HYPERS['lr']/100)
 
 
-def norms_of(snapshot):
+def without_rates(snapshot):
     "What `lr_find` must restore: all but the learning rate, which each `fit` sets anew"
     model,opt = snapshot
     return model,{**opt, 'hypers': [{k: v for k,v in h.items() if k!='lr'} for h in opt['hypers']]}
@@ -175,10 +175,10 @@ def test_lr_find_in_the_middle_leaves_everything_bit_for_bit(kwargs, tmp_path):
     def run(find):
         torch.manual_seed(3)
         learn = fit(learner(mlp(norm=nn.BatchNorm1d), x, y, path=tmp_path, **kwargs))
-        before = norms_of(state_of(learn))
+        before = without_rates(state_of(learn))
         if find:
             with learn.no_bar(),learn.no_logging(): learn.lr_find(num_it=20, show_plot=False)
-            assert norms_of(state_of(learn))==before
+            assert without_rates(state_of(learn))==before
         return state_of(fit(learn))
     assert run(True)==run(False)
 

@@ -189,15 +189,11 @@ def test_preconditioner_inverts_the_power_of_the_damped_diagonal():
     assert torch.allclose((d+.3)**.75*diag_preconditioner(d, .3)(v), v)
     assert not torch.allclose(diag_preconditioner(d, .3, exponent=1.)(v), diag_preconditioner(d, .3)(v))
 
-@pytest.mark.parametrize('kwargs', [dict(neg_curv='x'), dict(max_iter=0), dict(check_every=0), dict(grid=.5)])
+@pytest.mark.parametrize('kwargs', [dict(neg_curv='x'), dict(max_iter=0), dict(max_iter=True), dict(max_iter=1.5), dict(max_iter=math.nan), dict(tol=-1),
+    dict(tol=math.nan), dict(tol='x'), dict(atol=-1.), dict(atol=math.inf), dict(eps=-1.), dict(keep=-1), dict(check_every=0), dict(check_every=True),
+    dict(grid=.5), dict(grid=math.nan), dict(x0=torch.ones(3))])
 def test_wrong_settings_are_named(kwargs):
-    with pytest.raises(ValueError, match=list(kwargs)[0]): cg(lambda v: v, torch.ones(2), **kwargs)
-
-@pytest.mark.parametrize('kwargs', [dict(max_iter=True), dict(max_iter=1.5), dict(max_iter=math.nan), dict(tol=-1), dict(tol=math.nan),
-    dict(tol='x'), dict(atol=-1.), dict(atol=math.inf), dict(eps=-1.), dict(keep=-1), dict(check_every=True), dict(grid=math.nan),
-    dict(x0=torch.ones(3))])
-def test_settings_of_another_kind_are_named(kwargs):
-    with pytest.raises(ValueError, match=list(kwargs)[0]): cg(lambda v: v, torch.ones(2), **kwargs)
+    with pytest.raises(ValueError, match=f'^{list(kwargs)[0]} must be '): cg(lambda v: v, torch.ones(2), **kwargs)
 
 def test_no_limit_lets_rounding_have_its_iterations():
     "Twelve unknowns in single precision: the default cap of twelve is too low, and without one the tolerance is met"
@@ -313,7 +309,7 @@ def test_no_look_goes_beyond_the_last_iteration(max_iter):
 def test_flat_product_keeps_the_type_and_wants_a_damping_for_each_tensor():
     like = [torch.ones(1), torch.ones(2)]
     assert flat_product(lambda v: [o.double() for o in v], like, damping=1.)(torch.ones(3)).dtype==torch.float
-    with pytest.raises(ValueError): flat_product(lambda v: v, like, damping=[1.])(torch.ones(3))
+    with pytest.raises(ValueError, match='shorter'): flat_product(lambda v: v, like, damping=[1.])(torch.ones(3))
 
 def test_a_diagonal_with_zeros_and_no_damping_is_finite():
     assert diag_preconditioner(torch.tensor([0.,16.]))(torch.tensor([0.,8.])).tolist()==[0.,1.]

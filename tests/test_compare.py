@@ -157,7 +157,7 @@ def test_loaders_of_pytorch_begin_at_the_seed_too():
 
 
 def test_a_comparison_leaves_the_random_state_and_the_switches_of_cudnn(monkeypatch):
-    "They stayed at those of the last run; `deterministic` made all that came after slow"
+    "Those of the last run would make all that comes after repeatable, and slow"
     monkeypatch.setattr(torch.backends.cudnn, 'deterministic', False)
     ds = [(torch.randn(4),torch.randint(2, ())) for _ in range(16)]
     dls = DataLoaders.from_dsets(ds, ds, bs=8, num_workers=0)
@@ -171,7 +171,7 @@ def test_a_rate_for_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="adma.*'adam'"): compare_optimizers(None, dict(adam=Adam), 1, lr=dict(adma=1e-2))
 
 def test_a_loader_of_pytorch_begins_each_run_alike():
-    "Its generator went on where the run before had left it, so the second optimizer saw other batches"
+    "Its generator would go on where the run before has left it, and the second optimizer see other batches"
     ds = torch.utils.data.TensorDataset(torch.randn(64,4), torch.randint(2, (64,)))
     train = torch.utils.data.DataLoader(ds, bs := 8, shuffle=True, generator=torch.Generator())
     dls = DataLoaders(train, torch.utils.data.DataLoader(ds, bs))
@@ -242,7 +242,7 @@ def test_nothing_watches_after_an_error(error):
     assert kept and not torch.autograd._profiler_enabled()
 
 def test_a_seed_that_failed_is_no_success():
-    "A rate at which two runs of three blew up was the best"
+    "A rate at which two runs of three blow up is not the best"
     def row(seed, lr, loss): return dict(optimizer='x', seed=seed, lr=lr, default=0.1, train_loss=loss, valid_loss=loss, accuracy=loss,
         **{'s/epoch': 1., 'peak MB': 1.}, losses=[loss], valid_losses=[loss], seconds=[1.])
     runs = pd.DataFrame([row(s, lr, l) for lr,ls in {0.1: (0.5,0.5,0.5), 1.: (0.1,math.nan,math.nan)}.items() for s,l in enumerate(ls)])

@@ -140,7 +140,7 @@ def test_reentrant_checkpoints_get_a_clear_error(grad_input):
 
 
 def test_two_losses_of_one_model(monkeypatch):
-    "The first product was that of the second loss"
+    "Each has the product of its own, though the model is one"
     monkeypatch.setattr(torch, 'compile', lambda f: f)
     model = nn.Linear(2, 1, bias=False).double()
     x,y = torch.randn(8,2).double(),torch.randn(8,1).double()

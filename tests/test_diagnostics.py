@@ -159,8 +159,8 @@ def test_frozen_layers_and_modes():
     assert [m.training for m in learn.model.modules()]==modes
     assert '0 Conv2d' not in layer_params(learn.model) and len(learn.curvature_recorder.records)==4
 
-def test_lr_find_and_predictions_are_left_alone():
-    learn = learner(cbs=CurvatureRecorder(every=1))
+def test_lr_find_and_predictions_are_left_alone(tmp_path):
+    learn = learner(cbs=CurvatureRecorder(every=1), path=tmp_path)
     with learn.no_bar(): learn.lr_find(num_it=8, show_plot=False)
     assert learn.curvature_recorder.records==[]
     run(learn, 1)
@@ -317,18 +317,14 @@ def test_what_cannot_be_measured_is_nan_with_one_warning(loss):
     learn.curvature_recorder.plot_timeline()
 
 def test_an_interrupt_in_a_measurement_is_one():
-    class Stops(Callback):
-        def after_loss(self):
-            if self.n==2: raise KeyboardInterrupt
-            self.learn.stops.n += 1
-    stops = Stops()
-    stops.n = 0
-    learn = learner(cbs=[CurvatureRecorder(every=1), stops])
+    class Stops(Hessian):
+        def __call__(self, *args): raise KeyboardInterrupt
+    learn = learner(cbs=CurvatureRecorder(every=1, curvature=Stops()))
     with pytest.raises(KeyboardInterrupt): run(learn)
+    assert learn.curvature_recorder.records==[]
 
-def test_wrong_arguments_are_refused_before_the_training():
+def test_an_unknown_curvature_is_refused_before_the_training():
     with pytest.raises(ValueError, match="curvature='fisher'"): CurvatureRecorder(curvature='fisher')
-    with pytest.raises(ValueError, match='n_samples'): CurvatureRecorder(n_samples=1)
 
 def on_shard(rank, port, path):
     "One of two processes that share a model's parameters, in its children alone"
@@ -624,10 +620,6 @@ def test_budget_is_kept():
     assert 2 <= len(rec.records) < 48
     assert sum(cost)-max(cost) <= .2*total
 
-@pytest.mark.parametrize('kw', [dict(every=0), dict(budget=0.), dict(budget=1.5)])
-def test_bad_schedules_name_themselves(kw):
-    with pytest.raises(ValueError, match=next(iter(kw))): CurvatureRecorder(**kw)
-
 def test_every_argument_changes_something():
     base = dict(every=2)
     def rec(**kw): return run(learner(cbs=CurvatureRecorder(**{**base, **kw})), 1).curvature_recorder.records
@@ -638,16 +630,15 @@ def test_every_argument_changes_something():
     for kw in others: assert numbers(rec(**kw))!=numbers(one), kw
     assert len(rec(every=1))==4 and 'layers' in rec(per_layer=True)[0]
 
-def test_table_and_trackers(capsys):
+def test_table_and_trackers(tmp_path):
     stops = EarlyStoppingCallback(monitor='lambda_max', comp=np.less, patience=5)
-    learn = learner(cbs=[CurvatureRecorder(every=2), CSVLogger(), stops], metrics=accuracy)
+    learn = learner(cbs=[CurvatureRecorder(every=2), CSVLogger(), stops], metrics=accuracy, path=tmp_path)
     with learn.no_bar(): learn.fit(2, 1e-2)
     names = list(learn.recorder.metric_names)
     assert names==['epoch','train_loss','valid_loss','accuracy',*CurvatureRecorder.columns,'time']
     assert all(len(v)==len(names)-2 for v in learn.recorder.values)
     assert learn.recorder.values[-1][3]==learn.curvature_recorder.records[-1]['lambda_max']
-    assert 'lambda_max' in (learn.path/'history.csv').read_text().splitlines()[0]
-    (learn.path/'history.csv').unlink()
+    assert 'lambda_max' in (tmp_path/'history.csv').read_text().splitlines()[0]
 
 def test_tensorboard(tmp_path):
     pytest.importorskip('tensorboard')
@@ -826,9 +817,9 @@ def test_summary_has_the_layers_numbers(name):
     assert all(len(l)<=80 for l in text.splitlines()[:-2])
     assert f'lr=0.25 is {.25/(2/lam):.2g} times that limit' in text
 
-def test_summary_judges_the_rate_of_the_training():
+def test_summary_judges_the_rate_of_the_training(tmp_path):
     "Not what the schedule left of it, and not what `lr_find` tried"
-    learn = learner('no_dropout', lr=.02)
+    learn = learner('no_dropout', lr=.02, path=tmp_path)
     assert trained_lr(learn)==.02
     run(learn, 2, .01)
     assert learn.opt.hypers[-1]['lr']<1e-3 and trained_lr(learn)==pytest.approx(.01, rel=.05)
@@ -935,7 +926,7 @@ def test_an_optimizer_of_torch():
 @pytest.mark.parametrize('call', [lambda l,how: l.stability(2, curvature=how), lambda l,how: l.curvature_summary(curvature=how, n_samples=2),
     lambda l,how: l.curvature_product(curvature=how)([torch.ones_like(p) for p in l.model.parameters()])], ids=['stability','summary','product'])
 def test_what_a_curvature_learns_of_one_network_is_no_other_ones(call):
-    "Finite differences, looked at in a smooth network, were believed in one with kinks"
+    "Finite differences that suit a smooth network are looked at anew in one with kinks"
     models = [nn.Sequential(nn.Flatten(), nn.Linear(36,8), act(), nn.Linear(8,3)) for act in (nn.Tanh,nn.ReLU)]
     smooth,kinked = [Learner(dls(), m, CrossEntropyLossFlat(), opt_func=Adam) for m in models]
     how = Hessian('finite_difference')
@@ -943,7 +934,7 @@ def test_what_a_curvature_learns_of_one_network_is_no_other_ones(call):
     with pytest.raises(ValueError, match='has a kink'): call(kinked, how)
 
 def test_a_recorder_looks_anew_in_each_training(capsys):
-    "'auto' had the way of the first network in the second; within a training it is chosen once, and may be pickled"
+    "'auto' chooses a way for each network, once within a training, and may be pickled"
     rec,used = CurvatureRecorder(every=2, curvature=Hessian('auto'), per_layer=True),[]
     for act in (nn.GELU,nn.ReLU):
         learn = Learner(dls(), nn.Sequential(nn.Flatten(), nn.Linear(36,8), act(), nn.Linear(8,3)), CrossEntropyLossFlat(), opt_func=Adam, cbs=rec)
@@ -993,9 +984,9 @@ def test_batches_in_any_form():
     for odd in ([], [nn.Parameter(torch.ones(2))]):
         with pytest.raises(ValueError, match='params must be parameters of the model'): learn.curvature_product(params=odd)
 
-@pytest.mark.parametrize('kwargs,name', [(dict(budget='x'),'budget'), (dict(budget=True),'budget'), (dict(budget=0),'budget'), (dict(seed='a'),'seed')])
-def test_settings_of_the_recorder_are_looked_at(kwargs, name):
-    with pytest.raises(ValueError, match=f'{name} must be'): CurvatureRecorder(**kwargs)
+@pytest.mark.parametrize('name,v', [('every',0), ('budget','x'), ('budget',True), ('budget',0), ('budget',0.), ('budget',1.5), ('seed','a'), ('n_samples',1)])
+def test_settings_of_the_recorder_are_looked_at(name, v):
+    with pytest.raises(ValueError, match=f'^{name} must be '): CurvatureRecorder(**{name: v})
 
 # Layers that take no part in the estimate
 

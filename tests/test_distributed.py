@@ -464,7 +464,7 @@ def on_one(n_ranks, found, **kwargs):
 @pytest.mark.parametrize('name', PARTS)
 def test_parts_in_each_process_equal_one_process(shared_out, name):
     "Weights and averages, in float64; the states are parts as the parameters are"
-    found,*others = [r[f'{name}'] for r in shared_out]
+    found,*others = [r[name] for r in shared_out]
     opt = on_one(len(shared_out), found, **SHARDED[name])
     averages = [v for p in opt.all_params().itemgot(0) for k,v in opt.state[p].items() if 'diag_hessian' in k]
     bound = ROUNDING if name not in BY_DIFFERENCE else DIFFERENCE_SIGNED if SHARDED[name].get('signed') else DIFFERENCE
@@ -478,7 +478,7 @@ def test_a_learner_with_parts_trains_as_a_plain_loop(shared_out):
         for name,found in r['by_learner'].items(): assert found['parts'] and far(found['weights'], r[name]['weights'])<ROUNDING, name
 
 
-def test_a_state_shared_outgoes_on_where_it_stood(shared_out):
+def test_a_state_of_parts_goes_on_where_it_stood(shared_out):
     "From parts and from whole tensors"
     for r in shared_out:
         for found in r['resumed']: assert found['parts'] and far(found['weights'], r['gnb']['weights'])==0

@@ -72,11 +72,14 @@ jvps = dict(reverse=lambda m,ps,x: None,  # chkstyle: ignore-node
 @pytest.mark.parametrize('jvp', list(jvps))
 @pytest.mark.parametrize('name', list(cases))
 def test_product_is_the_dense_matrix(name, jvp):
-    if (name,jvp)==('batch_norm','linear'): pytest.skip("linearising a layer that moves its own buffers is tested below")
     model,ps,x,loss = setup(name)
     want = dense_ggn(model, ps, x, loss)
     out = model(x)
-    got = dense(ggn_product(out, loss(output_tensors(out)), ps, jvp=jvps[jvp](model, ps, x)), ps)
+    try: J = jvps[jvp](model, ps, x)
+    except RuntimeError as e: # A version that does not replay a layer which moves its own buffers
+        assert (name,jvp)==('batch_norm','linear') and 'overwrites' in str(e)
+        return
+    got = dense(ggn_product(out, loss(output_tensors(out)), ps, jvp=J), ps)
     assert want.abs().max() > 1e-3
     assert torch.allclose(got, want, **EXACT)
 
@@ -223,7 +226,7 @@ def test_outputs_are_variables_of_their_own(kind, jvp):
     assert all(not (z._backward_hooks or getattr(z.grad_fn, '_backward_hooks', None)) for z in zs)
 
 def test_features_beside_the_logits_change_nothing():
-    "The diagonal was up to four times too large where the way through the logits counted twice"
+    "The way through the logits counts once"
     torch.manual_seed(0)
     a,b,x = nn.Linear(5, 4).double(),nn.Linear(4, 3).double(),torch.randn(7, 5, dtype=F64)
     ps = [*a.parameters(), *b.parameters()]
@@ -347,7 +350,7 @@ def test_dual_numbers_reach_parameters_wherever_they_live():
     with pytest.raises(ValueError, match='no parameters of these shapes'): model_forward(model, every, x)
 
 def test_generators_of_parameters():
-    "A Jacobian was zero where they were used up"
+    "They serve more than one product; of parameters that are used up a Jacobian would be zero"
     torch.manual_seed(0)
     net,x = nn.Linear(3,2).double(),torch.randn(4,3,dtype=torch.double)
     ps = list(net.parameters())

@@ -177,7 +177,7 @@ def test_hessian_free_tells_of_batch_norm_on_small_batches(bs, norm, told):
 
 @pytest.mark.parametrize('spikes', [(2.,0.3),(0.3,0.),(0.,1.)])
 def test_each_group_has_its_own_bound(spikes):
-    "Of the running mean that all share; the last group's number held for all"
+    "Of the running mean that all share"
     torch.manual_seed(0)
     a,b = (nn.Parameter(torch.zeros(3)) for _ in range(2))
     opt = adahessian([[a],[b]], spike=list(spikes), update_each=1)

@@ -22,7 +22,7 @@ from adahessian_fastai.curvature import GaussNewton,Hessian
 from adahessian_fastai.ggn import ggn_product
 from adahessian_fastai.problem import MeanProblem, Problem
 from adahessian_fastai.hessian_free import *
-from adahessian_fastai.hessian_free import Batches,CG,Damping,LineSearch,Preconditioner   # their path before they moved
+from adahessian_fastai.hessian_free import Batches,CG,Damping,LineSearch,Preconditioner   # their older path
 from helpers_learner import Cube,Once
 
 torch.set_num_threads(1)
@@ -861,7 +861,7 @@ def test_a_layer_that_was_not_used_does_not_move(kwargs):
     learn.add_cb(Look())
     fit(learn, 2)
     if kwargs: assert [m for _,m in moved] == [False,True]*4 and learn.opt.n_skipped==0
-    else: assert all(used==m for used,m in moved)
+    else: assert moved == [(True,True),(False,False)]*4
 
 def test_the_closed_form_is_for_the_bare_loss_alone():
     "A callback that multiplies the loss by 5 gives the steps of a loss function that does"
@@ -888,7 +888,7 @@ def test_a_curvature_that_is_not_a_number_is_a_skipped_step():
     w = nn.Parameter(tensor([1.,2.]))
     opt = hessian_free([w], curvature='hessian')
     def f(): return w.square().sum() + (w-w.detach()).norm()
-    with pytest.warns(UserWarning, match='curvature is not finite|not finite'): opt.step(f)
+    with pytest.warns(UserWarning, match='skipped: the curvature is not finite'): opt.step(f)
     assert opt.n_skipped==1 and w.tolist()==[1.,2.] and 'skipped' in opt.record[-1]['reason']
 
 def rosenbrock(dtype=torch.float, n=20, **kwargs):
@@ -1284,7 +1284,7 @@ def bits(k=2, silence=20):
     x[:,:k,0],x[:,-1,1] = b*2-1,1
     return x,b
 
-SOLVED = 1e-3 # Loss of two bits that are remembered; those that are not stay above 0.1 (30 steps, seeds 0 to 4: 4 solved with the damping, 1 without)
+REMEMBERED = 1e-3 # Loss of two bits that are remembered; those that are not stay above 0.1 (30 steps, seeds 0 to 4: 4 solved with the damping, 1 without)
 
 def test_structural_damping_helps_a_long_memory():
     "Two bits over twenty steps of silence, five networks: each ends lower with it, and more of them remember"
@@ -1297,7 +1297,7 @@ def test_structural_damping_helps_a_long_memory():
         return steps(opt, f, 30, module=model)[-1]
     plain,damped = ([end(seed, mu) for seed in range(5)] for mu in (0.,4.))
     assert all(d<p for d,p in zip(damped, plain))
-    assert sum(o<SOLVED for o in damped)>=3 and sum(o<SOLVED for o in plain)<=2
+    assert sum(o<REMEMBERED for o in damped)>=3 and sum(o<REMEMBERED for o in plain)<=2
 
 def test_structural_damping_is_as_strong_in_a_loop_as_in_a_learner():
     "It is divided by the samples of a mean there too"
@@ -1355,7 +1355,7 @@ def test_a_look_at_the_reduction_changes_nothing():
     opt.check_reduction(model, F.cross_entropy, [(x,y),(x,y)])
     assert torch.equal(rng, torch.get_rng_state()) and all(torch.equal(before[k], v) for k,v in model.state_dict().items())
 
-# Settings that were ignored, and what is refused
+# Settings that have to count, and what is refused
 
 class Cells(nn.Module):
     "A recurrent network of one's own"

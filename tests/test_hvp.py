@@ -188,7 +188,6 @@ def test_chunked_cross_entropy_is_computed_without_its_options():
     options = getattr(torch.nn, 'LinearCrossEntropyOptions', getattr(F, 'LinearCrossEntropyOptions', None))
     if not hasattr(F, 'linear_cross_entropy'): pytest.skip('this torch has no linear_cross_entropy')
     x,W = randn(4,5),randn(3,5, seed=1).requires_grad_()
-    seen = []
     with substituted():
         chunked = F.linear_cross_entropy(x, W, Y, **({} if options is None else dict(options=options())))
         seen = gradient(chunked, [W], create_graph=True)

@@ -121,22 +121,30 @@ def trained(act=None, cbs=(), model=None, loss_func=None, epochs=2, **kwargs):
     set_seed(5)
     net = Block(act or nn.GELU()) if model is None else model
     learn = Learner(data(), net, loss_func or CrossEntropyLossFlat(), opt_func=partial(adahessian, lr=0.02, **kwargs), cbs=list(cbs))
+    learn.start = weights(learn)
     with learn.no_bar(),learn.no_logging(): learn.fit(epochs)
     return learn
 
+def weights(learn): return [p.detach().clone() for p in learn.model.parameters()]
+
 def values(learn): return [*(p.detach() for p in learn.model.parameters()), *(b.float() for b in learn.model.buffers())]
 
+def apart(a, b):
+    "Distance of two runs, relative to the way of `b`, for the median parameter: entries with hardly any curvature step far, and by rounding"
+    ways = zip(*map(weights, (a,b)), b.start)
+    return torch.stack([(p-q).norm()/(q-o).norm() for p,q,o in ways if not torch.equal(q, o)]).median().item()
+
 SAME_RUN = 1e-4 # Relative, six steps of float32 whose products differ by rounding
-NEAR_RUN = 0.05 # Relative, six steps whose products differ by 0.3%; most in parameters without curvature, such as a key's bias; measured 0.027
+NEAR_RUN = 0.1 # Of the way of six steps whose products differ by 0.3%; measured 0.022, and 0.6 with other probes
 
 @pytest.mark.parametrize('kwargs', [{}, dict(n_samples=2), dict(update_each=2), dict(n_acc=3)], ids=str)
 def test_methods_train_alike(kwargs):
     "Batch norm statistics, dropout masks and the probes are the same, so the runs are, too"
     ref = trained(**kwargs)
     assert relative(values(trained(hvp='forward', **kwargs)), values(ref)) < SAME_RUN
-    assert relative(values(trained(hvp='finite_difference', **kwargs)), values(ref)) < NEAR_RUN
+    assert apart(trained(hvp='finite_difference', **kwargs), ref) < NEAR_RUN
     other = trained(hvp='reverse', probe='gaussian', **kwargs)
-    assert relative(values(other), values(ref)) > SAME_RUN # the comparison sees a difference
+    assert relative(values(other), values(ref)) > SAME_RUN and apart(other, ref) > NEAR_RUN # the comparisons see a difference
 
 def test_with_accumulation_callback():
     ref,fwd = (trained(hvp=h, cbs=[GradientAccumulation(16)]) for h in ('reverse','forward'))
@@ -154,13 +162,14 @@ def test_opt_out_and_frozen():
         set_seed(5)
         learn = Learner(data(), Block(nn.GELU()), CrossEntropyLossFlat(), opt_func=partial(adahessian, lr=0.02, hvp=hvp))
         learn.create_opt()
+        learn.start = weights(learn)
         learn.model.conv.requires_grad_(False)
         learn.opt.opt_out(learn.model.head)
         with learn.no_bar(),learn.no_logging(): learn.fit(1)
         return learn
     ref = run('reverse')
     assert relative(values(run('forward')), values(ref)) < SAME_RUN
-    assert relative(values(run('finite_difference')), values(ref)) < NEAR_RUN
+    assert apart(run('finite_difference'), ref) < NEAR_RUN
 
 # Refusals
 
@@ -215,7 +224,8 @@ def test_what_does_not_go_together(kwargs):
 @pytest.mark.parametrize('hvp', ['forward','finite_difference'])
 def test_rows_by_any_product(hvp):
     "On half of the batch each way gives the same estimates"
-    assert relative(values(trained(hessian_bs=4, hvp=hvp)), values(trained(hessian_bs=4))) < (SAME_RUN if hvp=='forward' else NEAR_RUN)
+    found,ref = trained(hessian_bs=4, hvp=hvp),trained(hessian_bs=4)
+    assert relative(values(found), values(ref)) < SAME_RUN if hvp=='forward' else apart(found, ref) < NEAR_RUN
 
 # The choice
 
@@ -357,7 +367,7 @@ def test_the_ways_out_of_a_function_that_is_differentiable_once():
         with pytest.raises((RuntimeError,ValueError), match="estimator='gnb'"): run(**kwargs)
     ref = partial(trained, model=functional(torch.tanh))
     assert relative(values(run(estimator='gnb')), values(ref(estimator='gnb'))) < SAME_RUN
-    assert relative(values(run(hvp='finite_difference')), values(ref())) < NEAR_RUN
+    assert apart(run(hvp='finite_difference'), ref()) < NEAR_RUN
 
 def test_auto_of_recurrent_and_compiled_models(capsys):
     def run(hvp, compiled):
@@ -367,7 +377,7 @@ def test_auto_of_recurrent_and_compiled_models(capsys):
     ref = run('reverse', False)
     for compiled in (False,True):
         learn = run('auto', compiled)
-        assert learn.opt.estimator.curvature.used=='finite_difference' and relative(values(learn), values(ref)) < NEAR_RUN
+        assert learn.opt.estimator.curvature.used=='finite_difference' and apart(learn, ref) < NEAR_RUN
 
 @pytest.mark.parametrize('kwargs', [{}, dict(curvature='ggn')], ids=str)
 def test_forward_derivatives_of_recurrent_models(kwargs):
@@ -375,7 +385,7 @@ def test_forward_derivatives_of_recurrent_models(kwargs):
     def run(**kw):
         set_seed(5)
         return values(trained(model=Recurrent(), **kwargs, **kw))
-    assert relative(run(hvp='forward'), run()) < NEAR_RUN
+    assert relative(run(hvp='forward'), run()) < SAME_RUN
 
 def test_graph_nodes_of_a_network():
     "The kinks and nothing else"

@@ -72,7 +72,7 @@ def test_save_model_callback_every_epoch(tmp_path):
 
 
 def unchanged(learn, f, match):
-    "`f` raises `ValueError`; the optimizer is as it was, to the last bit, and the very same tensors"
+    "`f` is refused; the optimizer is as it was, to the last bit, and the very same tensors"
     before,ids = state_of(learn)[1],[id(v) for s in learn.opt.opt.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
     with pytest.raises((ValueError,RuntimeError), match=match): f()
     assert state_of(learn)[1]==before
@@ -202,7 +202,7 @@ def test_a_spoilt_state_is_refused_and_changes_nothing(pending, at_rest, accumul
     for path,(name,v) in [*SPOILT, *(SPOILT_PENDING if pending else [])]:
         sd = copy.deepcopy(source.opt.state_dict())
         spoil(sd, path, v)
-        said = '|'.join(k for k in path.split('.') if not k.isdigit())
+        said = [k for k in path.split('.') if not k.isdigit()][-1]
         try: unchanged(learn, lambda: learn.opt.load_state_dict(sd), said)
         except BaseException as e: raise AssertionError(f'{path} {name}') from e
     learn.opt.load_state_dict(source.opt.state_dict())

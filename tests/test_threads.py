@@ -47,7 +47,7 @@ def made(name, n=12, shape=(3,5)):
 # Threads
 
 @pytest.mark.filterwarnings('ignore')
-def test_two_learners_in_two_threads_leave_every_switch_as_it_was():
+def test_learners_in_threads_leave_every_switch_as_it_was():
     "They enter and leave the same contexts in every order; each ends as it does alone"
     torch.manual_seed(0)
     names = ['reverse','forward','ggn','gnb']
@@ -81,7 +81,7 @@ def loop(learn, n):
 
 
 def test_contexts_that_overlap_and_are_left_in_the_order_of_entry():
-    "First in, first out is what restored wrongly; and the same context twice in one thread"
+    "Two in one thread, first in, first out: the switches come back with the last one, and no sooner"
     from adahessian_fastai.hvp import twice_differentiable
     before,net = switches(),Net()
     a,b = twice_differentiable(net),twice_differentiable(net, forward=True)
@@ -156,15 +156,16 @@ def put_back():
 
 
 def interrupts(n, seed=0, names=tuple(OPTS)):
-    "`n` interrupts at random lines over `names` in turn: what was left behind, where"
-    rng,lines,bad = random.Random(seed),{k: n_lines(k) for k in names},{}
+    "`n` interrupts at random lines over `names` in turn: what was left behind, where; and whether most of them came to pass"
+    rng,lines,bad,hits = random.Random(seed),{k: n_lines(k) for k in names},{},0
     for i in range(n):
         name = names[i%len(names)]
         k = rng.randint(1, lines[name])
         found,hit = interrupted(name, k)
         put_back()
+        hits += hit
         if found: bad[name,k] = found
-    return bad
+    return bad if hits>=n//2 else {**bad, 'reached': f'{hits} of {n} lines'}
 
 
 @pytest.mark.filterwarnings('ignore')
@@ -200,12 +201,13 @@ def edges(name, first=2, last=2):
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('name', OPTS)
 def test_an_interrupt_at_the_edge_of_a_context_leaves_nothing_behind(name):
-    bad = {}
+    bad,hits = {},[]
     for i in edges(name):
-        found,_ = interrupted(name, i)
+        found,hit = interrupted(name, i)
         put_back()
+        hits.append(hit)
         if found: bad[i] = found
-    assert bad=={}
+    assert bad=={} and sum(hits)>=5 and all(hits)
 
 
 @pytest.mark.filterwarnings('ignore')

@@ -78,8 +78,8 @@ def test_products(name):
     assert asymmetry_of(exact.product, ps) < EXACT
     if name not in KINKED: assert relative(difference_product(lambda: at.again().loss, ps)(v), exact.product(v)) < SMOOTH
     try: along = forward(at, ps).product(v)
-    except (RuntimeError,NotImplementedError): return # Said to be missing, not silently wrong
-    assert relative(along, exact.product(v)) < EXACT
+    except NotImplementedError as e: assert 'forward AD' in str(e) # Said to be missing, not silently wrong
+    else: assert relative(along, exact.product(v)) < EXACT
 
 @pytest.mark.parametrize('name', ZOO)
 def test_auto(name):
@@ -97,4 +97,4 @@ def test_gauss_newton(name):
     assert asymmetry_of(product, ps) < EXACT
     for seed in range(3):
         v = directions(at, seed)
-        assert sum((a*b).sum() for a,b in zip(v, product(v))).item() > -EXACT
+        assert sum((a*b).sum() for a,b in zip(v, product(v))).item() > EXACT
