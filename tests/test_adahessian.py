@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from fastai.basics import Callback,DataLoaders,Learner,nn,partial,set_seed
 import fastai.callback.all  # chkstyle: ignore
 from adahessian_fastai.all import Problem,adahessian as as_it_comes,adahessian_paper as adahessian,hessian_free
+from adahessian_fastai.adahessian import AdaHessian,AdaHessianWrapper,lr_for
 from adahessian_fastai.optimizer import due
+from adahessian_fastai.steppers import Perturbation
 from helpers_learner import data,fit,learner
 from twin import AsItComes,Twin
 
@@ -281,3 +283,57 @@ def test_probes_differ_between_parameters_and_estimates():
         seen += [draw(p, None) for p in ps]
     assert all((a*b).sum().abs()<5*8 for i,a in enumerate(seen) for b in seen[:i])   # 5 standard deviations of a sum of 64 signs
     assert all(set(s.tolist())=={-1.,1.} for s in seen)
+
+
+# What the arguments are by default and together
+
+RATES = [(dict(), 0.15, 225), (dict(n_samples=2), 0.15, None), (dict(curvature='ggn'), 0.15, None), (dict(debiased=True, n_samples=2), 0.1, None),
+    (dict(signed_blocks=True), 0.1, None), (dict(signed=True), 0.05, None), (dict(signed=True, estimator='control_variate'), 0.05, None),
+    (dict(estimator='gnb'), 0.05, None)]
+
+@pytest.mark.parametrize('kwargs,lr,steps', RATES, ids=[str(o[0]) for o in RATES])
+def test_rates_of_the_variants(kwargs, lr, steps):
+    "Also where another rate is given; the paper's is the same for all of them"
+    def rates(opt): return opt.hypers[0]['lr'],opt.default_lr,opt.opt.default_steps
+    ps = [nn.Parameter(torch.ones(1))]
+    opt = as_it_comes(ps, **kwargs)
+    assert rates(opt)==(lr,lr,steps) and lr_for(opt)==(lr,steps) and rates(as_it_comes(ps, 0.3, **kwargs))==(0.3,lr,steps)
+    assert rates(adahessian(ps, **kwargs))==rates(adahessian(ps, None, **kwargs))==(0.15,0.15,None)
+
+HYPERS_OF = dict(lr=0.15, mom=0.9, sqr_mom=0.999, eps=1e-4, wd=1e-4, hessian_power=1., clip=3., cap=0.1, spike=2.)
+
+@pytest.mark.parametrize('opt_func,other,rho,schedule', [(as_it_comes, dict(), 0.2, (10,20)), (adahessian, dict(clip=0., cap=0., spike=0.), 0., (1,0))],
+    ids=['as it comes','paper'])
+@pytest.mark.parametrize('given', [dict(), dict(clip=7.), dict(cap=7.), dict(spike=7.), dict(eps=0.1, sqr_mom=0.5)], ids=str)
+def test_defaults_and_what_overrides_them(opt_func, other, rho, schedule, given):
+    opt = opt_func([nn.Parameter(torch.ones(1))], **given)
+    assert dict(opt.hypers[0])=={**HYPERS_OF, **other, **given}
+    assert opt.perturb.rho==rho and (opt.when.update_each,opt.when.dense)==schedule
+
+@pytest.mark.parametrize('name', ['clip','cap','spike'])
+def test_no_bound_is_a_bound_of_none(name): assert as_it_comes([nn.Parameter(torch.ones(1))], **{name: None}).hypers[0][name]==0.
+
+def steppers(**kwargs): return AdaHessian([nn.Parameter(torch.ones(1))], 0.1, **kwargs)
+
+@pytest.mark.parametrize('steps,kwargs,said', [
+    (dict(), dict(estimator='control_variate'), 'use signed=True'), (dict(signed=True), dict(debiased=True, n_samples=2), 'choose one'),
+    (dict(), dict(debiased=True), 'n_samples >= 2, got n_samples=1'), (dict(signed=True), dict(signed_blocks=False), 'needs signed blocks'),
+    (dict(), dict(debiased=True, n_samples=2, signed_blocks=False), 'needs signed blocks'), (dict(), dict(signed_blocks='x'), 'signed_blocks'),
+    (dict(), dict(debiased='x'), 'debiased'), (dict(), dict(average_kernels='x'), 'average_kernels'), (dict(), dict(block_length=0), 'block_length')], ids=str)
+def test_averages_that_do_not_go_together(steps, kwargs, said):
+    with pytest.raises(ValueError, match=said): AdaHessianWrapper(steppers(**steps), **kwargs)
+
+@pytest.mark.parametrize('name', ['signed','decouple_wd'])
+def test_switches_of_the_steppers(name):
+    with pytest.raises(ValueError, match=name): steppers(**{name: 'x'})
+
+def test_the_wrapper_wraps_an_optimizer():
+    "With a perturbation of its own"
+    opt = AdaHessianWrapper(steppers(), debiased=True, n_samples=2, perturb=(given := Perturbation(0.3)))
+    assert opt.debiased and opt.perturb is not given and opt.perturb.rho==0.3
+    with pytest.raises(TypeError, match='wraps an optimizer'): AdaHessianWrapper([nn.Parameter(torch.ones(1))])
+
+@pytest.mark.parametrize('kwargs,want', [(dict(), False), (dict(debiased=True, n_samples=2), True), (dict(signed_blocks=True), True)], ids=str)
+def test_blocks_have_a_sign_where_their_average_does(kwargs, want):
+    found = [AdaHessianWrapper(steppers(**o), **kwargs).smooth.keywords['signed'] for o in ({},*([dict(signed=True)] if 'debiased' not in kwargs else []))]
+    assert found==[want,True][:len(found)]

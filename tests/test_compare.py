@@ -1,7 +1,8 @@
 "The command line, as a user calls it, and the tables and pictures of comparisons"
-import math,os,subprocess,sys
+import math,os,subprocess,sys,time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib,numpy as np,pandas as pd,pytest,torch
 from fastai.basics import SGD,Adam,Callback,CancelFitException,DataLoaders,Learner,get_random_states
@@ -10,8 +11,9 @@ matplotlib.use('Agg')
 from PIL import Image
 from adahessian_fastai.adahessian import adahessian
 from adahessian_fastai.steppers import average_diag_hessian
-from adahessian_fastai.compare import compare_optimizers,comparison_table,default_rate,digits_dls,main,muted,parse_opts,plot_comparison,plot_rates
-from adahessian_fastai.compare import rates_table,save_comparison
+from adahessian_fastai.compare import compare_optimizers,comparison_table,digits_dls,main,muted,parse_opts,plot_comparison,plot_rates
+from adahessian_fastai.compare import Meter,check_machine,default_rate,fitted,folder_dls,parse_lr,parse_value,peak_memory,prepare,rates_around,rates_table
+from adahessian_fastai.compare import save_comparison,train_once
 
 
 # The variables that keep PyTorch's profiler quiet come from the Makefile; nobody else has them
@@ -261,3 +263,236 @@ def test_arguments_with_commas():
     found = parse_opts('adahessian:block_length={2:8,3:1},signed=false,adam,adahessian:dense=[20,4],clip=1')
     assert list(found)==['adahessian:block_length={2:8,3:1},signed=false','adam','adahessian:dense=[20,4],clip=1']
     assert found['adahessian:block_length={2:8,3:1},signed=false'].keywords==dict(block_length={2:8,3:1}, signed=False)
+
+
+# Time and memory by hand
+
+def test_the_peak_is_of_what_lives_together():
+    "4 and 2 MB, and 4 again when they are gone"
+    with peak_memory(torch.device('cpu')) as res:
+        a,b = torch.zeros(2**20),torch.zeros(2**19)
+        del a,b
+        torch.zeros(2**20)
+    assert res['mb']==pytest.approx(6, abs=0.1)
+
+@pytest.mark.parametrize('n_iter,want', [(4,[4.,7.]), (1,[8.,7.])])
+def test_the_batch_that_is_watched_is_not_in_the_time_of_its_epoch(n_iter, want, monkeypatch):
+    "8 seconds with 5 for the first of four batches: 3 for three of them are 4 for all; the second epoch is taken as it is"
+    meter,now = Meter(),[0.]
+    monkeypatch.setattr(time, 'perf_counter', lambda: now[0])
+    meter.learn = SimpleNamespace(n_iter=n_iter, train_iter=0, model=torch.nn.Linear(1, 1))
+    def at(t, **kwargs):
+        now[0] = t
+        vars(meter.learn).update(kwargs)
+    meter.before_fit()
+    assert meter.secs==[] and math.isnan(meter.mb)
+    meter.before_train()
+    meter.before_batch()
+    kept = torch.zeros(2**19)
+    at(5., train_iter=1)
+    meter.after_batch()
+    assert len(kept) and meter.mb==pytest.approx(2, abs=0.1)
+    at(8., train_iter=n_iter)
+    meter.after_train()
+    at(10.)
+    meter.before_train()
+    meter.before_batch()
+    at(17., train_iter=2*n_iter)
+    meter.after_batch()
+    meter.after_train()
+    assert meter.secs==pytest.approx(want)
+
+def test_a_row_of_a_run():
+    "The end of each column, losses of all batches and epochs, seconds from the start, and a seed of its own for weights and batches"
+    rows = [train_once(small, Adam, 3, 0.01, seed) for seed in (0,1,0)]
+    a,b,again = rows
+    assert (a['seed'],b['seed'])==(0,1) and a['losses']==again['losses']!=b['losses'] and len(a['losses'])==12
+    assert a['valid_loss']==a['valid_losses'][-1]!=a['valid_losses'][0] and len(a['valid_losses'])==len(a['seconds'])==3
+    secs = np.diff(a['seconds'], prepend=0)
+    assert (secs>0).all() and a['s/epoch']==pytest.approx(np.median(secs)) and (a['lr'],a['default'])==(0.01,1e-3)
+
+class First(Callback):
+    "Notes the weights and the batch that a training begins with"
+    def __init__(self, notes): self.notes = notes
+    def before_batch(self):
+        if self.training and self.train_iter==0: self.notes.append((self.model.weight.tolist(),self.x.tolist()))
+
+def test_a_seed_is_of_the_weights_and_of_the_batches():
+    "Both are alike for two optimizers, also where they share the loaders, and others with another seed"
+    notes,dls = [],small(Adam).dls
+    def make(opt): return Learner(dls, torch.nn.Linear(2,2), torch.nn.CrossEntropyLoss(), opt_func=opt, cbs=First(notes))
+    assert compare_optimizers(make, dict(a=Adam, b=SGD), 1, seeds=(1,2)).seed.tolist()==[1,1,2,2]
+    for one,same,other,also in zip(*notes): assert one==same!=other==also
+
+def test_a_run_whose_last_loss_is_no_number_has_failed():
+    "Though its weights could be validated"
+    class Later(Callback):
+        def after_loss(self):
+            if self.training and self.train_iter>=6: self.learn.loss = self.loss*math.nan
+    run, = compare_optimizers(lambda o: small(o, Later()), dict(adam=Adam), 2).itertuples()
+    assert math.isnan(run.valid_loss) and len(run.valid_losses)==2 and np.isfinite(run.valid_losses).all()
+
+
+# Tables by hand
+
+def two_seeds():
+    "`b` before `a`; only `b` has two rates"
+    rows = [('b',.1,0,1.,2.), ('b',.2,0,3.,4.), ('a',.1,0,5.,1.), ('b',.1,1,2.,4.), ('b',.2,1,3.,4.), ('a',.1,1,9.,2.)]
+    runs = pd.DataFrame(rows, columns=['optimizer','lr','seed','valid_loss','s/epoch'])
+    return runs.assign(default=.1, losses=[[1.]]*6, valid_losses=[[1.]]*6, seconds=[[1.]]*6)
+
+def test_a_comparison_is_of_means_in_the_order_of_the_runs():
+    table = comparison_table(two_seeds())
+    assert table.index.tolist()==[('b',.1),('b',.2),('a',.1)] and list(table.columns)==['valid_loss','s/epoch','ratio','valid_loss sd']
+    assert table.valid_loss.tolist()==[1.5,3.,7.] and table['valid_loss sd'].tolist()==pytest.approx([.5**.5,0.,8**.5])
+    assert table['s/epoch'].tolist()==[3.,4.,1.5] and table.ratio.tolist()==pytest.approx([1.,4/3,.5])
+    one = comparison_table(two_seeds().query('lr==.1 and seed==0'))
+    assert one.index.tolist()==['b','a'] and list(one.columns)==['valid_loss','s/epoch','ratio']
+
+@pytest.mark.parametrize('default,loss', [(.1,1.5), (.1*(1+1e-9),1.5), (.15,math.nan)])
+def test_a_table_of_rates(default, loss):
+    "In the order of the runs; the default is met up to rounding, or has no loss"
+    table = rates_table(two_seeds().assign(default=default))
+    assert list(table.index)==['b','a'] and table.loc['b'].tolist()==pytest.approx([default,loss,.1,1.5,.5,4.], nan_ok=True)
+    assert table.loc['a'].tolist()==pytest.approx([default,7. if loss else loss,.1,7.,1.,1.5] if default<.12 else [default,math.nan,.1,7.,1.,1.5], nan_ok=True)
+
+@pytest.mark.parametrize('width', [36,60])
+def test_a_table_as_text(width):
+    "A long name takes several lines, its numbers are on the first of them"
+    names = pd.Index(['adam','adahessian:update_each=2,clip=1'], name='optimizer')
+    table = pd.DataFrame({'train_loss': [7.,8.], 'valid_loss': [.5,.25], 'peak MB': [1.,2.]}, index=names)
+    for t in (table,table.drop(columns='train_loss')):
+        lines = fitted(t, width).split('\n')
+        body = [o for o in lines if o.split()[-2:] in (['valid','MB'],['0.5','1'],['0.25','2'])]
+        assert len(body)==3 and len(lines)==(3 if width==60 else 4) and '7' not in ''.join(lines)
+        words = [w for o in lines for w in (o.split()[:-2] if o in body else o.split())]
+        assert words==['optimizer','adam','adahessian:','update_each=2,','clip=1']
+        assert max(map(len, lines))<=width
+
+def test_validation_stands_where_its_epoch_ended():
+    "Five batches in two epochs; a name is in the legend once; a run that never validated is drawn too"
+    runs = pd.concat([runs_of(('b',.1,.3), ('b',.1,.4)), runs_of(('a',.1,.5))], ignore_index=True)
+    runs['losses'] = [[3.,2.,1.,.5,.4]]*3
+    runs.at[2,'valid_losses'] = []
+    runs.at[2,'seconds'] = []
+    axs = plot_comparison(runs)
+    assert [o.get_xdata().tolist() for o in axs[0].lines[1::2]]==[[2.5,5.],[2.5,5.],[]]
+    assert [o.get_text() for o in axs[0].get_legend().get_texts()]==['b','a']
+
+def test_curves_at_the_default_and_at_the_best_rate():
+    "The default is met up to rounding; in the order of the runs"
+    runs = runs_of(('b',.1*(1+1e-9),.4), ('b',1.,.2), ('b',2.,.3), ('a',.1,.6))
+    loss,time_ = plot_rates(runs)
+    assert [o.get_ydata().tolist()[-1] for o in time_.lines[:2]]==[.4,.2] and loss.lines[1].get_ydata().tolist()==[.4]
+    assert [o.get_text() for o in loss.get_legend().get_texts()]==['b','a','default rate']
+
+def test_the_picture_ends_at_a_hundred_times_the_lowest_loss():
+    assert plot_rates(runs_of(('a',.1,.2), ('a',1.,1e9)))[0].get_ylim()[1]==pytest.approx(20)
+    assert plot_rates(runs_of(('a',.1,.2), ('a',1.,15.)))[0].get_ylim()[1]>15
+
+
+# Rates and words of the command line
+
+@pytest.mark.parametrize('n,middle,want', [(5,None,[1e-4,3.2e-4,1e-3,3.2e-3,1e-2]), (3,1e-2,[1e-3,1e-2,.1]), (3,2e-3,[2e-4,1e-3,2e-3,2e-2]), (3,1.,[.1,1.,10.]),
+    (3,1e-5,[1e-6,1e-5,1e-4]), (1,.5,[1e-3]), (2,1e-2,[1e-3,.1])])
+def test_rates_over_two_decades(n, middle, want):
+    "The default of 0.001 is one of them where it lies within"
+    assert rates_around(Adam, n, middle)==pytest.approx(want)
+
+def test_default_rates():
+    assert default_rate(Adam)==default_rate(partial(SGD))==1e-3 and default_rate(partial(Adam, lr=.2))==.2 and default_rate(partial(Adam, lr=0))==0
+    assert default_rate(adahessian)==.15 and default_rate(partial(adahessian, signed=True))==.05
+    with pytest.raises(ValueError, match='lr must be a number'): default_rate(partial(Adam, lr='x'))
+    with pytest.raises(ValueError, match='betas'): default_rate(partial(Adam, betas=3))
+
+NAMES = ['adam','sgd:lr=0.2','sgd:wd=0,lr=1','sgd:decouple_wd=False','adam:eps=1']
+
+@pytest.mark.parametrize('text,want', [('',{}), ('0.1',{'adam': .1,'sgd:decouple_wd=False': .1,'adam:eps=1': .1}),
+    ('adam=1e-3',{'adam': 1e-3,'adam:eps=1': 1e-3}), ('adam=1,sgd=2',{'adam': 1.,'sgd:decouple_wd=False': 2.,'adam:eps=1': 1.})])
+def test_rates_of_the_command_line(text, want):
+    "By the optimizer, with its arguments or without; one that has its own keeps it"
+    assert parse_lr(text, NAMES)==want
+
+def test_an_argument_that_ends_like_a_rate_is_none(): assert parse_lr('0.1', ['x:min_lr=1'])=={'x:min_lr=1': .1}
+
+@pytest.mark.parametrize('text,said', [('0','> 0'), ('-1','> 0'), ('inf','> 0'), ('nan','> 0'), ('adam=0','> 0'), ('word','a number or as'),
+    ('adam=1=2','a number or as'), ('ranger=1',"lr names 'ranger'")])
+def test_rates_of_the_command_line_that_cannot_be(text, said):
+    with pytest.raises(ValueError, match=said): parse_lr(text, NAMES)
+
+@pytest.mark.parametrize('text,want', [('1e-3',1e-3), ('[20,4]',[20,4]), ('true',True), ('FALSE',False), ('None',None), ('none',None), ('gnb','gnb'),
+    ('two words','two words'), ("'1'",'1')])
+def test_values_of_the_command_line(text, want):
+    found = parse_value(text)
+    assert found==want and type(found) is type(want)
+
+@pytest.mark.parametrize('text,said', [('adam:wd',"as clip=0.1, got 'wd'"), ('adam:wd=',"as clip=0.1"), ('adam:mom=0.5','schedule of its own'),
+    ('adam:betas=3',"'adam:betas=3'"), ('adam:betas=a=b',"'adam:betas=a=b'"), ('newton','unknown optimizer'), ('clip=1,adam','unknown optimizer')])
+def test_optimizers_of_the_command_line_that_cannot_be(text, said):
+    with pytest.raises(ValueError, match=said): parse_opts(text)
+
+def test_an_argument_may_hold_the_signs_that_part_arguments():
+    assert list(parse_opts("sgd:wd=0.1,adahessian:n_acc=2,block_length={2:8,3:1}").values())[1].keywords==dict(n_acc=2, block_length={2:8,3:1})
+
+def prepared(tmp_path, **kwargs):
+    given = dict(data='digits', arch='', size=64, bs=64, epochs=8, opts='adam:eps=1e-3,sgd:lr=0.3,adahessian', lr='', rates=0, seeds=2, fp16=False, bf16=False)
+    return prepare(**{**given, **kwargs}, out=str(tmp_path/'some'/'folder'))
+
+@pytest.mark.parametrize('kwargs,middles', [(dict(),[1e-2,.3,None]), (dict(rates=3),[1e-2,.3,None]), (dict(rates=3, lr='adam=0.5'),[.5,.3,None]),
+    (dict(rates=2, lr='1'),[1.,.3,1.])])
+def test_rates_that_a_sweep_tries(kwargs, middles, tmp_path):
+    "Around what is given, else around the middle of the optimizer, else around the default of a training of this length; five for digits"
+    args,n = prepared(tmp_path, **kwargs),kwargs.get('rates', 5)
+    funcs,steps = [Adam,partial(SGD, lr=.3),adahessian],8*len(digits_dls().train)
+    assert list(args['lr'].values())==[rates_around(f, n, m, steps) for f,m in zip(funcs, middles)]
+    assert (args['seeds'],args['n_epoch'])==(range(2),8) and (tmp_path/'some'/'folder').is_dir()
+
+@pytest.mark.parametrize('kwargs,want', [(dict(lr='0.5'),{'adam:eps=1e-3': .5,'adahessian': .5}), (dict(rates=1),{})])
+def test_one_rate_is_no_sweep(kwargs, want, tmp_path): assert prepared(tmp_path, **kwargs)['lr']==want
+
+@pytest.mark.parametrize('kwargs', [dict(rates=-1), dict(size=0), dict(bs=0), dict(epochs=0), dict(seeds=0), dict(arch='xresnet18'), dict(bs=2000),
+    dict(lr='x')], ids=str)
+def test_what_cannot_be_prepared(kwargs, tmp_path):
+    with pytest.raises(ValueError, match=next(iter(kwargs))): prepared(tmp_path, **kwargs)
+    assert not (tmp_path/'some').exists()
+
+@pytest.mark.parametrize('fp16,bf16,said', [(True,True,'one of'), (True,False,'CUDA'), (False,True,'CUDA')])
+def test_precisions_that_a_machine_lacks(fp16, bf16, said, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(ValueError, match=said): check_machine(fp16, bf16, tmp_path)
+    check_machine(False, False, tmp_path)
+    with pytest.raises(ValueError, match='out must be a folder'): check_machine(False, False, __file__)
+
+
+# Data
+
+def test_digits_are_shuffled_pictures_between_0_and_1():
+    from sklearn.datasets import load_digits
+    X,y = load_digits(return_X_y=True)
+    dls = digits_dls(100)
+    (x,t),n = zip(*dls.valid_ds),len(dls.train_ds)
+    x = torch.stack(x)
+    assert (n,len(x),dls.c,dls.train.bs)==(1437,360,10,100) and x.shape[1:]==(1,8,8) and (x.min(),x.max())==(0,1)
+    counts = np.bincount(t, minlength=10)
+    assert counts.min()>20 and [int(o) for o in t]!=y[-360:].tolist()
+    rows = {tuple(o) for o in X.astype(int).tolist()}
+    assert all(tuple((o.flatten()*16).int().tolist()) in rows for o in x)
+
+@pytest.mark.parametrize('layout', ['train and valid','classes','valid alone'])
+def test_folders_of_images(layout, tmp_path):
+    "A validation folder counts beside a training folder only; without one a fifth is held out, the same each time"
+    parts = {'train and valid': [('train/a',4),('train/b',4),('valid/a',2),('valid/b',2)], 'classes': [('a',10),('b',10)]}
+    parts['valid alone'] = [('valid',10),('b',10)]
+    for name,n in parts[layout]:
+        (tmp_path/name).mkdir(parents=True)
+        for i in range(n): Image.new('RGB', (8,8)).save(tmp_path/name/f'{i}.png')
+    one,two = (folder_dls(tmp_path, 8, 2) for _ in range(2))
+    assert (len(one.train_ds),len(one.valid_ds))==((8,4) if layout=='train and valid' else (16,4))
+    assert one.valid_ds.items==two.valid_ds.items and list(one.vocab)==(['b','valid'] if layout=='valid alone' else ['a','b'])
+
+@pytest.mark.parametrize('names', [[],['train/a','valid/a'],['a']], ids=str)
+def test_a_folder_with_one_class_is_none(names, tmp_path):
+    for name in names:
+        (tmp_path/name).mkdir(parents=True)
+        Image.new('RGB', (8,8)).save(tmp_path/name/'0.png')
+    with pytest.raises(ValueError, match='at least 2 class folders'): folder_dls(tmp_path)

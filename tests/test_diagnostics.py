@@ -1,6 +1,7 @@
 "Diagnostics: nothing is disturbed, the numbers are those of the dense Hessian, every optimizer and callback goes along"
 import math,os,pickle,socket,sys,time,types,warnings
 from functools import partial
+from unittest import mock
 
 import matplotlib,numpy as np,pytest,torch,torch.distributed as dist,torch.multiprocessing as mp,torch.nn.functional as F
 matplotlib.use('Agg')
@@ -16,7 +17,7 @@ from fastai.data.core import DataLoaders,TfmdDL
 from fastai.learner import Callback
 from fastai.losses import CrossEntropyLossFlat,MSELossFlat
 from fastai.metrics import accuracy
-from fastai.optimizer import Adam,OptimWrapper,SGD,ranger
+from fastai.optimizer import Adam,OptimWrapper,Optimizer,SGD,average_grad,momentum_step,ranger
 from fastai.text.models.awdlstm import AWD_LSTM
 from fastai.text.models.core import get_language_model
 from fastai.torch_core import get_random_states,set_seed
@@ -32,12 +33,13 @@ from adahessian_fastai.adahessian import adahessian as adahessian_default,adahes
 from adahessian_fastai.batch import batch_of,problem_of
 from adahessian_fastai.diagnostics import *
 from adahessian_fastai.hessian_free import hessian_free
+from adahessian_fastai.hutchinson import hutchinson_diag,hutchinson_samples
 from adahessian_fastai.hvp import flat
 from adahessian_fastai.replay import preserving
 from adahessian_fastai.sassha import m_sassha,sassha
 from adahessian_fastai.sophia import sophia
-from adahessian_fastai.spectrum import dense_hessian,dense_matrix
-from adahessian_fastai.stability import fresh_states,trained_lr
+from adahessian_fastai.spectrum import confidence_interval,dense_hessian,dense_matrix,extreme_eigenvalues,spectral_density
+from adahessian_fastai.stability import Stability,fresh_states,trained_lr
 
 # float32 curvature of small networks, relative to its largest entry
 SAME = 1e-5
@@ -678,6 +680,7 @@ def test_plots_draw_what_was_recorded():
     assert 'probe' in plain.plot_diagonal(n_entries=5).get_ylabel()
     scales = [(scatter,'log'), (rec.plot_diagonal(5, log=False),'linear')]
     scales += [(plain.plot_diagonal(5),'linear'), (plain.plot_diagonal(5, log=True),'log')]
+    assert rec.plot_diagonal(5, log=False).get_xlabel()==scatter.get_xlabel()=='exact |diagonal|'
     for ax,scale in scales: assert (ax.get_xscale(),ax.get_yscale(),ax.get_xlim(),ax.get_aspect())==(scale,scale,ax.get_ylim(),1)
     assert all(math.isnan(r['edge']) for r in plain.records) and 'none is known' in plain.plot_timeline()[1,0].texts[0].get_text()
     with pytest.raises(ValueError, match='per_layer=True'): plain.plot_layers()
@@ -1036,3 +1039,424 @@ def test_odd_numbers_of_diagnostics_are_named(call):
     learn.add_cb(rec := CurvatureRecorder(every=1))
     with learn.no_bar(),learn.no_logging(): learn.fit(1)
     with pytest.raises(ValueError, match='seed|lr|n_entries'): call(learn, rec)
+
+# The numbers by hand
+
+F64 = torch.double
+
+def small_matrix(n=6):
+    "A symmetric matrix, two parameters that it acts on and the product"
+    A = torch.randn(n, n, generator=gen(1), dtype=F64)
+    A,ps = A+A.T+4*torch.eye(n),[torch.zeros(2, 2, dtype=F64),torch.zeros(n-4, dtype=F64)]
+    return A,ps,lambda v: [o.view_as(p) for o,p in zip((A@flat(v)).split([4,n-4]), ps)]
+
+@pytest.mark.parametrize('idxs,cols', [(slice(None),slice(None)), ([1],slice(4,6))], ids=['all','one'])
+def test_statistics_of_three_probes(idxs, cols):
+    "Mean, unbiased variance, the trace with its standard error, and the diagonal's mean square without the noise of the mean"
+    A,ps,product = small_matrix()
+    st = ProbeStats(product, ps, 3, gen())
+    d = torch.stack([flat(o) for o in hutchinson_samples(product, ps, 3, generator=gen())])[:,cols]
+    mean,var = st.pick(idxs)
+    torch.testing.assert_close(mean, d.mean(0))
+    torch.testing.assert_close(var, d.var(0))
+    sums = d.sum(1)
+    assert st.trace(idxs)==pytest.approx((sums.mean().item(), sums.std().item()/3**.5))
+    noise = d.var(0).mean().item()
+    signal = max(d.mean(0).square().mean().item()-noise/3, 0.)
+    assert st.power(idxs)==pytest.approx((signal,noise)) and st.snr(idxs)==pytest.approx((signal/noise)**.5)
+
+def test_where_noise_is_all_there_is_nothing_is_left_and_without_noise_all():
+    "The diagonal is zero, as the estimates' mean is not; a diagonal matrix is estimated without an error"
+    none = ProbeStats(lambda v: [v[0].flip(0)], [torch.zeros(2, dtype=F64)], 3, gen(1))
+    assert none.mean[0].norm()>0 and none.power()[0]==none.snr()==0.
+    exact = ProbeStats(lambda v: [3*v[0]], [torch.zeros(2, dtype=F64)], 3)
+    assert exact.power()==(9.,0.) and exact.snr()==math.inf and exact.trace()==(6.,0.)
+
+def test_the_numbers_of_a_measurement_are_those_of_its_parts():
+    "Both ends with the bounds of their own, the interval of the trace, and the root of the mean square"
+    A,ps,product = small_matrix(12)
+    g = gen(3)
+    eig = extreme_eigenvalues(product, ps, which='both', tol=.01, max_iter=4, check=False, generator=g)
+    st = ProbeStats(product, ps, 5, g)
+    low,high = confidence_interval(*st.trace(), 5)
+    found,_ = curvature_stats(product, ps, 5, max_iter=4, generator=gen(3))
+    hi,lo,hi_bound,lo_bound = eig.values[0].item(),eig.values[-1].item(),eig.bounds[0].item(),eig.bounds[-1].item()
+    assert hi_bound!=pytest.approx(lo_bound) and found==pytest.approx(dict(lambda_max=hi, lambda_max_bound=hi_bound, lambda_min=lo,
+        lambda_min_bound=lo_bound, trace=st.trace()[0], trace_lo=low, trace_hi=high, snr=st.snr(), rms_diag=st.power()[0]**.5))
+
+@pytest.mark.parametrize('k', [.5,1.])
+def test_what_an_optimizer_believes_of_the_diagonal_is_no_power_of_it(k):
+    "Nor has it the addition to the denominator; what has no estimate, or takes no part, has no diagonal"
+    ps = [nn.Parameter(torch.zeros(2, dtype=F64)) for _ in range(3)]
+    opt = adahessian(ps, hessian_power=k, eps=.3)
+    for p in ps[:2]: opt.state[p].update(sqr_avg_diag_hessian=torch.tensor([4.,9.], dtype=F64)*(1-.999**5), hess_step=5)
+    opt.state[ps[1]]['do_hessian'] = False
+    own = own_diagonal(opt)
+    assert set(own)=={ps[0]} and own[ps[0]].tolist()==pytest.approx([2.,3.])
+
+def test_an_overestimate_is_one_of_the_parameters_that_have_an_estimate():
+    "The others' diagonal is ten times larger; where all there is is noise, any average is infinitely too large"
+    a,b = (nn.Parameter(torch.zeros(2, dtype=F64)) for _ in range(2))
+    opt = adahessian([a,b])
+    opt.state[b].update(sqr_avg_diag_hessian=torch.full((2,), 36., dtype=F64)*(1-.999), hess_step=1)
+    assert overestimate(opt, [a,b], ProbeStats(lambda v: [20*v[0],2*v[1]], [a,b], 2))==pytest.approx(3.)
+    assert overestimate(opt, [a,b], ProbeStats(lambda v: [v[0],0*v[1]], [a,b], 2))==math.inf
+
+dampened = partial(partial, Optimizer, cbs=[partial(average_grad, dampening=True),momentum_step])
+
+@pytest.mark.parametrize('opt_func,want', [(partial(SGD, mom=0.), ('gradient',2.)), (partial(SGD, mom=.5), ('momentum',3.)),
+    (partial(Adam, mom=.5), ('adam',6.)), (dampened(mom=.5, lr=.1), ('unknown',math.nan)), (ranger, ('unknown',math.nan))],
+    ids=['sgd','momentum','adam','dampened','ranger'])
+def test_limits_of_the_rules(opt_func, want):
+    "lr·λ up to 2, 2(1+β) and 2(1+β)/(1-β)"
+    assert step_rule(opt_func([nn.Parameter(torch.zeros(1))], lr=.1))==pytest.approx(want, nan_ok=True)
+
+def test_the_momentum_of_the_last_group_counts():
+    opt = SGD([[nn.Parameter(torch.zeros(1))] for _ in range(2)], lr=.1, mom=.9)
+    opt.set_hyper('mom', [.9,.5])
+    assert step_rule(opt)==('momentum',3.)
+
+state_of_three = dict(grad_avg=torch.tensor([.8,.2,0.], dtype=F64), sqr_avg_diag_hessian=torch.tensor([1.,4.,1.], dtype=F64), step=1, hess_step=math.inf)
+rms_of_three = (65/3)**.5 # Of the quotients 8, 1, 0: the first average is a tenth of the gradient
+
+@pytest.mark.parametrize('bounds,want', [(dict(), [1.,2.,1.]), (dict(clip=1.), [8/rms_of_three,2.,1.]),
+    (dict(cap=.5), [2*rms_of_three,4*rms_of_three,2*rms_of_three]), (dict(clip=1., cap=.5), [16.,4*rms_of_three,2*rms_of_three]),
+    (dict(cap=100.), [1.,2.,1.])], ids=str)
+@pytest.mark.parametrize('still', [False,True], ids=['moves','still'])
+def test_bounds_on_a_step_are_part_of_its_scaling(bounds, want, still):
+    "An entry without a gradient is scaled as its tensor is, and a tensor without one by its curvature alone"
+    p = nn.Parameter(torch.zeros(3, dtype=F64))
+    opt = adahessian([p], eps=1e-12, **bounds)
+    state = {**state_of_three, **({'grad_avg': torch.zeros(3, dtype=F64)} if still else {})}
+    assert step_scaling(opt, [p], {p: state})[0].tolist()==pytest.approx([1.,2.,1.] if still else want)
+
+def test_sophia_clips_from_the_bound_on_and_on_both_sides():
+    p = nn.Parameter(torch.zeros(4, dtype=F64))
+    opt = sophia([p], rho=2., estimator='hutchinson')
+    state = dict(grad_avg=torch.tensor([1.,2.,-3.,-1.], dtype=F64), avg_diag_hessian=torch.ones(4, dtype=F64), hess_step=1)
+    assert step_scaling(opt, [p], {p: state})[0].tolist()==[2.,math.inf,math.inf,2.]
+
+@pytest.mark.parametrize('lrs,relative,want', [([.1,.2],False,[.025,.1]), ([.1,.2],True,[.125,.5]), ([.1,0.],True,[.25,.5]), ([.1,0.],False,[.025,0.])])
+def test_rates_of_groups(lrs, relative, want):
+    "Divided by the scaling, and relative to the last group's, where that moves at all"
+    ps = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    opt = SGD([[p] for p in ps], lr=.1)
+    opt.set_hyper('lr', lrs)
+    assert step_rates(opt, ps, [4.,2.], relative)==pytest.approx(want)
+
+def narrow():
+    "A network of 123 weights"
+    set_seed(5)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36,3), nn.Tanh(), nn.Linear(3,3))
+    return Learner(dls(), model, loss_func=CrossEntropyLossFlat(), opt_func=SGD)
+
+@pytest.mark.parametrize('kind', ['hessian','ggn'])
+def test_blocks_of_the_mean_over_batches(kind):
+    "The product of a layer is that of the layer alone, over one batch as over those that it is made of"
+    learn = narrow()
+    params,batches = learner_params(learn),[tuple(t[i:j] for t in learn.dls.valid.one_batch()) for i,j in ((0,4),(4,6),(6,16))]
+    def products(batches):
+        with products_of(learn, batches, params, kind) as of: return [flat(of(g)([torch.randn(p.shape, generator=gen()) for p in g])) for g in groups]
+    groups = params[-2:],params[:1],params
+    for n in (2,3):
+        for a,b in zip(products(batches[:n]), products([tuple(map(torch.cat, zip(*batches[:n])))])): assert a.shape==b.shape and (a-b).abs().max()<SAME
+
+def test_a_layer_is_listed_by_what_it_trains():
+    "Frozen parameters are in no row, named ones or not; a wrapped model has the names of the one inside"
+    m = nn.Sequential(nn.Linear(2,2), nn.Sequential(nn.Linear(2,2)))
+    m[0].bias.requires_grad_(False)
+    rows = {'0 Linear': [m[0].weight], '1.0 Linear': list(m[1][0].parameters())}
+    for found in (layer_params(m), layer_params(m, list(m.parameters())), layer_params(nn.DataParallel(m))):
+        assert list(found)==list(rows) and all(a is b for k in rows for a,b in zip(found[k], rows[k], strict=True))
+
+def test_rows_of_the_record():
+    "Every third of eight batches: its number, the epochs before it, and the last group's rate in the step"
+    rates = []
+    class Notes(Callback):
+        def after_step(self): rates.append(self.opt.hypers[-1]['lr'])
+    learn = learner('no_dropout', cbs=[CurvatureRecorder(every=3, per_layer=True), Notes()], splitter=two_groups)
+    run(learn, lr=slice(1e-3,1e-2))
+    f = learn.curvature_recorder.frame
+    assert f.batch.tolist()==[1,4,7] and f.epoch.tolist()==[0.,.75,1.5] and f.lr.tolist()==rates[::3] and 'layers' not in f
+
+@pytest.mark.parametrize('every,budget,n_seen,spent,want', [(None,.5,1,.9,True), (None,.5,1,1.1,False), (2,.5,2,.9,True), (2,.5,1,0.,False),
+    (2,.5,2,1.1,False), (2,None,2,9.,True)])
+def test_when_a_measurement_is_due(every, budget, n_seen, spent, want, monkeypatch):
+    "Half of the time that was trained, three seconds less those that were spent: 0.9 of 1.05, 1.1 of 0.95"
+    rec = CurvatureRecorder(every, budget)
+    vars(rec).update(n_seen=n_seen, spent=spent, began=7.)
+    monkeypatch.setattr(time, 'perf_counter', lambda: 10.)
+    assert rec.due()==want
+
+@pytest.mark.parametrize('kwargs', [dict(), dict(every=2), dict(budget=.3), dict(every=2, budget=.3)], ids=str)
+def test_a_budget_is_set_where_no_schedule_is(kwargs): assert CurvatureRecorder(**kwargs).budget==(kwargs.get('budget') if kwargs else .05)
+
+@pytest.mark.parametrize('kwargs', [dict(every=0), dict(n_samples=1), dict(max_iter=0), dict(tol=0.), dict(seed=-1), dict(per_layer='x')], ids=str)
+def test_each_setting_of_the_recorder_is_checked(kwargs):
+    with pytest.raises(ValueError, match=next(iter(kwargs))): CurvatureRecorder(**kwargs)
+
+# The pictures by their data
+
+def recorded(*edges):
+    "A recorder with one made-up record for each of `edges`"
+    rec = CurvatureRecorder(every=1)
+    layers = dict(first=dict(lambda_max=1., rms_diag=2., snr=math.inf), last=dict(lambda_max=3., rms_diag=4., snr=5.))
+    rec.records = [dict(batch=i+1, lambda_max=10.+i, lambda_max_bound=.5, lambda_min=-1.-i, lambda_min_bound=.25, trace=20.+i, trace_lo=15., trace_hi=30.,
+        edge=e, snr=2.+i, layers=layers if i==0 else {k: {n: x+10*i for n,x in o.items()} for k,o in layers.items()}) for i,e in enumerate(edges)]
+    return rec
+
+@pytest.mark.parametrize('edges,scale', [((.5,2.),'log'), ((.5,-1.),'linear')])
+def test_lines_of_the_timeline(edges, scale):
+    ax,tr,edge,snr = recorded(*edges).plot_timeline().flat
+    bars = [[o[1].tolist() for o in c.lines[2][0].get_segments()] for c in ax.containers]
+    assert [c.get_label() for c in ax.containers]==['largest','smallest'] and bars==[[[1.,10.5],[2.,11.5]],[[1.,-.75],[2.,-1.75]]]
+    assert tr.lines[0].get_xydata().tolist()==[[1.,20.],[2.,21.]] and tr.dataLim.intervaly.tolist()==[15.,30.]
+    assert edge.lines[0].get_ydata().tolist()==list(edges) and edge.get_yscale()==scale
+    assert snr.lines[0].get_ydata().tolist()==[2.,3.]
+
+@pytest.mark.parametrize('record,add', [(-1,10.),(0,0.)])
+def test_bars_of_the_layers(record, add):
+    "The first layer is on top; a ratio without noise is no bar"
+    axs = recorded(.5,.5).plot_layers(record)
+    assert [o.get_text() for o in axs[0].get_yticklabels()]==['last','first']
+    assert [[b.get_width() for b in ax.patches] for ax in axs[:2]]==[[3+add,1+add],[4+add,2+add]]
+    width = [b.get_width() for b in axs[2].patches]
+    assert width[0]==5+add and math.isnan(width[1])
+
+# Stability and summary by hand
+
+def in_turn(*ds):
+    "An estimator that gives these numbers in turn, alternating in sign within a tensor"
+    def signs(p): return 1-2*(torch.arange(p.numel(), dtype=p.dtype).view_as(p)%2)
+    ds = iter(ds)
+    def diagonal(problem, params):
+        d = next(ds)
+        return [d*signs(p)+1 for p in params]
+    return Given(diagonal),lambda p,d: d*signs(p)+1
+
+@pytest.mark.parametrize('signed', [False,True])
+def test_fresh_states_are_means_over_batches(signed):
+    "Of gradients, and of squared or signed diagonals as the optimizer averages them over blocks; a layer that takes no part has its gradients"
+    est,want = in_turn(3.,-5.)
+    learn = opted_out(partial(adahessian_default, estimator=est, signed=signed))
+    opt,ps,(x,y) = learn.opt,list(learn.model.parameters()),learn.dls.one_batch()
+    batches = [(x[:8],y[:8]),(x[8:],y[8:])]
+    gs = [torch.autograd.grad(learn.loss_func(learn.model(a), b), ps) for a,b in batches]
+    fresh = fresh_states(learn, opt, ps, batches)
+    for i,p in enumerate(ps):
+        s,d = dict(fresh[p]),[opt.smooth(want(p.detach(), o)) for o in (3.,-5.)] if i<2 else [g[i].abs() for g in gs]
+        mean = s.pop('avg_diag_hessian') if signed else s.pop('sqr_avg_diag_hessian')
+        torch.testing.assert_close(mean, (d[0]+d[1])/2 if signed else (d[0]**2+d[1]**2)/2)
+        torch.testing.assert_close(s.pop('grad_avg'), (gs[0][i]+gs[1][i])/2)
+        assert s==dict(step=math.inf, hess_step=math.inf)
+
+@pytest.mark.parametrize('seed', [42,3])
+@pytest.mark.parametrize('probe', ['rademacher','gaussian'])
+def test_fresh_states_without_the_noise_of_squares(probe, seed):
+    "Of two samples, averaged over blocks, the square of their mean less that of half their difference is their product"
+    learn = narrow()
+    learn.opt_func = partial(adahessian, debiased=True, n_samples=2, probe=probe)
+    learn.create_opt()
+    ps,batches = learner_params(learn),first_batches(learn.dls.train, 2)
+    fresh,g,want = fresh_states(learn, learn.opt, ps, batches, seed),gen(seed),0.
+    for b in batches:
+        with products_of(learn, [b], ps) as of: one,two = (flat(map(learn.opt.smooth, d)) for d in hutchinson_samples(of(), ps, 2, probe, g))
+        want = want + one*two/2
+    got = flat([fresh[p]['sqr_avg_diag_hessian'] for p in ps])
+    assert (got-want).norm()<SAME*want.norm()
+
+@pytest.mark.parametrize('kind', ['hessian','ggn'])
+def test_rows_of_the_summary_are_those_of_its_probes(kind):
+    "And their eigenvalues and the limit those of the dense matrix"
+    learn = narrow()
+    params,batches = learner_params(learn),first_batches(learn.dls.train)
+    text = learn.curvature_summary(n_samples=5, curvature=kind, max_iter=200, seed=3).splitlines()
+    with products_of(learn, batches, params, kind) as of: st,H = ProbeStats(of(), params, 5, gen(3)),dense_matrix(of(), params)
+    ends,places = torch.tensor([0,*(p.numel() for p in params)]).cumsum(0),{id(p): i for i,p in enumerate(params)}
+    blocks = [[places[id(p)] for p in ps] for ps in layer_params(learn.model, params).values()]
+    for line,idxs in zip([o for o in text[1:-2] if '±' in o], [*blocks,list(range(len(params)))], strict=True):
+        trace,_,err,lam,mean,snr = line.split()[-6:]
+        tr,e = st.trace(idxs)
+        assert [trace,err,mean,snr]==[f'{tr:.4g}',f'{e:.2g}',f'{st.pick(idxs)[0].abs().mean():.2g}',f'{st.snr(idxs):.2g}']
+        at = torch.cat([torch.arange(ends[i], ends[i+1]) for i in idxs])
+        top = eigvalsh(H[at][:,at].double().numpy())[-1]
+        assert float(lam)==pytest.approx(top, rel=.02, abs=1e-4)
+    assert float(text[-2].split('lr=')[1].split()[0])==pytest.approx(2/top, rel=.02)
+    few = learn.curvature_summary(n_samples=2, curvature=kind, max_iter=2, seed=3).splitlines()[-4]
+    assert float(few.split()[-3])<.98*top
+
+def test_a_summary_over_batches_is_that_of_them_together():
+    def text(n, bs):
+        torch.manual_seed(0)
+        model,g = nn.Sequential(nn.Linear(3,4), nn.Tanh(), nn.Linear(4,2)).double(),gen(7)
+        rows = list(zip(torch.randn(16, 3, dtype=F64, generator=g), torch.randint(2, (16,), generator=g)))
+        learn = Learner(DataLoaders.from_dsets(rows, rows, bs=bs, shuffle=False, num_workers=0), model, nn.CrossEntropyLoss(), opt_func=SGD)
+        return learn.curvature_summary(n_batches=n, n_samples=4)
+    assert text(2, 8).replace('2 batches', '1 batch')==text(1, 16)
+
+@pytest.mark.parametrize('stability,said', [
+    (Stability(math.nan, 2., .1, 'unknown', 1), 'No stability limit is known for this optimizer (largest eigenvalue 2 ± 0.1 on 1 batch)'),
+    (Stability(math.inf, 0., 0., 'sophia', 2),
+        "All entries of Sophia's step are clipped on 2 batches, or none has positive curvature: its size is the learning rate"),
+    (Stability(math.inf, -1., 0., 'adam', 2), 'No positive curvature on 2 batches: no learning rate is too large for the quadratic model'),
+    (Stability(.5, 4., .02, 'sophia', 1), "Sophia's step is stable up to lr=0.5 on 1 batch (largest eigenvalue 4 ± 0.02 in the scale of its steps)"),
+    (Stability(.5, 4., .02, 'momentum', 3), 'SGD with momentum is stable up to lr=0.5 on 3 batches (largest eigenvalue 4 ± 0.02)')])
+def test_sentences_of_stability(stability, said): assert repr(stability)==said
+
+def concave(opt_func=SGD):
+    "A loss of -w² on a few rows, with a Learner"
+    rows = [(torch.ones(1),torch.zeros(1))]*8
+    return Learner(DataLoaders.from_dsets(rows, rows, bs=2, num_workers=0), nn.Linear(1,1,bias=False), lambda z,y: -z.square().mean(), opt_func=opt_func)
+
+def test_without_positive_curvature_there_is_no_limit():
+    "Four batches by default; where no rule is known the limit is no number all the same"
+    found = concave().stability()
+    assert (found.limit,found.rule,found.n_batches)==(math.inf,'gradient',4) and found.lambda_max==pytest.approx(-2)
+    assert math.isnan(concave(ranger).stability().limit)
+    text = str(concave().curvature_summary())
+    assert 'No positive curvature on 1 batch' in text and 'times that limit' not in text
+
+@pytest.mark.parametrize('lrs', [[.1,.2],[.2,.1]], ids=str)
+def test_the_limit_is_that_of_the_last_groups_rate(lrs):
+    "The other group's rate in the same proportion, against the dense matrix"
+    learn = learner('no_dropout', SGD, splitter=two_groups)
+    learn.create_opt()
+    learn.opt.set_hyper('lr', lrs)
+    params = learner_params(learn)
+    rates = flat([torch.full_like(p, h['lr']/lrs[-1]) for p,_,_,h in learn.opt.all_params()]).double()
+    lam = dense_top(literal_at(learn, first_batches(learn.dls.train)[0], params), rates)
+    assert learn.stability(1, tol=1e-6, max_iter=300).limit==pytest.approx(2/lam, rel=EIGEN)
+
+@pytest.mark.parametrize('n,want', [(16,'b'+'a'*15+' Linear'), (17,'b'+'a'*16+' Line…'), (20,'b'+'a'*19+' L…'), (21,'b'+'a'*20), (23,'b'+'a'*22),
+    (24,'…'+'a'*22)])
+def test_names_of_layers_leave_room_for_a_space(n, want):
+    "A class is cut at its end or left out, a path at its beginning"
+    model = nn.Sequential()
+    model.add_module('b'+'a'*(n-1), nn.Linear(1, 1))
+    rows = [(torch.ones(1),torch.zeros(1))]*2
+    learn = Learner(DataLoaders.from_dsets(rows, rows, bs=2, num_workers=0), model, MSELossFlat(), opt_func=SGD)
+    assert learn.curvature_summary(n_samples=2).splitlines()[2][:25]==f'{want:<24} '
+
+def pictured(**kwargs):
+    learn = narrow()
+    learn.add_cb(rec := CurvatureRecorder(every=2, seed=3, **kwargs))
+    return run(learn, 1),rec
+
+@pytest.mark.parametrize('kind', ['hessian','ggn'])
+def test_points_and_curves_of_the_pictures_are_of_the_recorders_curvature_and_seed(kind):
+    "The diagonal with signs, or absolute on logarithmic axes; and the density, drawn as asked"
+    learn,rec = pictured(curvature=kind)
+    params = learner_params(learn)
+    with products_of(learn, first_batches(learn.dls.train), params, kind) as of:
+        exact,est = dense_matrix(of(), params).diag(),flat(hutchinson_diag(of(), params, 3, generator=gen(3)))
+        want = spectral_density(of(), params, 7, 2, generator=gen(3)).plot().lines[0].get_ydata()
+    idxs = torch.randperm(len(exact), generator=gen(3))[:20]
+    for log,f in ((None,lambda o: o), (True,torch.abs)):
+        ax = rec.plot_diagonal(20, 3, log=log)
+        x,y = (torch.as_tensor(o) for o in ax.lines[0].get_data())
+        assert torch.allclose(x, f(exact[idxs]), atol=SAME) and torch.allclose(y, f(est[idxs]), atol=SAME)
+        assert ax.get_ylabel()=='estimate of 3 probes' and ax.get_xlabel()==('exact |diagonal|' if log else 'exact diagonal')
+    line, = rec.plot_density(7, 2, color='r').lines
+    assert np.allclose(line.get_ydata(), want) and line.get_color()=='r'
+
+@pytest.mark.parametrize('log,ends', [(False,(-.05,.05)),(True,(.5,2.))])
+def test_a_diagonal_of_zeros_has_a_picture(log, ends):
+    learn = concave()
+    learn.loss_func = lambda z,y: z.mean()
+    learn.add_cb(rec := CurvatureRecorder(every=1))
+    with learn.no_bar(),learn.no_logging(): learn.fit(1, .1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='.*identical')
+        ax = rec.plot_diagonal(log=log)
+    assert ax.get_xlim()==ax.get_ylim()==pytest.approx(ends) and ax.lines[0].get_xdata().tolist()==[0.]
+
+def test_crosses_of_several_groups_do_not_cover_each_other():
+    opt = types.SimpleNamespace(noise_record=[(i, torch.tensor([2.,r,0.])) for i,r in enumerate((0.,3.))])
+    lines = plot_noise(opt).lines
+    assert [o.get_ydata().tolist() for o in lines[1:6:2]]==[[],[pytest.approx(.05)],[pytest.approx(.08)]*2]
+
+def test_names_of_groups():
+    "The first and the last trained layer, one alone, and none"
+    learn = learner(splitter=lambda m: [list(m[0].parameters()),list(m[1].parameters()),[*m[5].parameters()]])
+    learn.create_opt()
+    learn.model[0].requires_grad_(False)
+    learn.opt.param_lists[1].append(learn.model[5].weight)
+    assert group_names(learn)==['frozen','1 BatchNorm2d … 5 Linear','5 Linear']
+
+def test_what_is_logged():
+    "Finite numbers, at the step of the training"
+    scalars = []
+    class Board(Callback):
+        def before_fit(self): pass
+    learn,board = narrow(),Board()
+    learn.add_cbs([board, rec := CurvatureRecorder(every=1)])
+    board.writer,learn.train_iter,rec.n_seen = types.SimpleNamespace(add_scalar=lambda *args: scalars.append(args)),5,3
+    rec.log_out(dict(batch=3, trace=2., snr=math.inf, edge=math.nan, lambda_max=-1., layers={}))
+    assert scalars==[('curvature/trace',2.,5),('curvature/lambda_max',-1.,5)]
+
+@pytest.mark.parametrize('train', [True,False])
+def test_a_product_in_evaluation_mode(train):
+    "Batch norm with its running statistics then, which training never had"
+    learn = learner()
+    learn.model[3].p = 0.
+    b = learn.dls.valid.one_batch()
+    params = learner_params(learn)
+    twin = conv().double().train(train)
+    twin.load_state_dict(learn.model.state_dict())
+    twin[3].p = 0.
+    H = dense_hessian(lambda: F.cross_entropy(twin(b[0].double()), b[1]), list(twin.parameters()), chunk_size=256)
+    v = [torch.randn(p.shape, generator=gen()) for p in params]
+    got = flat(learn.curvature_product(batches=[b], train=train)(v))
+    assert (H.float()@flat(v)-got).norm()<1e-4*got.norm() and learn.model.training
+
+@pytest.mark.parametrize('where', ['loader','sampler'])
+def test_a_generator_stays_wherever_a_loader_of_pytorch_has_it(where):
+    ds,g = TensorDataset(torch.zeros(8, 1)),gen()
+    dl = torch.utils.data.DataLoader(ds, 4, **(dict(generator=g) if where=='loader' else dict(sampler=torch.utils.data.RandomSampler(ds, generator=g))))
+    state = g.get_state()
+    assert len(first_batches(dl, 2))==2 and torch.equal(g.get_state(), state)
+    list(dl)
+    assert not torch.equal(g.get_state(), state)
+
+def test_a_loader_is_passed_through_whole_and_in_order():
+    "Also one that shuffles and drops what is left of its batches"
+    learn,seen = narrow(),mock.Mock() # What a loss keeps in a list would be put back
+    x,y = learn.dls.valid.one_batch()
+    rows = list(zip(x, y))
+    learn.dls = DataLoaders.from_dsets(rows, rows, bs=10, num_workers=0, device='cpu')
+    v = [torch.ones_like(p) for p in learner_params(learn)]
+    want = flat(learn.curvature_product(batches=[(x,y)])(v))
+    learn.loss_func = lambda z,y: (seen(y.tolist()),F.cross_entropy(z, y))[1]
+    got = flat(learn.curvature_product(batches=learn.dls.train)(v))
+    assert torch.allclose(got, want, atol=SAME) and [o for c in seen.call_args_list for o in c.args[0]]==y.tolist()
+
+@pytest.mark.parametrize('n', [1,2])
+def test_a_product_over_so_many_batches(n):
+    learn = narrow()
+    v = [torch.ones_like(p) for p in learner_params(learn)]
+    got,want,other = (flat(learn.curvature_product(**o)(v)) for o in (dict(n_batches=n),*(dict(batches=first_batches(learn.dls.train, m)) for m in (n,3-n))))
+    assert torch.equal(got, want) and not torch.allclose(got, other)
+
+def test_a_product_for_a_parameter_of_the_loss():
+    "That of L·e⁻ˢ is L at s=0"
+    learn,scale = narrow(),nn.Parameter(torch.zeros(()))
+    learn.loss_func,learn.splitter = lambda z,y: F.cross_entropy(z, y)*torch.exp(-scale),lambda m: [list(m.parameters()),[scale]]
+    (x,y), = batches = first_batches(learn.dls.train)
+    got, = learn.curvature_product([scale], batches)([torch.ones(())])
+    assert got.item()==pytest.approx(F.cross_entropy(learn.model(x), y).item())
+
+def test_the_record_of_a_layer_is_of_its_part_of_the_probes():
+    "With a seed for each measurement, and the noise of the optimizer's nine probes; at a rate of zero nothing moves"
+    learn = narrow()
+    learn.dls,learn.opt_func = dls(bs=64),partial(adahessian, n_samples=9)
+    learn.add_cb(rec := CurvatureRecorder(every=1, per_layer=True, seed=3))
+    began = time.perf_counter()
+    with learn.no_bar(),learn.no_logging(): learn.fit(2, 0.)
+    assert rec.spent==pytest.approx(sum(r['seconds'] for r in rec.records)) and rec.spent<time.perf_counter()-began
+    params,batches = learner_params(learn),first_batches(learn.dls.train)
+    for k,r in enumerate(rec.records):
+        with products_of(learn, batches, params) as of: res,st = curvature_stats(of(), params, generator=gen(3+k))
+        assert (r['trace'],r['snr'])==pytest.approx((res['trace'],3*res['snr']), rel=EIGEN)
+        for layer,idxs in (('1 Linear',[0,1]),('3 Linear',[2,3])):
+            want = dict(trace=st.trace(idxs)[0], rms_diag=st.power(idxs)[0]**.5, snr=3*st.snr(idxs))
+            assert {n: r['layers'][layer][n] for n in want}==pytest.approx(want, rel=EIGEN)

@@ -1510,3 +1510,267 @@ def test_a_picture_without_damping_shows_its_zeros():
     for _ in range(2): opt.step(lambda: (p*w**2).sum())
     damping = next(ax for ax in opt.plot_record().axes if 'damping' in ax.get_title())
     assert damping.get_yscale()=='linear' and set(damping.lines[0].get_ydata())=={0.}
+
+# --- one step by hand
+
+def weight(*values): return nn.Parameter(torch.tensor(values, dtype=F64))
+
+def test_where_cg_starts_is_a_step_too_unless_it_starts_at_zero():
+    "w⁴ at 1: Newton's step is -1/3, the remembered one -1 ends at the minimum; where the next CG starts is not the step but CG's solution"
+    def stepped(start):
+        w,v = weight(1.),weight(0.)
+        opt = hessian_free([w,v], curvature='hessian', damping=0., line_search=False)
+        if start: opt.state[w]['x0'] = torch.full_like(w, -1.)
+        loss = opt.step(lambda: (w**4+v**2/2).sum())
+        return w.item(),v.item(),loss,opt
+    *found,opt = stepped(True)
+    assert found==pytest.approx([0.,0.,0.], abs=1e-12) and (opt.record[0]['best_iter'],opt.record[0]['n_iter'])==(0,1)
+    assert [opt.state[p]['x0'].item() for p in opt.param_lists[0]]==pytest.approx([-.95/3,0.])
+    *found,opt = stepped(False)
+    assert found==pytest.approx([2/3,0.,(2/3)**4], abs=1e-12) and opt.record[0]['best_iter']==1
+
+def two_weights(**kwargs):
+    "½(3a²+5b²) at (1,1), a group each, with the closure"
+    a,b = weight(1.),weight(1.)
+    return a,b,hessian_free([[a],[b]], curvature='hessian', **kwargs),lambda: (3*a**2+5*b**2).sum()/2
+
+def test_each_group_has_a_damping_and_the_record_has_the_last_ones():
+    "As it was in the step; the model promised more than the loss gives up, so both fall, and both grow with a step that is skipped"
+    a,b,opt,f = two_weights(damping=[1.,4.])
+    opt.step(f)
+    assert (a.item(),b.item())==pytest.approx((1-3/4,1-5/9)) and opt.record[0]['damping']==4.
+    assert [h['damping'] for h in opt.hypers]==pytest.approx([2/3,8/3])
+    with pytest.warns(UserWarning, match=r'step 2 was skipped.*damping is 4 now'): opt.step(lambda: f()*math.nan)
+    assert [h['damping'] for h in opt.hypers]==pytest.approx([1.,4.]) and opt.record[1]['damping']==pytest.approx(4.)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        opt.step(lambda: f()*math.nan)
+    assert opt.n_skipped==2
+
+@pytest.mark.parametrize('lrs', [[.5,1.],[1.,.5]], ids=str)
+@pytest.mark.parametrize('kwargs', [dict(), dict(ls_c=.5), dict(line_search=False), dict(line_search=False, backtracking=False)], ids=str)
+def test_the_loss_after_a_scaled_step_is_that_of_where_it_ends(lrs, kwargs):
+    "Newton's step times the rate of each group, which gives more than half of what its slope promises; without a search nobody evaluates there"
+    a,b,opt,f = two_weights(damping=0., **kwargs)
+    opt.set_hyper('lr', lrs)
+    loss = opt.step(f)
+    assert [a.item(),b.item()]==pytest.approx([1-o for o in lrs])
+    assert loss==opt.record[0]['loss_after']==(None if 'line_search' in kwargs else pytest.approx(f().item()))
+    assert opt.state[a]['x0'].item()==pytest.approx(-.95)   # CG's solution, whatever the rates make of it
+
+def test_the_loss_before_a_step_has_the_weight_decay_too():
+    "½w² at 2 with a decay of 1: from 4 to 0, as the model promised"
+    w = weight(2.)
+    opt = hessian_free([w], curvature='hessian', damping=0., wd=1.)
+    opt.step(lambda: w.square().sum()/2)
+    r = opt.record[0]
+    assert (r['loss'],r['loss_after'],r['rho'])==pytest.approx((4.,0.,1.))
+
+def test_weight_decay_is_summed_in_double_precision():
+    w = nn.Parameter(torch.full((1000,), .1))
+    opt = hessian_free([w], wd=1.)
+    assert decay(opt, [w])==pytest.approx(w.double().square().sum().item()/2, rel=1e-12)
+
+def test_the_first_group_of_a_weight_counts():
+    a,b = weight(1.),weight(1.)
+    opt = hessian_free([[a],[a,b]])
+    for k in ('lr','wd','damping'): opt.set_hyper(k, [.1,.2])
+    opt.state[a]['do_wd'] = False
+    assert [hyper_of(opt, [a,b], k) for k in ('lr','wd','damping')]==[[.1,.2],[0.,.2],[.1,.2]]
+
+@pytest.mark.parametrize('name', ['adapt_damping','backtracking','line_search'])
+def test_what_judges_a_step_suffices_alone(name):
+    "Each of the three evaluates the loss; with none of them a step has neither a ratio nor a loss"
+    off = dict(adapt_damping=False, backtracking=False, line_search=False)
+    a,b,opt,f = two_weights(damping=0., **{**off, name: True})
+    assert opt.step(f)==pytest.approx(0., abs=1e-12) and opt.record[0]['rho']==pytest.approx(1.)
+    a,b,opt,f = two_weights(damping=0., **off)
+    assert opt.step(f) is None and math.isnan(opt.record[0]['rho']) and (a.item(),b.item())==pytest.approx((0.,0.), abs=1e-12)
+
+def test_the_way_through_a_saddle_where_the_gradient_leads_uphill():
+    "Curvatures 1 and -99.9 with forces of 10 each: along the gradient the fourth power wins, Newton's step ends near the saddle"
+    a,b = weight(10.),weight(.1)
+    opt = hessian_free([a,b], curvature='hessian', damping=0.)
+    def f(): return (a**2/2-50*b**2+b**4).sum()
+    loss = opt.step(f)
+    assert a.item()==pytest.approx(0., abs=1e-6) and abs(b.item())<1e-3 and loss==opt.record[0]['loss_after']==pytest.approx(f().item())
+    assert opt.record[0]['reason']=='negative curvature' and opt.record[0]['alpha']==1. and opt.n_skipped==0
+
+# --- what a difference of reductions shows in
+
+@pytest.mark.parametrize('what,loss', [('loss',lambda z,y: z.square().sum()), ('gradient',lambda z,y: (z-z.detach()).sum()),
+    ('curvature',lambda z,y: (z-z.detach()).square().sum())], ids=['loss','gradient','curvature'])
+def test_a_wrong_reduction_is_named_by_what_it_shows_in(what, loss):
+    "Sums under reduction='mean': of squares, of a loss that is zero with a gradient, of one that has a curvature alone"
+    x,y = data(40)
+    m = mlp()
+    with pytest.raises(ValueError, match=f"the {what} of the batches is not that of their concatenation under reduction='mean'"):
+        hessian_free(m.parameters(), curvature='hessian').check_reduction(m, loss, list(zip(x.split([25,15]), y.split([25,15]))))
+
+@pytest.mark.parametrize('tol,told', [(dict(),True), (dict(rtol=.5),False), (dict(atol=1.),False)], ids=str)
+def test_the_tolerance_of_a_look_at_the_reduction(tol, told):
+    "A loss of 1.05 in halves and 1 in whole"
+    m = nn.Linear(2, 1)
+    for p in m.parameters(): nn.init.zeros_(p)
+    x,y = torch.ones(10, 2),torch.ones(10, 1)
+    loss = lambda z,y: (z-y).square().mean()*(1.05 if len(z)<10 else 1.)
+    look = partial(hessian_free(m.parameters()).check_reduction, m, loss, [(x[:5],y[:5]),(x[5:],y[5:])], **tol)
+    if not told: return look()
+    with pytest.raises(ValueError, match='the loss of the batches'): look()
+
+def test_the_picture_of_a_record():
+    "Skipped steps are not in it; two lines for CG with their names; lengths above 1 are seen, and losses below zero"
+    opt = hessian_free([weight(1.)])
+    row = dict(loss=2., damping=.5, n_iter=7, best_iter=4, alpha=1.)
+    opt.record.extend([dict(row, step=1), dict(step=2, reason='skipped', damping=.7), dict(row, step=3, loss=1., alpha=2.)])
+    axs = {ax.get_title(): ax for ax in opt.plot_record().axes}
+    lines = {t: [l.get_xydata().tolist() for l in ax.lines] for t,ax in axs.items()}
+    assert lines=={'loss': [[[1,2.],[3,1.]]], 'damping λ': [[[1,.5],[3,.5]]], 'iterations of CG': [[[1,7],[3,7]],[[1,4],[3,4]]],
+        'step length': [[[1,1.],[3,2.]]]}
+    assert [l.get_label() for l in axs['iterations of CG'].lines]==['run','used']
+    assert [ax.get_yscale() for ax in axs.values()]==['log','log','linear','linear'] and axs['step length'].get_ylim()==(0,pytest.approx(2.1))
+    opt.record.append(dict(row, step=4, loss=-1.))
+    assert opt.plot_record().axes[0].get_yscale()=='linear'
+
+@pytest.mark.parametrize('name,value', [('grad',[torch.ones(1)]), ('product',lambda v: v), ('preconditioner',lambda v: v)])
+def test_what_is_ones_own_goes_with_a_closure(name, value):
+    with pytest.raises(ValueError, match='go with a closure'): hessian_free([weight(1.)]).step(**{name: value})
+
+@pytest.mark.parametrize('way', ['step','acc_step'])
+def test_rates_of_every_group_are_looked_at_before_every_kind_of_step(way):
+    m,(x,y) = mlp(),data(8)
+    opt = hessian_free(two_groups(m))
+    opt.hypers[1]['lr'] = -1.
+    step = dict(step=lambda: opt.step(lambda: F.cross_entropy(m(x), y), m), acc_step=lambda: opt.acc_step(m, F.cross_entropy, [(x,y)]))[way]
+    with pytest.raises(ValueError, match='lr'): step()
+    assert opt.n_steps==opt.n_skipped==0
+
+def test_a_skipped_step_without_words_has_the_name_of_the_exception():
+    w,n = weight(1.),itertools.count()
+    def f():
+        if next(n): raise RuntimeError
+        return w.square().sum()
+    opt = hessian_free([w], curvature='hessian')
+    with pytest.warns(UserWarning, match='was skipped: RuntimeError'): opt.step(f)
+    assert opt.record[0]['reason']=='skipped: RuntimeError'
+
+def test_a_warning_that_is_an_error_leaves_nothing_of_the_step():
+    "Neither where CG would start nor the damping, with the parameters"
+    w,n = weight(1.),itertools.count()
+    opt = hessian_free([w])
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        with pytest.raises(UserWarning, match='no length of the line search'): opt.step(lambda: (w.square().sum()*0 + w.sum() + next(n), w))
+    assert w.item()==1. and 'x0' not in opt.state[w] and (opt.n_steps,opt.hypers[0]['damping'],len(opt.record))==(0,1.,0)
+
+def test_no_start_is_kept_where_none_is_wanted():
+    w = weight(1.)
+    opt = hessian_free([w], curvature='hessian', x0_decay=0.)
+    opt.step(lambda: w.square().sum())
+    assert 'x0' not in opt.state[w]
+
+@pytest.mark.parametrize('n,training,targets,told', [(511,True,True,True), (512,True,True,False), (511,False,True,False), (511,True,False,True),
+    (512,True,False,False)])
+def test_batch_norm_is_told_of_where_it_takes_statistics(n, training, targets, told):
+    m,x = nn.BatchNorm1d(1).train(training),torch.zeros(n, 1)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        warn_of_batch_norm(SimpleNamespace(model=m, xb=(x,), yb=(x,) if targets else ()))
+    assert [f'a batch of {n} ' in str(o.message) for o in said]==[True]*told
+
+def test_progress_is_shown_every_so_many_seconds(monkeypatch):
+    now,shown = [0.],[]
+    monkeypatch.setattr(time, 'perf_counter', lambda: now[0])
+    bar = SimpleNamespace(last_v=3, update_bar=lambda v: shown.append((now[0],v,bar.comment)))
+    opt = hessian_free([weight(1.)], cg_max_iter=None)
+    progress(opt)(1, -.5, 1.)   # no bar, nothing happens
+    opt.batches.now = SimpleNamespace(learn=SimpleNamespace(progress=SimpleNamespace(pbar=bar)))
+    show = progress(opt, wait=2.)
+    for now[0] in (1.,2.5,4.,5.): show(int(2*now[0]), -.25*now[0], 1.)
+    bar.last_v,now[0] = None,9.
+    show(9, -1., 1.)
+    assert shown==[(2.5,3,'CG 5/∞, model -0.625'),(5.,3,'CG 10/∞, model -1.25')]
+
+# --- states by hand
+
+def stepped_twice(**kwargs):
+    "One step and one that was skipped"
+    w = weight(1.)
+    opt = hessian_free([w], curvature='hessian', **kwargs)
+    opt.step(lambda: (w**2).sum())
+    with pytest.warns(UserWarning, match='skipped'): opt.step(lambda: (w*math.nan).sum())
+    return opt
+
+def test_what_a_state_holds():
+    "It does not change with the optimizer that it is of; the record that is loaded is bounded as the old one"
+    opt = stepped_twice()
+    sd = opt.state_dict()
+    opt.record.append(dict(step=3))
+    assert sd['curvature']['counts']==dict(n_steps=2, n_skipped=1) and isinstance(sd['curvature']['record'], list) and len(sd['curvature']['record'])==2
+    other = hessian_free([weight(1.)], curvature='hessian')
+    other.load_state_dict(sd)
+    assert (other.n_steps,other.n_skipped,len(other.record),other.record.maxlen)==(2,1,2,10_000)
+
+@pytest.mark.parametrize('one,other', [(False,True),(True,False)])
+def test_a_state_fits_with_a_preconditioner_and_without(one, other):
+    x,y = data(8)
+    def made(precondition):
+        m = mlp()
+        return m,hessian_free(m.parameters(), precondition=precondition)
+    (m,a),(_,b) = made(one),made(other)
+    a.acc_step(m, F.cross_entropy, [(x,y)])
+    b.load_state_dict(a.state_dict())
+    assert b.n_steps==1
+
+@pytest.mark.parametrize('costs,fits', [(dict(dual=(0.,1.)),True), (dict(dual=[0,0]),True), (dict(dual=(1.,)),False), (dict(dual=(1.,2.,3.)),False),
+    (dict(dual=(-1.,1.)),False), (dict(dual=(1.,math.inf)),False), (dict(dual=1.),False)], ids=str)
+@pytest.mark.parametrize('old', [False,True])
+def test_costs_of_a_state(costs, fits, old):
+    "Two numbers from 0 on for a way, in a file of version 0.0.1 too"
+    m = mlp()
+    opt = hessian_free(m.parameters())
+    sd = opt.state_dict()
+    own = sd.pop('curvature') if old else sd['curvature']
+    if old: sd['hessian_free'] = dict(n_steps=3, n_skipped=2, record=[], costs=costs, generator=None)
+    else: own['products'] = dict(own['products'], costs=costs)
+    if fits:
+        opt.load_state_dict(sd)
+        assert opt.curvature.costs==costs and (opt.n_steps,opt.n_skipped)==((3,2) if old else (0,0))
+    else:
+        with pytest.raises(ValueError, match='costs of dual'): opt.load_state_dict(sd)
+
+@pytest.mark.parametrize('row', [3,dict(loss=1.)], ids=str)
+def test_a_record_is_of_steps(row):
+    opt = stepped_twice()
+    sd = opt.state_dict()
+    sd['curvature']['record'] = [row]
+    with pytest.raises(ValueError, match='record.*a list of steps'): opt.load_state_dict(sd)
+
+# --- settings by hand
+
+@pytest.mark.parametrize('name,wrong', [('cg',False), ('cg',3), ('batches',False), ('line_search',3), ('precondition',0.)])
+def test_a_settings_object_is_one_or_a_switch_where_there_is_one(name, wrong):
+    with pytest.raises(ValueError, match=f'{name} must be'): hessian_free([weight(1.)], **{name: wrong})
+
+@pytest.mark.parametrize('kwargs', [dict(), dict(cg=None), dict(batches=None), dict(cg=None, cg_max_iter=7)], ids=str)
+def test_none_is_the_default_settings(kwargs):
+    opt = hessian_free([weight(1.)], **kwargs)
+    assert opt.cg.max_iter==kwargs.get('cg_max_iter', 250) and opt.batches.n_acc==1
+
+@pytest.mark.parametrize('switch', [True,np.True_])
+def test_switches_of_settings_may_be_numpys(switch):
+    opt = hessian_free([weight(1.)], line_search=switch, precondition=switch)
+    assert opt.line_search and opt.preconditioner
+    opt = hessian_free([weight(1.)], line_search=not switch, precondition=np.bool_(False))
+    assert opt.line_search is None and opt.preconditioner is None
+
+@pytest.mark.parametrize('name,want', [('cg',None),('batches',None),('line_search',True),('precondition',False),('lr',1.),('damping',1.),('cg_max_iter',250)])
+def test_defaults_that_the_signature_shows(name, want):
+    "And those of an optimizer that is made with nothing"
+    assert inspect.signature(hessian_free).parameters[name].default==want
+    opt = hessian_free([weight(1.)])
+    assert (opt.cg.max_iter,opt.hypers[0]['lr'],opt.hypers[0]['damping'],opt.preconditioner,opt.default_lr)==(250,1.,1.,None,1.) and opt.line_search
+
+def test_an_object_is_copied():
+    cg = CG(max_iter=7)
+    assert (own := hessian_free([weight(1.)], cg=cg).cg) is not cg and vars(own)==vars(cg)
