@@ -61,12 +61,11 @@ def average_diag(
 def average_all(
     ds:list, # Estimates; parts of sharded ones are gathered, as blocks and kernels lie across them
     average=average_diag, # `d -> Tensor`, maybe a `partial` of `average_diag`
-    most:int=2**16, # Entries; larger tensors go one by one, as stacking them gains nothing
 )->list: # Like `ds`
-    "Average each of `ds`, small ones of one shape together"
+    "Average each of `ds`, small ones of one shape together; stacking larger ones gains nothing"
     if getattr(average, 'func', average) is not average_diag or shard_mesh(ds): return [sharded_like(average(whole(d)), d) for d in ds]
     groups,res = defaultdict(list),{}
-    for i,d in enumerate(ds): groups[(d.shape,d.dtype,d.device) if d.numel()<=most else i].append(i)
+    for i,d in enumerate(ds): groups[(d.shape,d.dtype,d.device) if d.numel()<=2**16 else i].append(i)
     for idxs in groups.values():
         same = [ds[i] for i in idxs]
         res.update(zip(idxs, vmap(average)(torch.stack(same)) if len(same)>1 else map(average, same)))

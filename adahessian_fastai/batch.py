@@ -30,7 +30,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from .hvp import (SettingError,check_checkpoints,check_choice,check_count,check_switch,grads_aside,hooks_disabled,shard_mesh,
     twice_differentiable,unflat,zero_tangents)
-from .losses import bare_loss,loss_count,losses,smoothed_cross_entropy_rule
+from .losses import bare_loss,loss_count,losses,n_targets,smoothed_cross_entropy_rule
 from .ggn import NoOutputs
 from .problem import MeanProblem,Problem,hidden_states,mean_of,modes_kept,weights_of,with_states
 from .estimators import is_first_order,with_samples
@@ -56,8 +56,7 @@ def send(
 @contextmanager
 def autocast_of(learn:Learner):
     "Context that begins the autocast of `learn`, and ends it if something is raised inside"
-    cb = callback_of(learn, MixedPrecision)
-    if cb: cb.before_batch()
+    if cb := callback_of(learn, MixedPrecision): cb.before_batch()
     try: yield
     except BaseException:
         if cb: cb.autocast.__exit__(None, None, None)
@@ -239,6 +238,7 @@ class LearnerProblem(Problem):
         self.attrs,self.cbs = dict(xb=learn.xb, yb=learn.yb),noted(learn) if start else ()
 
     half = cached_property(lambda self: in_half(self.learn))
+    n_items = property(lambda self: n_targets(self.learn.yb))
     def preserving(self): return batch_of(self.learn, self.start)
 
     @property
@@ -263,7 +263,7 @@ class LearnerProblem(Problem):
         rng, # `device -> generator`, seeded like the one that estimate will get
     ): # Yields a `LearnerProblem`; raises `ValueError` where rows have no loss of their own
         "Context with the problem of `n` random rows; leaves no trace"
-        learn,bs = self.learn,find_bs(self.learn.yb)
+        learn,bs = self.learn,self.n_items
         check_rows_possible(learn, n, bs)
         idxs = torch.randperm(bs, generator=generator)[:n]
         with self.preserving(),without_backward_hooks(self.model):
@@ -312,7 +312,7 @@ class Turn(NamedTuple):
         reshard(learn.model)
         if params: getattr(getattr(estimator, 'curvature', None), 'notice', noop)(params, in_half(learn))
         if not params or share==0 or not len(learn.yb): return cls(estimator, start=snapshot_of(learn) if twice else None)
-        rows = None if share is None or (n := n_rows(share, bs := find_bs(learn.yb)))>=bs else n
+        rows = None if share is None or (n := n_rows(share, bs := n_targets(learn.yb)))>=bs else n
         aside = rows is not None or backward_hooks(model)
         start = snapshot_of(learn) if twice or aside or estimator.again else None
         return cls(estimator, params, share, rows, start, aside, not (aside or twice))

@@ -59,13 +59,6 @@ def grid_iterations(
     return sorted({i for j in js if (i := math.ceil(base**j)-1) <= last})
 
 # %% ../nbs/04_cg.ipynb #347dcfe7
-def _cg_length(ry, pAp, alive, first, neg_curv):
-    "The length `α` along `p`, zero where there is none, and whether the iteration lives on"
-    finite = alive & pAp.isfinite()
-    curved = finite & (pAp>0 if neg_curv=='stop' else pAp!=0)
-    once = finite & ~curved & first
-    return torch.where(curved, ry/pAp.abs(), once.to(ry)), curved
-
 def cg_steps(
     A, # `v -> Av`, linear and symmetric; `Av` may be overwritten
     b:Tensor, # Right-hand side, flat
@@ -82,7 +75,10 @@ def cg_steps(
     while True:
         Ap = A(p)
         pAp,rp = p@Ap,ry if neg_curv=='stop' else r@p # The same where all steps before led to a minimum
-        a,alive = _cg_length(ry, pAp, alive, first, neg_curv)
+        finite = alive & pAp.isfinite()
+        curved = finite & (pAp>0 if neg_curv=='stop' else pAp!=0)
+        once = finite & ~curved & first
+        a,alive = torch.where(curved, ry/pAp.abs(), once.to(ry)),curved # The length along `p`, zero where there is none
         x.addcmul_(p, a)
         r.addcmul_(Ap.masked_fill_(a==0, 0.), -a)
         del Ap
@@ -122,14 +118,6 @@ def _cg_look(rows, new, bound, max_iter, eps, neg_curv):
     if len(rows)>max_iter:          return 'max_iter'
 
 # %% ../nbs/04_cg.ipynb #c2e4dfe7
-def _check_cg(n, max_iter, tol, atol, eps, grid, keep):
-    "The iteration cap; raises `ValueError` for an impossible setting of `cg`"
-    for name,o in dict(tol=tol, atol=atol, eps=ifnone(eps, 0)).items(): check_number(name, o, least=0)
-    check_number('grid', grid, above=1, optional=True)
-    check_count('keep', keep, optional=True)
-    if isinstance(max_iter, float) and max_iter==math.inf: return max_iter
-    return check_count('max_iter', ifnone(max_iter, max(n, 1)))
-
 def cg(
     A, # `v -> Av` on flat vectors, linear and symmetric
     b:Tensor, # Right-hand side, flat
@@ -147,7 +135,10 @@ def cg(
 )->CGResult:
     "Minimise `m(x) = ½xᵀAx - bᵀx` by preconditioned conjugate gradients"
     check_choice('neg_curv', neg_curv, ('stop','abs'))
-    max_iter = _check_cg(b.numel(), max_iter, tol, atol, eps, grid, keep)
+    for name,o in dict(tol=tol, atol=atol, eps=ifnone(eps, 0)).items(): check_number(name, o, least=0)
+    check_number('grid', grid, above=1, optional=True)
+    check_count('keep', keep, optional=True)
+    if not isinstance(max_iter, float) or max_iter!=math.inf: max_iter = check_count('max_iter', ifnone(max_iter, max(b.numel(), 1)))
     every = check_count('check_every', ifnone(check_every, 1 if b.device.type=='cpu' else 5))
     if x0 is not None and x0.shape!=b.shape: raise ValueError(f"x0 must be shaped like b, got {x0.shape=} for {b.shape=}")
     x,r = (torch.zeros_like(b), b.clone()) if x0 is None else (x0.clone(), b-A(x0))
@@ -164,7 +155,7 @@ def cg(
         progress(i, *rows[-1][:2])
     rows = rows or [[0.,0.,0.]]
     n = len(rows)-1
-    bent = reason=='negative curvature' or any(o[2]<=0 for o in rows)
+    bent = reason=='negative curvature' or any(o[2]<0 or o[2]==0<o[1] for o in rows)
     return CGResult({**{i:o for i,o in kept.items() if i<n}, n:x}, [o[0] for o in rows], reason, bent)
 
 # %% ../nbs/04_cg.ipynb #01ee949c

@@ -61,7 +61,7 @@ def peak_memory(device:torch.device): # Yields a dict that holds 'mb' at the end
 
 # %% ../nbs/22_compare.ipynb #42327ef8
 class Meter(Callback):
-    "Seconds of each training epoch in `secs`, and the peak memory of the first training batch in `mb`"
+    "Seconds of each training epoch in `secs`, the peak memory of the first training batch in `mb`, whether the last loss is `finite`"
     order,run_valid = 100,False
     def __init__(self): self.watch = ExitStack()
     def before_fit(self): self.secs,self.mb = [],math.nan
@@ -70,12 +70,12 @@ class Meter(Callback):
         n,t = self.n_iter,time.perf_counter()-self.start
         self.secs.append((t-self.watched)*n/(n-1) if self.watched and n>1 else t)
     def before_batch(self):
-        if self.train_iter!=0: return
-        self.res = self.watch.enter_context(peak_memory(next(self.model.parameters()).device))
+        if self.train_iter==0: self.res = self.watch.enter_context(peak_memory(next(self.model.parameters()).device))
     def after_batch(self):
         if self.train_iter!=1: return
         self.watch.close()
         self.mb,self.watched = self.res['mb'],time.perf_counter()-self.start
+    def after_fit(self): self.finite = torch.as_tensor(ifnone(self.learn.loss, 0)).isfinite().all().item()
 
 # %% ../nbs/22_compare.ipynb #172cd178
 @contextmanager
@@ -119,7 +119,7 @@ def train_once(
         print(f"seed {seed}, lr={ifnone(lr, default):.3g}", flush=True)
         with plain_progress(learn),meter.watch: learn.fit_one_cycle(n_epoch, lr, cbs=meter)
     losses,last = [o.item() for o in learn.recorder.losses],values_of(learn.recorder)
-    failed = not losses or not math.isfinite(losses[-1])
+    failed = not losses or not math.isfinite(losses[-1]) or not meter.finite
     end = dict.fromkeys(last, math.nan) if failed or last.empty else last.iloc[-1]
     return dict(seed=seed, lr=ifnone(lr, default), default=default, **end, **{'s/epoch': pd.Series(meter.secs, dtype=float).median(),
         'peak MB': meter.mb}, losses=losses, valid_losses=list(last.valid_loss), seconds=list(np.cumsum(meter.secs)))
@@ -166,9 +166,9 @@ def fitted(
     names = {'valid_loss': 'valid', 'valid_loss sd': '± sd', 'peak MB': 'MB'}
     short = table.drop(columns='train_loss', errors='ignore').rename(columns=names)
     body = short.reset_index([o for o in short.index.names if o!='optimizer']).to_string(index=False, float_format='%.3g').split('\n')
-    room = width-len(body[0])-2
+    room = max(width-len(body[0])-2, 8)
     spaced = [o.replace(',', ', ').replace(':', ': ') for o in ['optimizer', *short.index.get_level_values('optimizer')]]
-    rows = [(textwrap.wrap(o, max(room, 8)),line) for o,line in zip(spaced, body)]
+    rows = [(textwrap.wrap(o, room),line) for o,line in zip(spaced, body)]
     return '\n'.join(f'{part:<{room}}  {line if i==0 else ""}'.rstrip() for parts,line in rows for i,part in enumerate(parts))
 
 # %% ../nbs/22_compare.ipynb #edf54ce5
@@ -233,7 +233,7 @@ def rates_table(
         own = means[np.isclose(means.index, o.default.iloc[0])]
         loss,best = own.iloc[0] if len(own) else math.nan,lowest(means)
         return pd.Series({'default lr': o.default.iloc[0], 'loss': loss, 'best lr': best, 'lowest loss': means.min(),
-            'near best': (means<=1.1*means.min()).mean(), 's/epoch': o['s/epoch'].median()})
+            'near best': (means-means.min()<=0.1*abs(means.min())).mean(), 's/epoch': o['s/epoch'].median()})
     return pd.DataFrame({name: one(o) for name,_,o in _by_name(runs)}).T.rename_axis('optimizer')
 
 def plot_rates(

@@ -19,7 +19,7 @@ __all__ = ['hvp_ways', 'nonsmooth_modules', 'nonsmooth_functions', 'max_error', 
 # %% ../nbs/08_curvature.ipynb #4338fba8
 import math,re,time,warnings,weakref
 import torch, torch.autograd.forward_ad as fwAD, torch.nn.functional as F
-from contextlib import ExitStack,contextmanager,nullcontext
+from contextlib import ExitStack,contextmanager,nullcontext,suppress
 from fastcore.basics import noop,patch
 from typing import Literal
 from torch import Tensor,nn
@@ -28,7 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from .hvp import (asymmetry,check_checkpoints,check_choice,check_switch,check_twice,difference_error,difference_product,dual_gradient,
-    dual_numbers,graph_nodes,graph_product,shard_mesh,total_norm,all_bits,math_attention,twice_differentiable)
+    dual_numbers,graph_nodes,graph_product,shard_mesh,switched,total_norm,all_bits,math_attention,twice_differentiable)
 from .hutchinson import draw_like,rademacher_like
 from adahessian_fastai.ggn import (NoOutputs,adjoint_error,best_jvp,dual_jvp,ggn_product,linear_jvp,model_forward,output_tensors,
     reverse_jvp)
@@ -44,6 +44,11 @@ class Local:
     ): self.product,self.grads = product,grads
 
 # %% ../nbs/08_curvature.ipynb #a289741e
+def _some(problem, params, hs):
+    "Of `hs`, which are like `problem.params`, those that belong to `params`"
+    of = dict(zip(problem.params, hs))
+    return [of[p] for p in params]
+
 def reverse(
     problem, # The `Problem`; its graph is freed by the last product
     params:list, # Tensors to differentiate for, some of `problem.params`
@@ -51,8 +56,7 @@ def reverse(
 )->Local:
     "Double backward on the graph of the loss"
     grads = problem.gradient(create_graph=True)
-    of = dict(zip(problem.params, grads))
-    return Local(graph_product([of[p] for p in params], params, n_products), grads)
+    return Local(graph_product(_some(problem, params, grads), params, n_products), grads)
 
 # %% ../nbs/08_curvature.ipynb #dbcde37e
 def without_padding(
@@ -72,11 +76,6 @@ def _spread(problem, params, v):
     "`v`, which is like `params`, for all of `problem.params`: `None` for the others, and no padding moves"
     of = dict(zip(params, without_padding(problem.model, params, v)))
     return [of.get(p) for p in problem.params]
-
-def _some(problem, params, hs):
-    "Of `hs`, which are like `problem.params`, those that belong to `params`"
-    of = dict(zip(problem.params, hs))
-    return [of[p] for p in params]
 
 def forward(
     problem, # The `Problem`, with `evaluate`
@@ -108,14 +107,10 @@ def finite_difference(
     return Local(product, grads)
 
 # %% ../nbs/08_curvature.ipynb #6d1e27fe
-@contextmanager
 def batch_statistics(model:nn.Module):
     "Context in which each batch norm that trains leaves its running statistics alone"
     on = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
-    for m in on: m.track_running_stats = False
-    try: yield
-    finally:
-        for m in on: m.track_running_stats = True
+    return switched(*on, track_running_stats=False)
 
 class ModelWithLoss(nn.Module):
     "The loss as a module, whose parameters are those of model and loss function"
@@ -252,10 +247,9 @@ def exact_way(
     if shard_mesh(params):
         problem.gradient(retain_graph=True) # After a backward pass FSDP gathers the parameters anew, where they have moved
         return None,None
-    try:
+    with suppress(RuntimeError):
         local,off = checked_reverse(problem.again(twice=True), params)
         if off<=max_error: return 'reverse',local
-    except RuntimeError: pass
     local = forward(problem, params)
     try: return ('forward',local) if asymmetry_of(local.product, params)<=max_error else (None,None)
     except RuntimeError: return None,None
@@ -469,8 +463,7 @@ jvp_ways = dict(reverse=lambda problem,params: reverse_jvp(output_tensors(proble
 def closed_hessian(problem): # `u -> Hu` at the outputs, or `None`
     "Closed form of the Hessian of the loss, where the loss is its loss function and that is known"
     if problem.scale!=1 or problem.loss_func is None or problem.targets is None: return None
-    hessian = known_hessian(problem.loss_func, output_tensors(problem.outputs), problem.targets)
-    if hessian is None: return None
+    if (hessian := known_hessian(problem.loss_func, output_tensors(problem.outputs), problem.targets)) is None: return None
     ys = problem.targets if isinstance(problem.targets, (tuple,list)) else [problem.targets]
     with torch.no_grad(): bare = problem.loss_func(problem.outputs, *ys).item()
     return hessian if bare and math.isclose(bare, problem.loss.item(), rel_tol=1e-5) else None

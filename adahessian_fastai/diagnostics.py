@@ -217,7 +217,8 @@ def step_rule(opt)->tuple: # Word for the rule, and its limit of lr·λ_max; not
     fs = {getattr(f, 'func', f).__name__: f for f in getattr(opt, 'cbs', [])}
     rule = next((word for name,word in _rules.items() if name in fs), 'unknown')
     mom,averages = opt.hypers[-1].get('mom', 0.),getattr(fs.get('average_grad'), 'keywords', {}).get('dampening')
-    if rule=='unknown' or rule=='momentum' and averages: return 'unknown',math.nan
+    mixed = isinstance(opt, Lookahead) or len({h.get('mom') for h in opt.hypers})>1
+    if rule=='unknown' or mixed or rule=='momentum' and averages: return 'unknown',math.nan
     return rule,2. if rule=='gradient' else 2*(1+mom) if rule=='momentum' else 2*(1+mom)/(1-mom)
 
 # %% ../nbs/20_diagnostics.ipynb #43cc3df2

@@ -60,8 +60,7 @@ def draw_like(
         zs = draw_like([p.to_local() for p in params], draw, generator)
         return [type(p).from_local(z, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()) for z,p in zip(zs, params)]
     if getattr(draw, 'flat', False) and len({(p.dtype,p.device) for p in params})==1:
-        z = draw(params[0].new_empty(sum(p.numel() for p in params)), generator)
-        return unflat(z, params)
+        return unflat(draw(params[0].new_empty(sum(p.numel() for p in params)), generator), params)
     zs = [draw(p, generator) for p in params]
     wrong = [(tuple(z.shape),tuple(p.shape)) for z,p in zip(zs, params) if z.shape!=p.shape]
     if wrong: raise ValueError(f"probe must give a tensor like the parameter, got one of shape {wrong[0][0]} for {wrong[0][1]}")

@@ -9,12 +9,12 @@ A *product* is a callable `v -> Hv`. `v` and `Hv` are lists of tensors shaped li
 __all__ = ['substitutes', 'dual_substitutes', 'dual_thread', 'hvp_methods', 'math_attention', 'plain_rnn', 'plain_cpu_rnn',
            'eager', 'all_bits', 'check_real', 'AsComplex', 'real_parameters', 'flat', 'tensor_list', 'unflat',
            'SettingError', 'check_count', 'check_number', 'check_choice', 'check_switch', 'check_pair', 'loaded',
-           'is_part', 'shard_mesh', 'whole', 'sharded_like', 'grads_aside', 'sharded_gradient', 'gradient',
+           'is_part', 'shard_mesh', 'whole', 'sharded_like', 'switched', 'grads_aside', 'sharded_gradient', 'gradient',
            'graph_nodes', 'check_twice', 'check_checkpoints', 'hooks_disabled', 'missing_second_derivative',
            'graph_product', 'Substituted', 'substituted', 'zero_tangents', 'dual_numbers', 'dual_backward',
            'dual_gradient', 'total_norm', 'rounding', 'step_size', 'copy_all', 'moved', 'difference_product',
            'difference_error', 'hessian_product', 'SharedContext', 'needs_substitutes', 'has_rnn', 'own_statistics',
-           'switched', 'twice_differentiable', 'asymmetry', 'check_symmetric']
+           'twice_differentiable', 'asymmetry', 'check_symmetric']
 
 # %% ../nbs/00_hvp.ipynb #23113829
 import math,operator,re,sys,threading
@@ -183,13 +183,17 @@ def sharded_like(
 
 # %% ../nbs/00_hvp.ipynb #a100fd5e
 @contextmanager
-def grads_aside(params:list):
-    "Context that begins without gradients in `p.grad`, and puts them back"
-    kept = [(p, p.grad) for p in params]
-    for p in params: p.grad = None
+def switched(*objects, **values): # Attributes of each of `objects`, with their values inside
+    "Context in which attributes of `objects` have other values"
+    olds = [(o, k, getattr(o, k)) for o in objects for k in values]
+    for o,k,_ in olds: setattr(o, k, values[k])
     try: yield
     finally:
-        for p,g in kept: p.grad = g
+        for o,k,old in olds: setattr(o, k, old)
+
+def grads_aside(params:list):
+    "Context that begins without gradients in `p.grad`, and puts them back"
+    return switched(*params, grad=None)
 
 def sharded_gradient(
     loss:Tensor, # With its graph
@@ -255,14 +259,9 @@ def check_checkpoints(loss:Tensor):
         raise ValueError("parameters inside a reentrant checkpoint have no second derivative: call `checkpoint(..., use_reentrant=False)`")
 
 # %% ../nbs/00_hvp.ipynb #d47afb88
-@contextmanager
 def hooks_disabled(params):
     "Context in which no gradient hook of `params` is called"
-    hooks = {p: p._backward_hooks for p in params if p._backward_hooks}
-    for p in hooks: p._backward_hooks = None
-    try: yield
-    finally:
-        for p,h in hooks.items(): p._backward_hooks = h
+    return switched(*(p for p in params if p._backward_hooks), _backward_hooks=None)
 
 # %% ../nbs/00_hvp.ipynb #5e0b1d07
 @contextmanager
@@ -324,10 +323,9 @@ class Substituted(TorchFunctionMode):
         self.table,self.dual = table,dual
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
         if self.dual and not torch.is_grad_enabled(): args,kwargs = tree_map(_primal, (args,kwargs))
         if func in self.table and not _in_checkpoint(): func = self.table[func]
-        return func(*args, **kwargs)
+        return func(*args, **(kwargs or {}))
 
 def substituted():
     "Context in which functions without a right second derivative are computed from others, see `substitutes`"
@@ -563,18 +561,6 @@ def own_statistics(model:nn.Module):
         for m in synced: del m.forward
 
 # %% ../nbs/00_hvp.ipynb #c6076121
-@contextmanager
-def switched(
-    module, # One of `torch.backends`
-    **values, # Its attributes, with their values inside
-):
-    "Context in which attributes of `module` have other values"
-    old = {k: getattr(module, k) for k in values}
-    for k,v in values.items(): setattr(module, k, v)
-    try: yield
-    finally:
-        for k,v in old.items(): setattr(module, k, v)
-
 math_attention = SharedContext(lambda: sdpa_kernel(SDPBackend.MATH))
 plain_rnn = SharedContext(lambda: switched(torch.backends.cudnn, enabled=False))
 plain_cpu_rnn = SharedContext(lambda: switched(torch.backends.mkldnn, enabled=False))

@@ -108,8 +108,7 @@ def check_shards(
     scale:float=1., # Loss scale
 ): # Raises `ValueError`
     "Refuse what sharded parameters cannot give"
-    mesh = shard_mesh(params)
-    if mesh is None: return
+    if (mesh := shard_mesh(params)) is None: return
     way = "use estimator='gnb' or, where the model is smooth, hvp='finite_difference'"
     if not first_order: raise ValueError(f"sharded parameters have no second derivative: {way}")
     if scale!=1: raise ValueError(f"sharded parameters go without a loss scale, got {scale=}: use bfloat16, see `MixedPrecisionPolicy`")
@@ -238,11 +237,11 @@ def lr_of_run(
 ):
     "Context in which a learning rate that nobody gave suits the length of the training"
     if learn.opt is None: learn.create_opt()
-    own,free = learn.lr,_lr_is_own(learn) and hasattr(learn.opt, 'default_steps')
+    own,opt,free = learn.lr,learn.opt,_lr_is_own(learn) and hasattr(learn.opt, 'default_steps')
     if free: learn.lr = learn.lr_untouched = own_lr(learn.opt, steps_of_run(learn, n_epoch, cbs))
     try: yield
     finally:
-        if free and lr_untouched(learn): learn.lr = learn.lr_untouched = own
+        if free and lr_untouched(learn) and learn.opt is opt: learn.lr = learn.lr_untouched = own
 
 def _at_own_rate(fit):
     "`fit` of a Learner from a clean start, where a learning rate that nobody gave suits the length of the training"

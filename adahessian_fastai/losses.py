@@ -15,7 +15,7 @@ __all__ = ['cross_entropy_rule', 'squared_error_rule', 'binary_rule', 'smoothed_
            'cross_entropy_weights', 'softmax_hessian', 'softmax_noise', 'squared_error_weight', 'squared_error_noise',
            'binary_weights', 'binary_hessian', 'binary_noise', 'Rule', 'row_rule', 'entry_rule',
            'smoothed_cross_entropy_weights', 'bare_loss', 'on_plain_tensors', 'known_hessian', 'label_noise',
-           'loss_count', 'gnb_samples']
+           'n_targets', 'loss_count', 'gnb_samples']
 
 # %% ../nbs/06_losses.ipynb #2095bcd0
 import math,torch,torch.nn.functional as F
@@ -272,6 +272,11 @@ def _first(xs):
     if not isinstance(xs, (tuple,list)): return xs if isinstance(xs, Tensor) else None
     return next((o for o in map(_first, xs) if o is not None), None)
 
+def n_targets(targets)->int: # Length of a list of dicts, as detectors have; else rows of the first tensor
+    "Items in the targets of a batch"
+    o = targets[0] if isinstance(targets, tuple) else targets
+    return len(o) if isinstance(o, list) and all(isinstance(d, dict) for d in o) else len(_first(o))
+
 def loss_count(
     loss_func, # The loss, see `bare_loss`
     targets, # A tensor, or a tuple of them, whose first one counts
@@ -280,7 +285,7 @@ def loss_count(
     (f,axis),y = bare_loss(loss_func),_first(targets)
     if y is None or not y.ndim: return 1.
     count = losses.get(type(f), Rule()).count
-    return float(len(y) if count is None else count(f, y.detach().as_subclass(Tensor), axis))
+    return float(n_targets(targets) if count is None else count(f, y.detach().as_subclass(Tensor), axis))
 
 # %% ../nbs/06_losses.ipynb #8e837313
 def gnb_samples(

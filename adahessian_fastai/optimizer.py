@@ -34,6 +34,8 @@ class PartOf:
     def __set__(self, o, v): setattr(vars(o)[self.part], self.name, v)
 
 # %% ../nbs/15_optimizer.ipynb #fa84b0a4
+def _parts(opt): return dict(when=opt.when, estimator=opt.estimator, counts=opt.counts, scale=opt.curvature_scale) # Each has a state
+
 class CurvatureOptimizer(Optimizer, GetAttr):
     "Wrap `opt` so that its steppers receive an estimate of the diagonal of a curvature"
     _default,default_lr,param_lists = 'opt',0.15,PartOf('opt')
@@ -50,9 +52,8 @@ class CurvatureOptimizer(Optimizer, GetAttr):
         debiased:bool=False, # Hand the noise of the estimate to the steppers?
         perturb:Perturbation=None, # Where loss and curvature are taken; at the parameters themselves by default
     ):
-        check_count('n_acc', n_acc)
         self.opt,self.estimator,self.when = opt,estimator or Hutchinson(),when or Every()
-        self.smooth,self.n_acc,self.debiased = smooth,n_acc,debiased
+        self.smooth,self.n_acc,self.debiased = smooth,check_count('n_acc', n_acc),debiased
         self.counts,self.pending,self.curvature_scale,self.turn = Counts(),Pending(),CurvatureScale(),None
         self.perturb = perturb or Perturbation()
         opt._keep_on_clear = [*opt._keep_on_clear, 'do_hessian']
@@ -80,8 +81,7 @@ class CurvatureOptimizer(Optimizer, GetAttr):
 
     def state_dict(self)->dict:
         "State of the wrapped optimizer and of the parts, with what is pending"
-        own = dict(counts=self.counts, scale=self.curvature_scale, estimator=self.estimator, when=self.when)
-        own = {k: o.state_dict() for k,o in own.items()}
+        own = {k: o.state_dict() for k,o in _parts(self).items()}
         if self.n_batches: own['pending'] = self.pending.state(self.all_params().itemgot(0))
         return {**self.opt.state_dict(), 'hypers': [dict(o) for o in self.opt.hypers], 'curvature': own}
 
@@ -93,10 +93,7 @@ class CurvatureOptimizer(Optimizer, GetAttr):
         rules = dict(counts=Counts.rules, scale=CurvatureScale.rules, estimator={}, when={})
         (hypers,state),own = checked_steppers(self, sd, **rules),sd['curvature']
         pending,grads = Pending.of_state(ps, own)
-        self.when.load_state_dict(own['when'])
-        self.estimator.load_state_dict(own['estimator'])
-        self.counts.load_state_dict(own['counts'])
-        self.curvature_scale.load_state_dict(own['scale'])
+        for k,o in _parts(self).items(): o.load_state_dict(own[k])
         self.opt.hypers,self.opt.state,self.pending = hypers,state,pending
         for p,g in zip(ps, grads): p.grad = g
 
@@ -135,7 +132,7 @@ def backward(self:CurvatureOptimizer, learn:Learner):
             f"around its body where `self.training`")
     ps = trainable_params(self)
     problem = self.turn.problem(learn, ps)
-    n_items = find_bs(learn.yb) if self.n_acc>1 or problem.group is not None else 1
+    n_items = problem.n_items if self.n_acc>1 or problem.group is not None else 1
     self.differentiate(self.perturb.up(problem, bool(self.turn.due)), n_items=n_items)
     self.perturb.back()
     if not self.n_steps: check_gradients(ps)

@@ -16,6 +16,7 @@ from dataclasses import is_dataclass
 from types import CellType,FunctionType,MethodType
 
 from fastai.basics import *
+from .hvp import is_part
 
 # %% ../nbs/11_replay.ipynb #73b0ddd1
 _hooks = tuple(k for k in vars(nn.Module()) if k.endswith(('_hooks', '_with_kwargs', '_always_called')))
@@ -54,8 +55,11 @@ def snapshot(
 )->tuple: # To be given to `restored`
     "Random states, and a copy of what `objects` remember"
     functions = [o for o in objects if isinstance(o, (FunctionType,partial))]
-    memory = _copied(_memory({id(m): m for o in objects for m in _members(o)}.values()), {})
-    return get_random_states(),memory,functions,[b for f in functions for b in _outside(f)]
+    modules = {id(m): m for o in objects for m in _members(o)}.values()
+    own = {p for m in modules if isinstance(m, nn.Module) for p in m.parameters(recurse=False)}
+    frozen = {p: p.detach().clone() for p in own if not (p.requires_grad or is_part(p))}
+    memory = _copied(_memory(modules), {id(p): p for p in frozen})
+    return get_random_states(),memory,frozen,functions,[b for f in functions for b in _outside(f)]
 
 # %% ../nbs/11_replay.ipynb #6bcf2eb6
 def _contents(o):
@@ -117,21 +121,23 @@ def _put(memory):
 @contextmanager
 def restored(state:tuple):
     "Context in which random numbers and memory are those of `state`; leaves no trace"
-    rng,memory,functions,begin = state
+    rng,memory,frozen,functions,begin = state
     modules,end = [m for m,_ in memory],[b for f in functions for b in _outside(f)]
     here,now = get_random_states(),_memory(modules, also=('training',))
     fixed = [m.weight for m in modules if getattr(m, 'max_norm', None) and isinstance(m, (nn.Embedding,nn.EmbeddingBag))]
     fixed += [b for m in modules if isinstance(m, torch.jit.ScriptModule) for b in m.buffers(recurse=False)] # No attributes of Python
-    olds = [(o, o.detach().clone()) for o in fixed]
+    olds,there = [(o, o.detach().clone()) for o in fixed],[(p, p.data) for p in frozen]
     with hooks_unmoved(modules):
         try:
-            _put(_copied(memory, {}))
+            _put(_copied(memory, {id(p): p for p in frozen}))
+            for p,v in frozen.items(): p.data = v.clone()
             set_random_states(**rng)
             for b in begin: b()
             yield
         finally:
             _put(now)
             set_random_states(**here)
+            for p,v in there: p.data = v
             for o,old in olds: o.data.copy_(old)
             for b in end: b()
 

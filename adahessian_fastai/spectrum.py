@@ -20,7 +20,7 @@ from scipy.linalg import eigh_tridiagonal
 from scipy.stats import t as student_t
 from typing import Literal
 from torch import Tensor
-from .hvp import asymmetry,check_count,check_number,check_real,flat,gradient,graph_product,substituted,tensor_list,unflat
+from .hvp import asymmetry,check_count,check_number,check_real,flat,gradient,graph_product,rounding,substituted,tensor_list,unflat
 from .hutchinson import get_probe
 
 # %% ../nbs/03_spectrum.ipynb #c5dbc90a
@@ -184,7 +184,7 @@ def _beyond(new, pairs, k, which, slack):
     return [o for o in new if few or o[0]>hi or o[0]<lo]
 
 # %% ../nbs/03_spectrum.ipynb #28f48fcf
-_rounding = 32
+def _rounding(v, params): return 32*torch.finfo(v.dtype).eps + 2*rounding(params) # Products may be of a coarser type than `v`
 
 def _ritz_pairs(product, params, k, which, tol, steps, generator, against=(), scale=0.):
     "Pairs `(value, bound, vector)` at the wanted ends of the complement of `against`, the Lanczos steps and the largest size"
@@ -200,7 +200,7 @@ def _ritz_pairs(product, params, k, which, tol, steps, generator, against=(), sc
         v = v/v.norm()
         hv = flat(product(unflat(v, params)))
         value = (v@hv).item()
-        pairs.append((value, (hv-value*v).norm().item() + _rounding*torch.finfo(v.dtype).eps*size, v))
+        pairs.append((value, (hv-value*v).norm().item() + _rounding(v, params)*size, v))
     return pairs,len(Q),size
 
 # %% ../nbs/03_spectrum.ipynb #9d7cbbae
@@ -230,7 +230,7 @@ def extreme_eigenvalues(
         pairs += new
     pairs.sort(key=lambda o: o[0])
     values,bounds,vs = zip(*[pairs[i] for i in _ends(len(pairs), k, which)])
-    close = max(2*tol, 2*_rounding*torch.finfo(vs[0].dtype).eps)*scale
+    close = max(2*tol, 2*_rounding(vs[0], params))*scale
     values,bounds = (torch.tensor(o, dtype=torch.double) for o in (values, bounds))
     return Eigenpairs(values, bounds, bounds.max().item()<=close, count, [unflat(v, params) for v in vs] if vectors else None)
 

@@ -33,8 +33,7 @@ def _estimator(opt):
 def _seen(learn, opt, params, b, est, rng):
     "Gradient, and its square or the diagonal (squared, where `opt` averages squares) on the batch `b`"
     with problem_of(learn, b, params) as problem:
-        gs = [torch.zeros_like(p) if g is None else g for p,g in zip(params, problem.gradient(retain_graph=True))]
-        gs = [g.detach() for g in gs]
+        gs = [torch.zeros_like(p) if g is None else g.detach() for p,g in zip(params, problem.gradient(retain_graph=True))]
         found = est(problem, params, rng, lambda ps: [torch.zeros_like(p) for p in ps]) if est else None
     out = [est is None or not opt.state[p].get('do_hessian', True) for p in params]
     ds = [g.abs() if o else opt.smooth(d) for o,g,d in zip(out, gs, found.diag if est else gs)]

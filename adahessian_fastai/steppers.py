@@ -285,8 +285,10 @@ class Perturbation:
         rho:float=0., # How far, ρ; 0 or `None` for not at all; raises `ValueError` below 0
         along:Literal['gradient','momentum']='momentum', # Against the momentum, or up another gradient; raises `ValueError` for others
     ):
-        self.rho,self.kept = check_number('rho', ifnone(rho, 0.), least=0),[]
+        self.rho,self.kept,self.known = check_number('rho', ifnone(rho, 0.), least=0),[],{}
         self.along = check_choice('along', along, ('momentum','gradient'))
+
+    def __getstate__(self): return {**vars(self), 'known': {}}
 
     @property
     def twice(self): return self.rho>0 and self.along=='gradient'
@@ -308,8 +310,10 @@ class Perturbation:
 
     @torch.no_grad()
     def back(self):
-        "Put the parameters back"
-        copy_all([p.data for p,*_ in self.kept], [_home(*o) for o in self.kept])
+        "Put the parameters back; one whose `data` the forward pass writes, which nothing else tells, is found the first time"
+        new = [o for o in self.kept if id(o[0]) not in self.known]
+        self.known.update({id(p): not torch.equal(p, torch.addcmul(old, d, size)) for p,old,_,d,size in new})
+        copy_all([p.data for p,*_ in self.kept], [_home(*o, self.known[id(o[0])]) for o in self.kept])
         self.kept = []
 
     def ahead(self, opt:Optimizer):
@@ -336,9 +340,9 @@ class Perturbation:
 # %% ../nbs/14_steppers.ipynb #bcb7a4d6
 def _written(p): return p._version,getattr(p, '_local_tensor', p).data_ptr() # Another one after a write
 
-def _home(p, old, written, d, size):
+def _home(p, old, written, d, size, look):
     "`old`, with what was written into `p` after the move, as an embedding with `max_norm` does"
-    if _written(p)==written: return old
+    if not look and _written(p)==written: return old
     moved = torch.addcmul(old, d, size)
     return torch.where(p==moved, old, p-moved+old)
 

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation,GradientClip
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from adahessian_fastai.adahessian import adahessian_paper as adahessian
 from adahessian_fastai.all import hessian_free
 from adahessian_fastai.estimators import Estimate
@@ -221,3 +223,19 @@ def test_a_loss_that_reaches_no_parameter_is_named():
     other = nn.Parameter(torch.ones(1).double())
     learn = learner(mlp(), *data(12), loss_func=lambda pred,y: (other**2).sum(), opt_func=hessian_free, hypers={})
     with pytest.raises(ValueError, match='depends on no parameter of the optimizer'): fit(learn)
+
+def detected(y, n_boxes, **kwargs):
+    "A step on batches of 6, 6 and 3, whose targets are a list of dicts as detectors have them: boxes, as many as there are, and a label"
+    x = data(15)[0]
+    ds = list(zip(x, [dict(boxes=torch.zeros(n, 4), label=o) for n,o in zip(n_boxes, y)]))
+    dl = DataLoader(ds, bs=6, n_inp=1, create_batch=lambda b: (torch.stack([o[0] for o in b]), [o[1] for o in b]))
+    def loss(pred, ys): return F.cross_entropy(pred, torch.stack([o['label'] for o in ys]))
+    learn = learner(mlp(), x, y, loss_func=loss, probe=given(), **kwargs)
+    learn.dls = DataLoaders(dl, dl)
+    return fit(learn).model
+
+def test_pictures_count_equally_however_many_boxes_they_have():
+    x,y = data(15)
+    want = fit(learner(mlp(), x, y, probe=given(), n_acc=3)).model
+    for seed in range(2): assert distance(detected(y, torch.randint(4, (15,), generator=torch.Generator().manual_seed(seed)), n_acc=3), want)==0
+    with pytest.raises(ValueError, match='got a list of 6 items in the batch'): detected(y, [1]*15, hessian_bs=3)

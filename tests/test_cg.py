@@ -189,6 +189,13 @@ def test_preconditioner_inverts_the_power_of_the_damped_diagonal():
     assert torch.allclose((d+.3)**.75*diag_preconditioner(d, .3)(v), v)
     assert not torch.allclose(diag_preconditioner(d, .3, exponent=1.)(v), diag_preconditioner(d, .3)(v))
 
+@pytest.mark.parametrize('every', [1,5])
+def test_a_system_solved_between_two_looks_has_no_negative_curvature(every):
+    "The steps after the last one have a direction of zeros"
+    res = cg(lambda v: 2*v, torch.ones(3), max_iter=50, check_every=every, neg_curv='abs')
+    assert res.x.tolist()==[0.5]*3 and not res.neg_curv
+    assert cg(lambda v: torch.stack([v[0],0*v[1]]), torch.ones(2), max_iter=2, check_every=every, neg_curv='abs').neg_curv
+
 @pytest.mark.parametrize('kwargs', [dict(neg_curv='x'), dict(max_iter=0), dict(max_iter=True), dict(max_iter=1.5), dict(max_iter=math.nan), dict(tol=-1),
     dict(tol=math.nan), dict(tol='x'), dict(atol=-1.), dict(atol=math.inf), dict(eps=-1.), dict(keep=-1), dict(check_every=0), dict(check_every=True),
     dict(grid=.5), dict(grid=math.nan), dict(x0=torch.ones(3))])

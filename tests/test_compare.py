@@ -254,6 +254,20 @@ def test_a_seed_that_failed_is_no_success():
     axs = plot_rates(runs)
     assert np.isnan(axs[0].lines[0].get_ydata()).tolist()==[False,True]
 
+def test_a_run_that_a_callback_ends_at_its_first_loss_that_is_no_number_has_failed():
+    "Before the Recorder notes that loss: the run does not count with the epoch before"
+    class Later(Callback):
+        def after_loss(self):
+            if self.training and self.train_iter>=6: self.learn.loss_grad = self.learn.loss = self.loss*math.nan
+    runs = compare_optimizers(partial(small, cbs=[Later(),TerminateOnNaNCallback()]), dict(adam=Adam), 2)
+    assert math.isnan(runs.valid_loss.item()) and len(runs.valid_losses[0])==1
+
+def test_rates_near_a_best_loss_below_zero():
+    "As of a log density: the best rate itself is near it"
+    rows = [dict(optimizer='x', seed=0, lr=lr, default=0.1, train_loss=l, valid_loss=l, losses=[l], valid_losses=[l], seconds=[1.], **{'s/epoch': 1.})
+        for lr,l in ((0.1,-10.), (0.2,-9.5), (0.3,-8.), (0.4,1.))]
+    assert rates_table(pd.DataFrame(rows)).loc['x','near best']==0.5
+
 @pytest.mark.parametrize('text,want', [('signed=false', False), ('signed=False', False), ('signed=true', True)])
 def test_switches_of_the_command_line(text, want):
     opt = parse_opts(f'adahessian:{text}')[f'adahessian:{text}']([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
@@ -368,6 +382,11 @@ def test_a_table_as_text(width):
         words = [w for o in lines for w in (o.split()[:-2] if o in body else o.split())]
         assert words==['optimizer','adam','adahessian:','update_each=2,','clip=1']
         assert max(map(len, lines))<=width
+
+def test_a_table_wider_than_the_screen_keeps_its_columns():
+    "Names have eight letters to a line then"
+    table = pd.DataFrame({'valid_loss': [.5,.25]}, index=pd.Index(['adam','adahessian'], name='optimizer'))
+    assert fitted(table, 10).split('\n')==['optimize   valid','r','adam         0.5','adahessi    0.25','an']
 
 def test_validation_stands_where_its_epoch_ended():
     "Five batches in two epochs; a name is in the legend once; a run that never validated is drawn too"

@@ -17,7 +17,7 @@ from fastai.data.core import DataLoaders,TfmdDL
 from fastai.learner import Callback
 from fastai.losses import CrossEntropyLossFlat,MSELossFlat
 from fastai.metrics import accuracy
-from fastai.optimizer import Adam,OptimWrapper,Optimizer,SGD,average_grad,momentum_step,ranger
+from fastai.optimizer import Adam,Lookahead,OptimWrapper,Optimizer,SGD,average_grad,momentum_step,ranger
 from fastai.text.models.awdlstm import AWD_LSTM
 from fastai.text.models.core import get_language_model
 from fastai.torch_core import get_random_states,set_seed
@@ -912,6 +912,13 @@ def test_a_new_optimizer_of_any_kind_has_a_limit_and_is_left_alone(opt, capsys):
             assert s.limit>0 and 'auto' not in capsys.readouterr().out
         return everything(run(learn, 1))
     assert identical(go(False), go(True))
+
+@pytest.mark.parametrize('opt', [lambda ps, lr: Lookahead(SGD(ps, lr, mom=0.9)), partial(SGD, mom=[0.,0.9])])
+def test_no_limit_is_known_of_steps_that_are_mixed(opt):
+    "Of each step by itself there is one, and the training diverges below it"
+    ps = [nn.Parameter(torch.ones(1)) for _ in range(2)]
+    rule,limit = step_rule(opt([[p] for p in ps], lr=0.1))
+    assert rule=='unknown' and math.isnan(limit)
 
 def test_stability_speaks_in_one_sentence():
     for opt in (SGD, Adam, adahessian, ranger):

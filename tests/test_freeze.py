@@ -5,7 +5,7 @@ from fastai.callback.core import Callback
 from fastai.torch_core import params
 from functools import partial
 from torch import nn
-from adahessian_fastai.all import adahessian_paper
+from adahessian_fastai.all import adahessian,adahessian_paper,hessian_free,sassha
 from adahessian_fastai.learner import trainable_params
 from helpers_learner import HYPERS,ROUNDING,Noted,data,distance,fit,given,learner,mlp,one_loss,plain,split
 from twin import Twin
@@ -268,3 +268,37 @@ def test_a_square_of_gradients_weighs_one_in_a_dense_start():
     opt.differentiate((p**4).sum()+(q**4).sum())
     opt.step()
     assert opt.state[p]['hess_step']==0.1 and opt.state[q]['hess_step']==1
+
+
+class WithTeacher(nn.Module):
+    "In training each forward pass moves a frozen teacher a quarter of the way to its pupil: in place, or by new data"
+    def __init__(self, in_place):
+        super().__init__()
+        self.pupil,self.teacher,self.in_place = mlp(),mlp(1).requires_grad_(False),in_place
+    def forward(self, x):
+        for p,t in zip(self.pupil.parameters(), self.teacher.parameters()) if self.training else ():
+            if self.in_place: t.data.lerp_(p.data, 0.25)
+            else: t.data = t.data.lerp(p.data, 0.25)
+        return self.pupil(x)+self.teacher(x)
+
+def taught(in_place, **kwargs):
+    "Two epochs of six batches"
+    return fit(learner(WithTeacher(in_place), *data(36), **kwargs), 2)
+
+@pytest.mark.parametrize('in_place', [True,False])
+@pytest.mark.parametrize('kwargs', [dict(hvp='forward'), dict(hessian_bs=1.), dict(n_acc=2, hvp='forward')])
+def test_a_frozen_teacher_moves_once_in_each_batch(in_place, kwargs):
+    "Evaluated again, the batch has the teacher that it had: as the products that need no second evaluation say"
+    a,b = (taught(in_place, probe=given(), **o) for o in (kwargs, {**kwargs, 'hvp':'reverse'}))
+    assert distance(a.model, b.model)<ROUNDING
+
+@pytest.mark.parametrize('in_place', [True,False])
+@pytest.mark.parametrize('opt_func', [sassha, hessian_free, partial(hessian_free, keep_graph=False), partial(adahessian, rho=0)])
+def test_a_report_or_another_evaluation_does_not_teach(in_place, opt_func):
+    "With a rate of 0 the teacher is 0.75**12 of the distance away in the end, which a summary does not change"
+    learn = taught(in_place, opt_func=opt_func, hypers=dict(lr=0.))
+    def away(i=None): return [t-p for p,t in zip(learn.model.pupil.parameters(), i or learn.model.teacher.parameters())]
+    start = away([*mlp(1).parameters()])
+    for _ in range(2):
+        for a,b in zip(away(), start): torch.testing.assert_close(a, b*0.75**12, rtol=1e-12, atol=1e-15)
+        learn.curvature_summary()

@@ -434,3 +434,17 @@ def test_the_rate_of_a_length_is_that_of_a_new_optimizer_too_and_goes_when_train
     assert learn.lr==0.15
     learn.fit(14)
     assert learn.opt.hypers[0]['lr']==0.15
+
+
+def test_an_optimizer_that_came_in_the_middle_keeps_its_own_rate():
+    "And does not get that of the one before it in the next training"
+    class Switch(Callback):
+        def before_epoch(self):
+            if self.epoch==0: return
+            self.learn.opt_func = Adam
+            self.learn.create_opt()
+    learn = learner(modern)
+    learn.fit(2, cbs=Switch())
+    assert learn.lr==defaults.lr
+    learn.fit(1)
+    assert learn.opt.hypers[0]['lr']==defaults.lr

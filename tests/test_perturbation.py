@@ -331,17 +331,18 @@ def test_along_the_gradient_with_attention():
 
 
 class Bounded(nn.Module):
-    "Rows that the forward pass shortens to a length of 1: in place, as `nn.Embedding(max_norm=1)`, or by new data"
-    def __init__(self, in_place):
+    "Rows that the forward pass shortens to a length of 1: as `nn.Embedding(max_norm=1)` does, by new data, or in the data that is there"
+    def __init__(self, how):
         super().__init__()
         torch.manual_seed(0)
-        self.rows,self.out,self.in_place = nn.Embedding(6,4, max_norm=1. if in_place else None).double(),nn.Linear(4,3).double(),in_place
+        self.rows,self.out,self.how = nn.Embedding(6,4, max_norm=1. if how=='max_norm' else None).double(),nn.Linear(4,3).double(),how
     def forward(self, x):
-        if not self.in_place: self.rows.weight.data = torch.renorm(self.rows.weight.data, 2, 0, 1.)
+        if self.how=='new data': self.rows.weight.data = torch.renorm(self.rows.weight.data, 2, 0, 1.)
+        if self.how=='in the data': self.rows.weight.data.renorm_(2, 0, 1.)
         return self.out(self.rows(x).mean(1))
 
-@pytest.mark.parametrize('in_place', [True,False])
-def test_what_the_forward_pass_writes_into_weights_stays(in_place):
+@pytest.mark.parametrize('how', ['max_norm','new data','in the data'])
+def test_what_the_forward_pass_writes_into_weights_stays(how):
     "Rows of length 1 at the moved point are as long, but for the move, at the parameters themselves; other entries come back to the bit"
     g = torch.Generator().manual_seed(0)
     x,lengths,last = torch.randint(5, (60,3), generator=g),[],[]
@@ -349,11 +350,11 @@ def test_what_the_forward_pass_writes_into_weights_stays(in_place):
         w = learn.model.rows.weight.detach()
         lengths.append(w[:5].norm(dim=1).max().item())
         last.append(w[5].clone())
-    learn = learner(Bounded(in_place), x, x[:,0]%3, opt_func=moved, lr=0.1, hypers={}, rho=0.2, cbs=[Noted('before_step', look)])
-    long = Bounded(in_place).rows.weight[:5].norm(dim=1).max().item()
+    learn = learner(Bounded(how), x, x[:,0]%3, opt_func=moved, lr=0.1, hypers={}, rho=0.2, cbs=[Noted('before_step', look)])
+    long = Bounded(how).rows.weight[:5].norm(dim=1).max().item()
     fit(learn, 2)
     assert long>1.5 and max(lengths[1:])<1.25 and learn.opt.n_estimates==20
-    if in_place: assert all(torch.equal(o, last[0]) for o in last) # The row that no batch has
+    if how=='max_norm': assert all(torch.equal(o, last[0]) for o in last) # The row that no batch has
 
 
 calls = [] # In a method of a class it is not put back

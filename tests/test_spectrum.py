@@ -219,6 +219,15 @@ def test_float32_bounds_hold():
     eig = extreme_eigenvalues(product, [p.float() for p in params], k=2, which='both', max_iter=150, generator=gen())
     assert eig.converged and ((eig.values-full[[-1,-2,1,0]]).abs() <= eig.bounds).all()
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16,torch.half])
+def test_bounds_hold_in_half_precision(dtype):
+    "Products are rounded to the type of the parameters, coarser than that of the vectors of Lanczos' method"
+    for seed in range(30):
+        A = torch.randn(20, 20, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        A = (A+A.T)/2
+        values,bounds = extreme_eigenvalues(lambda v: [A@v[0]], [torch.zeros(20, dtype=dtype)], generator=torch.Generator().manual_seed(seed))
+        assert (torch.from_numpy(eigvalsh(A.double().numpy()))-values).abs().min()<=bounds and bounds<0.1*values
+
 def test_seeded_and_alone_with_its_random_numbers():
     product,params,_ = symmetric([math.sin(i) for i in range(60)])
     before = torch.get_rng_state()
