@@ -82,6 +82,7 @@ def check_names(
 def arguments(o)->dict: # Those that differ from their defaults
     "What `o` was made with"
     of,own = (o.func,o.keywords) if isinstance(o, partial) else (type(o),vars(o))
+    if own.get('probes', 1)!=1: own = {**own, 'dense': (own['dense'],own['probes'])} # Two attributes of one argument of `Every`
     kept = {p.name: (own[p.name],p.default) for p in inspect.signature(of).parameters.values() if own.get(p.name) is not None}
     return {k: v for k,(v,default) in kept.items() if v is not default and v!=default}
 

@@ -454,7 +454,6 @@ class Evaluated(nn.Module):
     def forward(self):
         with PlainTensors(): return self.outputs()
 
-# %% ../nbs/08_curvature.ipynb #9658c701
 jvp_ways = dict(reverse=lambda problem,params: reverse_jvp(output_tensors(problem.outputs), params),
     dual=lambda problem,params: dual_jvp(lambda _: outputs_again(problem)(), params),
     linearize=lambda problem,params: linear_jvp(model_forward(Evaluated(problem), params), params))

@@ -23,6 +23,7 @@ from fastai.optimizer import debias
 from .hvp import check_count,check_number,check_switch,flat,is_part,tensor_list,unflat
 from .hutchinson import hutchinson_diag,hutchinson_samples
 from .spectrum import confidence_interval,extreme_eigenvalues,mean_product,spectral_density
+from .losses import n_targets
 from .learner import by_parameter,is_sharded,trainable_params,unwrapped
 from .batch import problem_of,snapshot_of
 from .steppers import bounded,denominator
@@ -114,9 +115,11 @@ def curvature_product(self:Learner,
     else: batches = some_batches(self, batches, n_batches)
     def product_of(b):
         def product(v):
+            if (got := [tuple(o.shape) for o in v])!=(want := [tuple(p.shape) for p in params]):
+                raise ValueError(f"v must be a list of tensors of the shapes {want}, got {got}")
             with problem_of(self, b, params, train, start) as problem: return how(problem, params, 1).product(v)
         return product
-    return mean_product(product_of, batches, weight=lambda b: find_bs(b[getattr(self.dls, 'n_inp', -1):] or b))
+    return mean_product(product_of, batches, weight=lambda b: n_targets(tuple(b[getattr(self.dls, 'n_inp', -1):] or b)))
 
 # %% ../nbs/20_diagnostics.ipynb #d1250eb5
 class ProbeStats:
@@ -228,7 +231,6 @@ def _sophia_scaling(s, h): return (d := denominator(s, h)).masked_fill(s['grad_a
 
 def _adahessian_scaling(s, h):
     d,(clip,cap) = denominator(s, h),(h.get('clip') or 0.,h.get('cap') or 0.)
-    if not clip and not cap: return d
     u = s['grad_avg']/d/debias(h['mom'], 1-h['mom'], s['step'])
     within,capped = bounded([u.clone()], clip, cap)[0],bounded([u.clone()], 0., cap)[0]
     return d*torch.where(within==0, u.norm()/capped.norm(), u/within).nan_to_num(1.)

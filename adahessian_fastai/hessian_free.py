@@ -357,7 +357,8 @@ def upgraded_state(sd):
     return {**sd, 'curvature': dict(counts={k: old[k] for k in ('n_steps','n_skipped')}, record=old['record'],
         products=dict(costs=old.get('costs', {})), generator=old.get('generator'))}
 
-own_rules = dict(counts=dict.fromkeys(('n_steps','n_skipped'), whole_number), products={}, generator=None,
+_random = (lambda v: v is None or isinstance(v, Tensor) and v.shape==torch.Generator().get_state().shape, "`None` or a generator's state")
+own_rules = dict(counts=dict.fromkeys(('n_steps','n_skipped'), whole_number), products={}, generator=_random,
     record=(lambda v: isinstance(v, list) and all(isinstance(r, dict) and 'step' in r for r in v), 'a list of steps'))
 
 def check_own(own, state):

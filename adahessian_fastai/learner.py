@@ -127,7 +127,6 @@ def sync_group(learn:Learner): # A process group, or `None` when nothing is to b
     if not isinstance(model, DistributedDataParallel) or not model.require_backward_grad_sync: return None
     return model.process_group
 
-# %% ../nbs/10_learner.ipynb #6927a64f
 def cross_rank_mean(
     tensors:list, # Changed in place; the same shapes on each rank
     group, # Process group, `None` to do nothing
@@ -372,7 +371,7 @@ def check_groups(
     "Refuse the state of another kind of optimizer, of other parameter groups, or of another model"
     if not isinstance(sd, dict) or not {'state','hypers',own} <= set(sd):
         raise ValueError(f"not a state of {type(opt).__name__} but of another optimizer: load the weights alone with `with_opt=False`, "
-            f"got {list(sd)}")
+            f"got {list(sd) if isinstance(sd, dict) else sd!r}")
     if wrong := [k for k in ('state','hypers') if not (isinstance(sd[k], (list,tuple,L)) and all(isinstance(o, dict) for o in sd[k]))]:
         raise ValueError(f"{wrong[0]} must be a list of dicts, got {sd[wrong[0]]!r}")
     if not isinstance(sd[own], dict): raise ValueError(f"{own} must be a dict, got {sd[own]!r}")

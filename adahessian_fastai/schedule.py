@@ -216,7 +216,6 @@ def period(self:Budget, ratio:float)->int: # k
     "The smallest period that keeps the mean overhead within the budget"
     return max(1, math.ceil(round(ratio/self.overhead, 6)))
 
-# %% ../nbs/13_schedule.ipynb #8014a49f
 @patch
 def part_for(self:Budget,
     least:float, # Overhead of an estimate on `least_part` of the batch

@@ -133,7 +133,7 @@ def test_an_optimizer_says_what_it_is():
 
 @pytest.mark.parametrize('kwargs,want', [(dict(signed=True), 'average_diag_hessian'), (dict(n_acc=2), 'n_acc: 2'), (dict(rho=0.4), 'rho=0.4'),
     (dict(hvp='auto'), "Hessian(method='auto')"), (dict(budget=0.25), 'Budget(overhead=0.25'), (dict(lr=0.3), 'lr=0.3'),
-    (dict(block_length='row'), "average_diag(block_length='row')"), (dict(signed_blocks=True), 'average_diag(signed=True)'),
+    (dict(dense=(20,4)), 'dense=(20, 4)'), (dict(block_length='row'), "average_diag(block_length='row')"), (dict(signed_blocks=True), 'average_diag(signed=True)'),
     (dict(average_kernels=False), 'average_kernels=False'), (dict(debiased=True, n_samples=2), 'debiased: True')])
 def test_a_variant_is_seen(kwargs, want):
     ps = [p for m in nets() for p in m.parameters()]

@@ -1,5 +1,5 @@
 "A run that was interrupted and continued is the run that was not, bit for bit; what does not fit is refused and changes nothing"
-import copy,io,itertools,json,math,os,pickle,random,signal,subprocess,sys,time,zipfile
+import copy,io,itertools,json,math,os,pickle,random,re,signal,subprocess,sys,time,zipfile
 from pathlib import Path
 import numpy as np,pytest,torch,torch.nn.functional as F
 from fastai.callback.core import Callback
@@ -603,3 +603,16 @@ def test_the_scale_of_curvature_goes_with_a_state():
     a.curvature_scale.update(False)
     b.load_state_dict(a.state_dict())
     assert b.curvature_scale.c==0.5
+
+
+@pytest.mark.parametrize('opt_func', [adahessian,hessian_free])
+@pytest.mark.parametrize('sd', [None,3,[]])
+def test_what_is_no_state_at_all_is_shown(opt_func, sd):
+    with pytest.raises(ValueError, match=re.escape(f"not a state of {type(opt_func([torch.nn.Parameter(torch.ones(2))])).__name__}")+f".*got {re.escape(repr(sd))}$"):
+        opt_func([torch.nn.Parameter(torch.ones(2))]).load_state_dict(sd)
+
+def test_a_generator_of_another_size_is_named():
+    opt = hessian_free([torch.nn.Parameter(torch.ones(2))], precondition=True)
+    sd = opt.state_dict()
+    sd['curvature']['generator'] = torch.zeros(3, dtype=torch.uint8)
+    with pytest.raises(ValueError, match='generator of the state must be'): opt.load_state_dict(sd)
