@@ -758,6 +758,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'adahessian_fastai.hvp.moved': ('hvp.html#moved', 'adahessian_fastai/hvp.py'),
                                        'adahessian_fastai.hvp.needs_substitutes': ( 'hvp.html#needs_substitutes',
                                                                                     'adahessian_fastai/hvp.py'),
+                                       'adahessian_fastai.hvp.needs_wrong_third': ( 'hvp.html#needs_wrong_third',
+                                                                                    'adahessian_fastai/hvp.py'),
                                        'adahessian_fastai.hvp.own_statistics': ('hvp.html#own_statistics', 'adahessian_fastai/hvp.py'),
                                        'adahessian_fastai.hvp.real_parameters': ('hvp.html#real_parameters', 'adahessian_fastai/hvp.py'),
                                        'adahessian_fastai.hvp.rounding': ('hvp.html#rounding', 'adahessian_fastai/hvp.py'),

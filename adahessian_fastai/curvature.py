@@ -28,7 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from .hvp import (asymmetry,check_checkpoints,check_choice,check_switch,check_twice,difference_error,difference_product,dual_gradient,
-    dual_numbers,graph_nodes,graph_product,shard_mesh,switched,total_norm,all_bits,math_attention,twice_differentiable)
+    dual_numbers,graph_nodes,graph_product,needs_wrong_third,shard_mesh,switched,total_norm,all_bits,math_attention,twice_differentiable)
 from .hutchinson import draw_like,rademacher_like
 from adahessian_fastai.ggn import (NoOutputs,adjoint_error,best_jvp,dual_jvp,ggn_product,linear_jvp,model_forward,output_tensors,
     reverse_jvp)
@@ -38,10 +38,8 @@ from .problem import MeanProblem
 # %% ../nbs/08_curvature.ipynb #9ffdfbeb
 class Local:
     "Product and gradient at one point"
-    def __init__(self,
-        product, # `v -> Bv` on lists of tensors
-        grads=None, # Like `problem.params`, or `None` where it was not computed
-    ): self.product,self.grads = product,grads
+    def __init__(self, product, grads=None): # `v -> Bv`, and a list like `problem.params`, or `None` where it was not computed
+        self.product,self.grads = product,grads
 
 # %% ../nbs/08_curvature.ipynb #a289741e
 def _some(problem, params, hs):
@@ -233,11 +231,11 @@ def checked_reverse(
     problem, # The `Problem`, with its graph; raises `RuntimeError` where there is no second derivative
     params:list, # Tensors to differentiate for
     n_products:int=None, # How many there will be after the check
-)->tuple: # `Local`, and its `asymmetry`
+)->tuple: # `Local`, and its `asymmetry`; infinite where it is known to be wrong
     "`reverse`, with its graph and its symmetry checked"
     local = reverse(problem, params, None if n_products is None else n_products+2)
     check_twice([*local.grads, problem.loss])
-    return local,asymmetry_of(local.product, params)
+    return local,math.inf if needs_wrong_third(problem.loss) else asymmetry_of(local.product, params)
 
 def exact_way(
     problem, # The `Problem`, with `evaluate`
@@ -360,9 +358,10 @@ class Hessian:
         if self.used=='reverse':
             local,off = checked_reverse(problem, params, n_products)
             if off>max_error and not problem.half:
-                warnings.warn(f"The second derivative of this network is not symmetric (by {off:.2g}), so a function in it has a wrong "
-                    "one, or a gradient of its own making. hvp='finite_difference' does without it where the network is smooth, and "
-                    "estimator='gnb' where the table `losses` has the loss", stacklevel=2)
+                why = f"not symmetric (by {off:.2g}), so a function in it has a wrong one, or a gradient of its own making"
+                if off==math.inf: why = "wrong, as torch's third derivative of the layer norm is whose gradient the loss has in it"
+                warnings.warn(f"The second derivative of this network is {why}. hvp='finite_difference' does without it where the network "
+                    "is smooth, and estimator='gnb' where the table `losses` has the loss", stacklevel=2)
         else: local = self.first_again(problem, params, n_products)
         self.trusted = True
         return local
@@ -408,10 +407,8 @@ def against_reverse(
 # %% ../nbs/08_curvature.ipynb #27f1638d
 class Ride:
     "Context of a forward pass with dual numbers on `params`, until `read`"
-    def __init__(self,
-        params:list, # Parameters
-        z:list, # The probe, shaped like `params`
-    ): self.params,self.z,self.stack,self.on = params,z,ExitStack(),False
+    def __init__(self, params:list, z:list): # The probe `z` is shaped like `params`
+        self.params,self.z,self.stack,self.on = params,z,ExitStack(),False
 
     def __enter__(self):
         self.on = True

@@ -10,11 +10,11 @@ __all__ = ['substitutes', 'dual_substitutes', 'dual_thread', 'hvp_methods', 'mat
            'eager', 'all_bits', 'check_real', 'AsComplex', 'real_parameters', 'flat', 'tensor_list', 'unflat',
            'SettingError', 'check_count', 'check_number', 'check_choice', 'check_switch', 'check_pair', 'loaded',
            'is_part', 'shard_mesh', 'whole', 'sharded_like', 'switched', 'grads_aside', 'sharded_gradient', 'gradient',
-           'graph_nodes', 'check_twice', 'check_checkpoints', 'hooks_disabled', 'missing_second_derivative',
-           'graph_product', 'Substituted', 'substituted', 'zero_tangents', 'dual_numbers', 'dual_backward',
-           'dual_gradient', 'total_norm', 'rounding', 'step_size', 'copy_all', 'moved', 'difference_product',
-           'difference_error', 'hessian_product', 'SharedContext', 'needs_substitutes', 'has_rnn', 'own_statistics',
-           'twice_differentiable', 'asymmetry', 'check_symmetric']
+           'graph_nodes', 'check_twice', 'check_checkpoints', 'needs_wrong_third', 'hooks_disabled',
+           'missing_second_derivative', 'graph_product', 'Substituted', 'substituted', 'zero_tangents', 'dual_numbers',
+           'dual_backward', 'dual_gradient', 'total_norm', 'rounding', 'step_size', 'copy_all', 'moved',
+           'difference_product', 'difference_error', 'hessian_product', 'SharedContext', 'needs_substitutes', 'has_rnn',
+           'own_statistics', 'twice_differentiable', 'asymmetry', 'check_symmetric']
 
 # %% ../nbs/00_hvp.ipynb #23113829
 import math,operator,re,sys,threading
@@ -82,11 +82,7 @@ def unflat(
 # %% ../nbs/00_hvp.ipynb #e68e8010
 class SettingError(ValueError):
     "An argument that cannot work"
-    def __init__(self,
-        name:str, # Of the argument
-        what:str, # What it must be
-        value, # What it is
-    ):
+    def __init__(self, name:str, what:str, value): # Of the argument: its name, what it must be, and what it is
         super().__init__(f"{name} must be {what}, got {name}={value!r}")
         self.name,self.what,self.value = name,what,value
 
@@ -258,6 +254,12 @@ def check_checkpoints(loss:Tensor):
     if any(o.name()=='CheckpointFunctionBackward' for o in graph_nodes(loss)):
         raise ValueError("parameters inside a reentrant checkpoint have no second derivative: call `checkpoint(..., use_reentrant=False)`")
 
+_norm_twice = 'NativeLayerNormBackwardBackward0' # A layer norm's gradient, when it is differentiated itself
+
+def needs_wrong_third(loss:Tensor)->bool: # As a gradient penalty does in a network with `nn.LayerNorm`
+    "Does the Hessian of `loss` need torch's third derivative of `layer_norm`, which is wrong?"
+    return any(o.name()==_norm_twice for o in graph_nodes(loss))
+
 # %% ../nbs/00_hvp.ipynb #d47afb88
 def hooks_disabled(params):
     "Context in which no gradient hook of `params` is called"
@@ -382,7 +384,7 @@ _graph_wanted = re.compile('(LinalgDet|LinalgSlogdet|LinalgSolveEx|Cumprod|Silu|
 def _forward_is_wrong(node):
     "Is torch's forward derivative of the gradient at `node` wrong?"
     scattered = node.name()=='ScatterReduceBackward0' and node._saved_reduce=='prod'
-    return scattered or 'DifferentiableGraph' in node.name() or node.name()=='TriangularSolveBackward0'
+    return scattered or 'DifferentiableGraph' in node.name() or node.name() in ('TriangularSolveBackward0', _norm_twice)
 
 def dual_backward(
     loss:Tensor, # With its graph, a dual number; raises `RuntimeError` where the forward derivative of the gradient is wrong

@@ -1,5 +1,5 @@
 "Every way to a product ends with the weights of the double backward, in every setting that it can be combined with"
-import pickle,random
+import pickle,random,warnings
 import numpy as np,pytest,torch,torch.nn.functional as F
 from dataclasses import dataclass
 from fastai.callback.core import Callback,CancelBackwardException
@@ -299,3 +299,26 @@ def test_the_first_look_is_the_only_one():
 def test_nothing_of_a_pass_with_dual_numbers_is_kept():
     learn = fit(learner(mlp(), *data(12), curvature='ggn', hvp='forward'))
     assert learn.opt.n_estimates==2 and learn.opt.estimator.curvature.ride is None
+
+
+class Penalty(Callback):
+    "A gradient penalty: the square of the derivative for the inputs"
+    def after_loss(self):
+        if not self.training: return
+        x = self.xb[0].detach().requires_grad_()
+        g, = torch.autograd.grad(self.model(x).square().sum(), x, create_graph=True)
+        self.learn.loss_grad = self.learn.loss_grad+g.square().mean()
+        self.learn.loss = self.learn.loss_grad.detach().float()
+
+def penalized(hvp, norm=nn.LayerNorm): return fit(learner(mlp(norm=norm), *data(36), probe=given(), hvp=hvp, cbs=[Penalty()])).opt
+
+def test_a_gradient_penalty_through_a_layer_norm_has_no_right_double_backward(capsys):
+    "PyTorch's third derivative of it is wrong: differences are believed, which say so of none with RMSNorm"
+    with pytest.warns(UserWarning, match='wrong, as .* layer norm'): penalized('reverse')
+    with pytest.raises(RuntimeError, match="derivative of NativeLayerNorm.* is wrong"): penalized('forward')
+    assert penalized('finite_difference').n_estimates==6
+    assert penalized('auto').estimator.curvature.used=='finite_difference'
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        a,b = (penalized(o, nn.RMSNorm) for o in ('reverse','forward'))
+    assert all(torch.allclose(x, y) for x,y in zip(a.all_params().itemgot(0), b.all_params().itemgot(0)))
