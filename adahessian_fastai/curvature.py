@@ -366,24 +366,25 @@ class Hessian:
         self.trusted = True
         return local
 
-    def first_again(self, problem, params, n_products):
-        "The first product of a way that evaluates the loss again, checked by an exact one"
-        way,exact = exact_way(problem, params)
-        if self.used=='finite_difference': refuse_difference(against_differences(problem, params, exact))
-        local = hvp_ways[self.used](problem, params, n_products)
-        if self.used=='finite_difference' or problem.half or way=='forward': return local
-        try: error = against_reverse(problem, local, exact, params)
-        except NotImplementedError as e:
-            raise ValueError(f"hvp={self.used!r} is not possible here, use {way or 'auto'!r} or estimator='gnb': {e}".split('\n')[0]) from e
-        if error: raise ValueError(f"hvp={self.used!r} is wrong here: {error}. Use hvp='reverse'")
-        return local
-
     def __getstate__(self): return {**vars(self), 'known': set()}
     def state_dict(self): return dict(used=self.used, seen=self.seen)
     def load_state_dict(self, sd):
         self.used,self.seen = sd.get('used') if self.method=='auto' else self.used,tuple(sd.get('seen', self.seen))
 
 # %% ../nbs/08_curvature.ipynb #da6e6a1c
+@patch
+def first_again(self:Hessian, problem, params, n_products):
+    "The first product of a way that evaluates the loss again, checked by an exact one"
+    way,exact = exact_way(problem, params)
+    if self.used=='finite_difference': refuse_difference(against_differences(problem, params, exact))
+    local = hvp_ways[self.used](problem, params, n_products)
+    if self.used=='finite_difference' or problem.half or way=='forward': return local
+    try: error = against_reverse(problem, local, exact, params)
+    except NotImplementedError as e:
+        raise ValueError(f"hvp={self.used!r} is not possible here, use {way or 'auto'!r} or estimator='gnb': {e}".split('\n')[0]) from e
+    if error: raise ValueError(f"hvp={self.used!r} is wrong here: {error}. Use hvp='reverse'")
+    return local
+
 @patch
 def notice(self:Hessian, params, half):
     "Check and choose anew where other parameters are trained than before, or in another precision"
