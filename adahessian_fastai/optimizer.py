@@ -207,7 +207,8 @@ def step(self:CurvatureOptimizer, closure=None):
     work,pending = Work.of(self),self.pending
     check_seen(self, work)
     check_asked(self)
-    losses,grads,diags = pending.look([p.grad for p in work])
+    losses,grads,diags,new = pending.look([p.grad for p in work], self.perturb.new.values())
+    self.perturb.know(new)
     if not all(map(math.isfinite, losses)) or any(map(math.isnan, grads)):
         return skip_step(self, "The loss or its gradient is not finite: step skipped, parameters and averages untouched")
     ok = [not math.isnan(n) for n in diags]

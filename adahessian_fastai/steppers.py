@@ -286,9 +286,7 @@ class Perturbation:
         along:Literal['gradient','momentum']='momentum', # Against the momentum, or up another gradient; raises `ValueError` for others
     ):
         self.rho,self.kept,self.known = check_number('rho', ifnone(rho, 0.), least=0),[],{}
-        self.along = check_choice('along', along, ('momentum','gradient'))
-
-    def __getstate__(self): return {**vars(self), 'known': {}}
+        self.along,self.new = check_choice('along', along, ('momentum','gradient')),{}
 
     @property
     def twice(self): return self.rho>0 and self.along=='gradient'
@@ -310,11 +308,12 @@ class Perturbation:
 
     @torch.no_grad()
     def back(self):
-        "Put the parameters back; one whose `data` the forward pass writes, which nothing else tells, is found the first time"
-        new = [o for o in self.kept if id(o[0]) not in self.known]
-        self.known.update({id(p): not torch.equal(p, torch.addcmul(old, d, size)) for p,old,_,d,size in new})
-        copy_all([p.data for p,*_ in self.kept], [_home(*o, self.known[id(o[0])]) for o in self.kept])
+        "Put the parameters back; of those that are `new`, remember what was written into them"
+        self.new.update({p: p-torch.addcmul(old, d, size) for p,old,_,d,size in self.kept if p not in self.known})
+        copy_all([p.data for p,*_ in self.kept], [_home(*o, self.known.get(o[0], True)) for o in self.kept])
         self.kept = []
+
+    def know(self, norms): self.known,self.new = {**self.known, **dict(zip(self.new, map(bool, norms)))},{}
 
     def ahead(self, opt:Optimizer):
         "Move against the momentum, where that is the way; a group that steps less moves less"
@@ -463,9 +462,9 @@ class Pending:
                 pending[p] = pending[p].add_(d) if p in pending else d
         cross_rank_mean(self.tensors(), self.group)
 
-    def look(self, grads):
-        "Losses as numbers, and norms of `grads` and of the estimates; one host synchronisation where all is well"
-        return look(self.losses, grads, list(self.diags.values()))
+    def look(self, grads, new=()):
+        "Losses as numbers, and norms of `grads`, of the estimates and of `new`; one host synchronisation where all is well"
+        return look(self.losses, grads, list(self.diags.values()), list(new))
 
     def __getstate__(self): return {**vars(self), 'losses': [o.clone() for o in self.losses], 'grads': [p.grad for p in self.params]}
     def __setstate__(self, state):

@@ -1120,11 +1120,6 @@ def test_limits_of_the_rules(opt_func, want):
     "lr·λ up to 2, 2(1+β) and 2(1+β)/(1-β)"
     assert step_rule(opt_func([nn.Parameter(torch.zeros(1))], lr=.1))==pytest.approx(want, nan_ok=True)
 
-def test_the_momentum_of_the_last_group_counts():
-    opt = SGD([[nn.Parameter(torch.zeros(1))] for _ in range(2)], lr=.1, mom=.9)
-    opt.set_hyper('mom', [.9,.5])
-    assert step_rule(opt)==('momentum',3.)
-
 state_of_three = dict(grad_avg=torch.tensor([.8,.2,0.], dtype=F64), sqr_avg_diag_hessian=torch.tensor([1.,4.,1.], dtype=F64), step=1, hess_step=math.inf)
 rms_of_three = (65/3)**.5 # Of the quotients 8, 1, 0: the first average is a tenth of the gradient
 

@@ -301,7 +301,7 @@ def test_nothing_of_a_pass_with_dual_numbers_is_kept():
     assert learn.opt.n_estimates==2 and learn.opt.estimator.curvature.ride is None
 
 
-class Penalty(Callback):
+class InputPenalty(Callback):
     "A gradient penalty: the square of the derivative for the inputs"
     def after_loss(self):
         if not self.training: return
@@ -310,7 +310,7 @@ class Penalty(Callback):
         self.learn.loss_grad = self.learn.loss_grad+g.square().mean()
         self.learn.loss = self.learn.loss_grad.detach().float()
 
-def penalized(hvp, norm=nn.LayerNorm): return fit(learner(mlp(norm=norm), *data(36), probe=given(), hvp=hvp, cbs=[Penalty()])).opt
+def penalized(hvp, norm=nn.LayerNorm): return fit(learner(mlp(norm=norm), *data(36), probe=given(), hvp=hvp, cbs=[InputPenalty()])).opt
 
 def test_a_gradient_penalty_through_a_layer_norm_has_no_right_double_backward(capsys):
     "PyTorch's third derivative of it is wrong: differences are believed, which say so of none with RMSNorm"
