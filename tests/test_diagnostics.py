@@ -511,6 +511,17 @@ def test_batches_count_by_their_targets():
     want,got = (flat(learn.curvature_product(batches=o)(v)) for o in ([whole],batches))
     assert torch.allclose(want, got, atol=SAME)
 
+def test_batches_of_detectors_count_by_their_pictures():
+    "Whatever the boxes of the first one"
+    x,y = torch.randn(9, 4, generator=gen()),torch.arange(9)%3
+    def loss(pred, ys): return F.cross_entropy(pred, torch.stack([o['label'] for o in ys]))
+    rows = [dict(boxes=torch.zeros(n, 4), label=o) for n,o in zip((1,2,3,4,5,6,9,1,1), y)]
+    batches = [(x[:6],rows[:6]), (x[6:],rows[6:])]
+    learn = Learner(DataLoaders(batches, batches), nn.Linear(4,3), loss, opt_func=adahessian)
+    v = [torch.randn(p.shape, generator=gen(1)) for p in learn.model.parameters()]
+    both,a,b = (learn.curvature_product(batches=o)(v) for o in (batches, batches[:1], batches[1:]))
+    for m,p,q in zip(both, a, b): torch.testing.assert_close(m, (6*p+3*q)/9)
+
 def test_first_batches_leave_the_shuffling():
     learn = learner()
     set_seed(9)
