@@ -294,8 +294,7 @@ def backward(self:HessianFree, learn):
 
 def warn_of_batch_norm(learn):
     "Warn where steps are fitted to the statistics of a small batch"
-    n = find_bs(learn.yb)
-    if n>=512 or not any(isinstance(m, _BatchNorm) and m.training for m in learn.model.modules()): return
+    if (n := find_bs(learn.yb))>=512 or not any(isinstance(m, _BatchNorm) and m.training for m in learn.model.modules()): return
     warnings.warn(f"hessian_free fits its steps to a batch of {n} and to the statistics that batch norm takes of it, which validation does "
         f"not have: take batches of 512 or more, nn.GroupNorm or nn.LayerNorm in place of batch norm, or opt_func=adahessian")
 

@@ -392,8 +392,9 @@ def dual_backward(
 )->list: # Dual numbers, or `None` where `loss` does not depend on a parameter
     "Gradient of `loss` for each of `params`, whose tangents are right"
     nodes = graph_nodes(loss)
-    wrong = [o.name() for o in nodes if _forward_is_wrong(o)]
-    if wrong: raise RuntimeError(f"torch's forward derivative of {wrong[0]} is wrong: use hvp='reverse' (or method='reverse')")
+    if wrong := [o.name() for o in nodes if _forward_is_wrong(o)]:
+        way = "hvp='finite_difference' in a smooth network" if _norm_twice in wrong else "hvp='reverse' (or method='reverse')"
+        raise RuntimeError(f"torch's forward derivative of {wrong[0]} is wrong: use {way}")
     if not any(_graph_wanted.match(o.name()) for o in nodes):
         try: return gradient(loss, params, retain_graph=True)
         except NotImplementedError: pass

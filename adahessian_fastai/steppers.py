@@ -313,7 +313,7 @@ class Perturbation:
         copy_all([p.data for p,*_ in self.kept], [_home(*o, self.known.get(o[0], True)) for o in self.kept])
         self.kept = []
 
-    def know(self, norms): self.known,self.new = {**self.known, **dict(zip(self.new, map(bool, norms)))},{}
+    def know(self, norms): self.known,self.new = {**self.known, **dict(zip(self.new, map(bool, norms)))},{} # Whose `data` are written
 
     def ahead(self, opt:Optimizer):
         "Move against the momentum, where that is the way; a group that steps less moves less"

@@ -926,7 +926,7 @@ def test_a_new_optimizer_of_any_kind_has_a_limit_and_is_left_alone(opt, capsys):
 
 @pytest.mark.parametrize('opt', [lambda ps, lr: Lookahead(SGD(ps, lr, mom=0.9)), partial(SGD, mom=[0.,0.9])])
 def test_no_limit_is_known_of_steps_that_are_mixed(opt):
-    "Of each step by itself there is one, and the training diverges below it"
+    "Of each step by itself there is one"
     ps = [nn.Parameter(torch.ones(1)) for _ in range(2)]
     rule,limit = step_rule(opt([[p] for p in ps], lr=0.1))
     assert rule=='unknown' and math.isnan(limit)
