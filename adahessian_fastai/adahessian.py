@@ -72,7 +72,7 @@ class AdaHessianWrapper(CurvatureOptimizer):
 # %% ../nbs/16_adahessian.ipynb #0373d378
 def adahessian(
     params:Tensor|Iterable, # Model parameters, or lists of them as groups
-    lr:float|slice=None, # Learning rate, η; 5 to 150 times Adam's; by default `lr_for` of the variant, in a Learner also by length
+    lr:float|slice=None, # Learning rate, η; 5 to 150 times Adam's; by default from `lr_for`, in a Learner also by the training's length
     mom:float=0.9, # Weight of the past in the moving average of gradients, β₁
     sqr_mom:float=0.999, # Weight of the past in the moving average of squared diagonals, β₂
     eps:float=1e-4, # Added to the denominator
@@ -81,10 +81,10 @@ def adahessian(
     decouple_wd:bool=True, # Apply true weight decay or L2 regularization?
     n_acc:int=1, # Batches accumulated before each step
     *,
-    clip:float=3., # Largest entry of a step, in root mean squares of its tensor; 0 or `None` for no bound
+    clip:float=3., # Largest entry of a tensor's step, in root mean squares of that step; 0 or `None` for no bound
     cap:float=0.1, # Largest root mean square of a tensor's step before it is multiplied by `lr`; 0 or `None` for no bound
     spike:float=2., # Largest length of the gradient, in running means of that length; 0 or `None` for no bound
-    rho:float=0.2, # Take loss and curvature at θ - ρm/‖m‖ and not at θ, ρ; 0 or `None` for θ itself
+    rho:float=0.2, # Distance ρ: loss and curvature are taken at θ - ρm/‖m‖; 0 or `None` for θ itself
     signed:bool=False, # Average the signed diagonal over time and not its square?
     block_length=32, # Entries averaged together in a matrix; 1 for none, 'row', or a dict by rank: see `check_block_length`
     average_kernels:bool=True, # Average over the kernels of convolutions?
@@ -100,7 +100,7 @@ def adahessian(
     hessian_bs:int|float|str=None, # Rows of the batch to estimate on, or a fraction; `None` for all, 'auto' with a `budget`
     budget:float=None, # Mean overhead that curvature may have, such as 0.25; chooses `update_each`, and `hessian_bs` if 'auto'
     when=None, # A schedule of your own, instead of the four above; raises `ValueError` beside them
-    **others # Other packages' names of arguments; raises `TypeError`, which says the name here
+    **others # Argument names of other packages; raises `TypeError`, which gives the name here
 )->AdaHessianWrapper: # Raises `ValueError` for an argument outside its range
     "AdaHessian as `opt_func` of a `Learner`"
     check_names(adahessian, others)
@@ -113,7 +113,7 @@ def adahessian(
     if lr is None: opt.set_hyper('lr', opt.default_lr)
     return opt
 
-def lr_for(opt:AdaHessianWrapper)->tuple: # Rate, and the steps that it suits: `None` where short trainings ended worse at a higher one
+def lr_for(opt:AdaHessianWrapper)->tuple: # Rate, and the number of steps it suits; `None` where a higher rate made short trainings worse
     "The default learning rate of the variant `opt`"
     est = opt.estimator
     if isinstance(est, GNB) or average_diag_hessian in opt.opt.cbs: return 0.05,None
@@ -127,7 +127,7 @@ def adahessian_paper(
     lr:float|slice=0.15, # Learning rate, η
     **kwargs # As for `adahessian`
 )->AdaHessianWrapper:
-    "AdaHessian as in the paper: an estimate at each step, no bounds, at the parameters themselves"
+    "AdaHessian as in the paper: an estimate at each step, taken at the parameters themselves, and no bounds"
     opt = adahessian(params, ifnone(lr, 0.15), **{**dict(update_each=1, dense=0, clip=0., cap=0., spike=0., rho=0.), **kwargs})
     opt.default_lr,opt.opt.default_steps,opt.opt.name = 0.15,None,'adahessian_paper'
     return opt
@@ -143,7 +143,7 @@ def AdaHessian(
     hessian_power:float=1., # Exponent of the curvature, k; 0 is momentum alone
     decouple_wd:bool=True, # Apply true weight decay or L2 regularization?
     signed:bool=False, # Average the signed diagonal and not its square?
-    clip:float=0., # Largest entry of a step, in root mean squares of its tensor; 0 or `None` for no bound
+    clip:float=0., # Largest entry of a tensor's step, in root mean squares of that step; 0 or `None` for no bound
     cap:float=0., # Largest root mean square of a tensor's step before it is multiplied by `lr`; 0 or `None` for no bound
     spike:float=0., # Largest length of the gradient, in running means of that length; 0 or `None` for no bound
 )->Optimizer: # Raises `ValueError` for a value outside its range

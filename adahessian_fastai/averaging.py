@@ -29,8 +29,8 @@ def block_mean(
 
 # %% ../nbs/02_averaging.ipynb #7ebdb85e
 def check_block_length(
-    block_length, # A number, `'row'`, or a dict of such by number of dimensions; raises `ValueError` for anything else
-)->dict: # By number of dimensions; those that are not there are averaged by default
+    block_length, # A number, `'row'`, or a dict of these by number of dimensions; raises `ValueError` for anything else
+)->dict: # By number of dimensions; those that are missing keep their defaults
     "`block_length` as a dict"
     by_ndim = block_length if isinstance(block_length, dict) else {2: block_length}
     for ndim,length in by_ndim.items():
@@ -44,7 +44,7 @@ def check_block_length(
 # %% ../nbs/02_averaging.ipynb #8a0b388e
 def average_diag(
     d:Tensor, # Estimate of a diagonal, shaped like its parameter
-    block_length=32, # Entries that share a value in a matrix, 1 for none; or `'row'`, or a dict by rank: see `check_block_length`
+    block_length=32, # Entries that share a value in a matrix, 1 for no averaging; or `'row'`, or a dict by rank: see `check_block_length`
     signed:bool=False, # Average `d` itself (the paper's equation) and not `|d|` (the published code)?
     average_kernels:bool=True, # Average over the kernel of ≥ 3-D parameters, where `block_length` says nothing about them?
 )->Tensor: # Shaped like `d`

@@ -72,7 +72,7 @@ def evaluate_batch(
     model:nn.Module, # What to call
     leave_out:tuple=(), # Classes of callbacks that are not asked
 ):
-    "Prediction and loss of the present batch, as `Learner._do_one_batch` finds them, without its scale"
+    "Prediction and loss of the present batch, as `Learner._do_one_batch` finds them, without the loss scale"
     with nullcontext() if MixedPrecision in leave_out else autocast_of(learn):
         learn.pred = model(*learn.xb)
         send(learn, 'after_pred', leave_out)
@@ -194,7 +194,7 @@ def n_rows(
 def take_rows(
     xs, # A tensor, or tuples, lists and dicts of them
     idxs:Tensor, # Rows to take
-    bs:int, # What is a row: tensors with another first dimension stay as they are
+    bs:int, # Rows in the batch; tensors with another first dimension stay as they are
 ): # Like `xs`
     "Rows `idxs` of every tensor in `xs`"
     if any(isinstance(o, list) and len(o)==bs for o in tuplify(xs)):
@@ -258,9 +258,9 @@ class LearnerProblem(Problem):
     def rows(self,
         n:int, # How many
         generator:torch.Generator, # On the CPU; draws them
-        estimator, # What the rows are for: it says what their graph needs
+        estimator, # Will be called on these rows, and says what their graph needs
         params:list, # What it estimates for
-        rng, # `device -> generator`, seeded like the one that estimate will get
+        rng, # `device -> generator`, seeded like the one that the estimate will get
     ): # Yields a `LearnerProblem`; raises `ValueError` where rows have no loss of their own
         "Context with the problem of `n` random rows; leaves no trace"
         learn,bs = self.learn,self.n_items
@@ -289,11 +289,11 @@ class Turn(NamedTuple):
     "How the next batch is evaluated, and on what its estimate is taken"
     estimator:object # With as many samples as are asked for
     due:list=() # Parameters whose estimate is due
-    share:object=0 # What the schedule said: `None` for all, a number of rows or a fraction
+    share:object=0 # What the schedule said: 0 for none, `None` for all, a number of rows or a fraction
     part:int=0 # Rows of the batch to take it on; `None` for all, 0 without an estimate
     start:tuple=None # `snapshot_of` the Learner, if the batch is evaluated again
     aside:bool=False # Is the estimate taken on an evaluation of its own?
-    around:bool=False # Has the forward pass of the batch to be prepared for it?
+    around:bool=False # Must the forward pass of the batch be prepared for it?
 
     @classmethod
     def of_batch(cls,
@@ -381,7 +381,7 @@ def problem_of(
     learn:Learner, # Its model and batch attributes are used inside and put back
     b:tuple, # A batch of its loaders; `None` for the one that is under way, in its mode and as callbacks have prepared it
     params:list, # Tensors to differentiate for, whose hooks are disabled inside
-    train:bool=True, # Model in training mode? Plays no part with `None`
+    train:bool=True, # Model in training mode? Ignored if `b` is `None`
     start:tuple=None, # `snapshot_of` the Learner to start from; the present one by default
 ): # Yields a `LearnerProblem`; raises `ValueError` where the loss does not depend on `params`
     "Context with the problem of the batch `b` in full precision, whose graph can be differentiated twice"
@@ -407,7 +407,7 @@ class Batches:
     def __init__(self,
         n_acc:int=1, # Batches to a step
         curv_batches:int=None, # Take the curvature on only this many of them, the first; None: on all
-        held_out:int=0, # Judge steps on this many of them, the last, which stay out of the gradient; raises `ValueError` for all
+        held_out:int=0, # Judge steps on this many of them, the last, which stay out of the gradient; raises `ValueError` if it is all
         reduction:Literal['mean','sum']='mean', # How the loss reduces over samples: 'mean' or 'sum'
         keep_graph:bool=True, # Keep the graph of the forward pass for the products? False saves memory and costs time
         check_deterministic:bool=False # Compare a second evaluation of each batch with the first?
@@ -447,7 +447,7 @@ def close(self:Batches, params:list):
 
 @patch
 def ready(self:Batches, params:list):
-    "Make `curv` and `trial` of the rounds; raises `NothingCounts`"
+    "Make `curv` and `trial` from the rounds; raises `NothingCounts`"
     if self.now and params: self.ranks = Ranks(sync_group(self.now.learn), params[0].device)
     if self.n_acc>1:
         for p in params: p.grad = self.sums.get(p)
@@ -490,7 +490,7 @@ def current(self:Batches, p):
 @patch
 @contextmanager
 def curvature(self:Batches, ps:list): # Yields a `MeanProblem`, which nothing keeps here
-    "Context with the problems of the curvature, which are forgotten"
+    "Context with the problems of the curvature, which are forgotten after it"
     with hooks_disabled(ps):
         curv,self.curv = [self.curv.map(self.current)],None
         yield curv.pop()
@@ -502,7 +502,7 @@ def structured(self:Batches,
     strength:float, # Of structural damping, μλ
     states_of # `model -> modules` whose outputs are the hidden states; raises `NoOutputs` where there are none
 )->MeanProblem:
-    "`mean` with structural damping, where that has a strength"
+    "`mean` with structural damping, if its `strength` is not 0"
     if not strength: return mean
     if modules := states_of(model := mean.problems[0].model): return mean.map(lambda p: with_states(p, strength, modules, self.reduction))
     none = 'the model has no recurrent layers of PyTorch: say which modules return them,'
@@ -577,7 +577,7 @@ def closure_problem(
     also=None, # What else `closure` calls, such as a loss function
     **kwargs # Of `Problem`
 )->Problem:
-    "Evaluate `closure`, once as training does"
+    "The `Problem` of `closure`, which is evaluated once, as in training"
     start,m = snapshot(module, also),ifnone(module, nn.Module())
     def pair():
         o = closure()
@@ -626,7 +626,7 @@ def of_closure(self:Batches,
 
 # %% ../nbs/12_batch.ipynb #9fd8adcc
 class DataBatch:
-    "A batch of data that is evaluated once as training does, when it is first needed"
+    "A batch of data that is evaluated once, as in training, when it is first needed"
     def __init__(self, model, loss_func, params, modules, known, xb, yb):
         def closure():
             out = model(*tuplify(xb))
@@ -636,7 +636,7 @@ class DataBatch:
         self.make = lambda: closure_problem(closure, model, params, modules, loss_func, count=self.count, **known)
 
     def first(self, keep):
-        "The `Problem` with its graph, which is kept for later on request"
+        "The `Problem` with its graph; the one kept for later has a graph only if `keep`"
         p = self.make()
         self.problem = p if keep else p.without_graph()
         return p

@@ -38,7 +38,7 @@ def flat_product(
 # %% ../nbs/04_cg.ipynb #8bb4ebe1
 def martens_stop(
     m:list, # m₀…mᵢ, the value of the quadratic model after each iteration
-    eps:float=5e-4, # ε, progress per iteration that is too little
+    eps:float=5e-4, # ε, relative progress per iteration below which to stop
     k_min:int=10, # Look back at least this far
     k_share:float=0.1 # Look back this share of the iterations
 )->bool:
@@ -130,8 +130,8 @@ def cg(
     grid:float=1.3, # Base of the grid of kept iterates; None keeps only the last
     keep:int=None, # Keep at most this many iterates of the grid, the latest; None keeps all
     neg_curv:Literal['stop','abs']='stop', # Where `pᵀAp <= 0`: 'stop' or 'abs'; raises `ValueError` for others
-    check_every:int=None, # Iterations between two looks of the host; raises `ValueError` below 1
-    progress=noop # Called with `(iteration, m, ‖r‖)` at each look but the last
+    check_every:int=None, # Iterations between two checks by the host; raises `ValueError` below 1
+    progress=noop # Called with `(iteration, m, ‖r‖)` at each check but the last
 )->CGResult:
     "Minimise `m(x) = ½xᵀAx - bᵀx` by preconditioned conjugate gradients"
     check_choice('neg_curv', neg_curv, ('stop','abs'))
@@ -246,7 +246,7 @@ class CG:
         martens_eps:float=5e-4, # ε of Martens' rule to stop CG ([1] section 4.4); 0 switches it off
         x0_decay:float=0.95, # CG starts at this multiple of the last solution; 0 needs no memory for it
         neg_curv:Literal['stop','abs']='stop', # What CG does at negative curvature: 'stop' or 'abs'
-        check_every:int=None, # Iterations between two looks of the host
+        check_every:int=None, # Iterations between two checks by the host
         backtracking:bool=True, # Choose among the iterates of CG?
         grid:float=1.3, # Base of the grid of kept iterates
         keep_iterates:int=4 # Keep at most this many; None: the whole grid
@@ -293,8 +293,8 @@ class Damping:
         structural='structural', hidden='hidden')
     def __init__(self,
         start:float=1., # λ at the start, or one for each parameter group
-        adapt:bool=True, # Levenberg-Marquardt rule?
-        bounds:tuple=(1/4,3/4), # ρ below which λ grows, above which it shrinks
+        adapt:bool=True, # Adapt λ by the Levenberg-Marquardt rule?
+        bounds:tuple=(1/4,3/4), # ρ below which λ grows, and ρ above which it shrinks
         factors:tuple=(3/2,2/3), # Factors to grow and to shrink by
         limits:tuple=(1e-10,1e10), # Limits of λ
         structural:float=0., # μ: hold the hidden states with the strength μλ

@@ -92,7 +92,7 @@ def plain_progress(
     with learn.no_bar(),contextmanager(replacing_yield)(learn, 'logger', line): yield
 
 # %% ../nbs/22_compare.ipynb #runnoted1
-def values_of(recorder:Recorder)->pd.DataFrame: # A row for each epoch that came to its end
+def values_of(recorder:Recorder)->pd.DataFrame: # A row for each completed epoch
     "Losses and metrics by epoch"
     names = [o for o in recorder.metric_names[1:] if o!='time']
     if 'valid_loss' not in names: raise ValueError("optimizers are compared by `valid_loss`: give the Learner validation data and metrics")
@@ -148,7 +148,7 @@ def mean_of_all(o): return o.mean(skipna=False) # Not a number where a run has f
 
 def comparison_table(
     runs:pd.DataFrame, # From `compare_optimizers`
-)->pd.DataFrame: # One row for each optimizer, and each of its rates where there are several
+)->pd.DataFrame: # One row for each optimizer, or for each of its rates where there are several
     "Means over the seeds, their standard deviation where there are several, and the time as a ratio to the first row"
     by = ['optimizer','lr'] if (runs.groupby('optimizer').lr.nunique()>1).any() else ['optimizer']
     groups = runs.drop(columns=[*_lists, 'seed', 'default', *{'lr'}-{*by}]).groupby(by, sort=False)
@@ -220,14 +220,14 @@ def rates_around(
     return sorted({*res, own}) if res[0]<=own<=res[-1] else res
 
 # %% ../nbs/22_compare.ipynb #4f325a51
-def lowest(means:pd.Series)->float: # Not a number where all of them are none
+def lowest(means:pd.Series)->float: # Not a number where no mean is a number
     "The rate with the lowest mean"
     return means.idxmin() if means.notna().any() else math.nan
 
 def rates_table(
     runs:pd.DataFrame, # From `compare_optimizers` with several rates
 )->pd.DataFrame: # One row for each optimizer
-    "Mean loss at the default rate and at the best one, and the share of the rates within 10 % of the best"
+    "Mean loss at the default rate and at the best one, and the share of the rates whose loss is within 10 % of the lowest"
     def one(o):
         means = o.groupby('lr').valid_loss.agg(mean_of_all)
         own = means[np.isclose(means.index, o.default.iloc[0])]
@@ -343,7 +343,7 @@ def _with_arguments(name, args):
 
 # %% ../nbs/22_compare.ipynb #f8807e09
 def parse_lr(
-    lr:str, # '', a number for all, or as 'adam=1e-3,adahessian=0.1'
+    lr:str, # '', a number for all, or rates by name as in 'adam=1e-3,adahessian=0.1'
     names:list, # The optimizers that are compared
 ): # A dict by entry of `names`
     "Learning rates from the command line; raises `ValueError` if `lr` is not of that form"
@@ -408,8 +408,8 @@ def main(
     bs:int=64, # Batch size
     epochs:int=4, # Epochs of each run
     opts:str='adam,adahessian,adahessian_paper', # Optimizers with commas between, maybe with arguments; the first is the reference
-    lr:str='', # Learning rate for all, or adam=1e-3,adahessian=0.1; with rates their middle
-    rates:int=0, # Learning rates over two decades for each optimizer; default 5 for digits, and 1, the optimizer's own, for images
+    lr:str='', # Learning rate for all, or adam=1e-3,adahessian=0.1; with `rates`, the middle of the range
+    rates:int=0, # How many rates over two decades for each optimizer; default 5 for digits, and 1, the optimizer's own, for images
     seeds:int=1, # Number of runs of each optimizer at each rate
     fp16:bool=False, # Train in float16 mixed precision
     bf16:bool=False, # Train in bfloat16 mixed precision

@@ -97,7 +97,7 @@ def finite_difference(
     params:list, # Tensors to differentiate for, some of `problem.params`
     n_products:int=None, # How many there will be; `None` keeps the graph, for products with other blocks
 )->Local:
-    "One-sided differences from the gradient of the step, two-sided ones where that does not have `all_bits`"
+    "One-sided differences from the gradient of the step, two-sided ones where that was computed without `all_bits`"
     grads = problem.gradient(retain_graph=n_products is None)
     difference = difference_product(lambda: problem.again().loss, params, _near(problem, params, grads))
     def product(v):
@@ -267,8 +267,8 @@ def against_differences(
     problem, # The `Problem`, with `evaluate`
     params:list, # Tensors to differentiate for
     exact:Local=None, # Exact product to compare with; `None` where there is none
-)->str: # Empty where nothing speaks against them
-    "What speaks against finite differences"
+)->str: # Empty where there is none
+    "The reason not to use finite differences"
     if problem.half: return 'something is computed in half precision'
     if problem.unseen: return f'{problem.unseen} has no gradient at the point itself'
     at = problem if shard_mesh(params) else problem.again(twice=True) # In the open, whatever compiles or fuses the network
@@ -291,7 +291,7 @@ def refuse_difference(reason:str):
             "smooth activation such as nn.GELU and nn.AvgPool2d for pooling")
 
 # %% ../nbs/08_curvature.ipynb #4f386b34
-def is_finite(problem)->bool: # `True` where several processes would have to answer alike
+def is_finite(problem)->bool: # Always `True` where several processes would have to agree
     "Are the loss and its gradient finite?"
     if getattr(problem, 'group', None) or shard_mesh(problem.params): return True
     return total_norm([problem.loss.detach(), *(g for g in problem.gradient(retain_graph=True) if g is not None)]).isfinite().item()
@@ -329,7 +329,7 @@ class Hessian:
         draw, # `params -> probe`, the first one of that estimate
         half:bool=False, # In half precision?
     ): # A context for the forward pass
-        "What the graph of the loss needs, and the differences of gradients"
+        "What the graph of the loss and differences of gradients need"
         with ExitStack() as stack:
             if self.used in (None,'reverse'): stack.enter_context(twice_differentiable(model))
             if self.used in (None,'finite_difference'): stack.enter_context(all_bits)
@@ -340,7 +340,7 @@ class Hessian:
         params:list, # Tensors to differentiate for, some of `problem.params`
         n_products:int=None, # How many there will be
     )->Local:
-        "Product and gradient at the present point; nan where a way is to be judged by a batch that is not finite"
+        "Product and gradient at the present point; nan where a way would have to be chosen or checked on a batch that is not finite"
         untried = self.used is None or self.again and not self.trusted and self.method!='auto'
         if untried and not is_finite(problem): return Local(lambda v: [p.detach()*math.nan for p in params])
         if self.used is None:

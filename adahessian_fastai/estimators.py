@@ -232,7 +232,7 @@ class Preconditioner:
     def __copy__(self): return type(self)(self.diagonal, self.exponent, self.n_probes) # With random numbers of its own
 
     def __call__(self,
-        mean, # `MeanProblem` of problems with their graphs, or such that can be evaluated again
+        mean, # `MeanProblem` of problems with their graphs, or of problems that can be evaluated again
         params:list, # Tensors to differentiate for
         reduction:str='mean', # How the loss reduces over samples
     )->list: # Like `params`

@@ -208,7 +208,7 @@ def fresh_ggn_product(
 
 # %% ../nbs/05_ggn.ipynb #6f37f364
 def fisher_diagonal(
-    outputs, # What the model returned, with its graph; samples along dimension 0; raises `ValueError` for numbers
+    outputs, # What the model returned, with its graph; samples along dimension 0; raises `ValueError` for single numbers
     loss:Tensor, # Scalar loss of these outputs, with its graph
     params:list, # Tensors to differentiate for
     n_probes:int=None, # Backward passes with random signs; None: one for each sample, exact

@@ -83,7 +83,7 @@ def hutchinson_samples(
     return (sample() for _ in range(check_count('n_samples', n_samples)))
 
 # %% ../nbs/01_hutchinson.ipynb #8f6fb67b
-def sample_mean(samples)->list: # One tensor for each in a list; raises `ValueError` for no samples
+def sample_mean(samples)->list: # Like one of these lists; raises `ValueError` for no samples
     "Mean of the lists that `samples` yields"
     samples = iter(samples)
     total,n = next(samples, None),1
@@ -133,9 +133,9 @@ def control_variate_samples(
 
 # %% ../nbs/01_hutchinson.ipynb #a9bcf549
 def mean_and_noise(
-    samples, # Yields lists of tensors, two at least; raises `ValueError` for less
+    samples, # Yields lists of tensors, at least two; raises `ValueError` for fewer
 )->tuple: # The mean, and noise like its error: two lists
-    "Mean of the lists that `samples` yields, with a list of mean zero and the variance of its error"
+    "Mean of the lists that `samples` yields, with noise of mean zero and the variance of its error"
     total = noise = None
     for n,s in enumerate(samples, 1):
         total = [o.clone() for o in s] if n==1 else [t.add_(o) for t,o in zip(total, s)]

@@ -179,7 +179,7 @@ def sharded_like(
 
 # %% ../nbs/00_hvp.ipynb #a100fd5e
 @contextmanager
-def switched(*objects, **values): # Attributes of each of `objects`, with their values inside
+def switched(*objects, **values): # Attributes of each of `objects`, with their values inside the context
     "Context in which attributes of `objects` have other values"
     olds = [(o, k, getattr(o, k)) for o in objects for k in values]
     for o,k,_ in olds: setattr(o, k, values[k])
@@ -242,7 +242,7 @@ def _is_once(node):
     return node.name()=='torch::autograd::Error' or getattr(backward, '__code__', None) is _once
 
 def check_twice(grads:list): # From `gradient(..., create_graph=True)`, some maybe `None`, and the loss; raises `RuntimeError`
-    "Refuse gradients that passed a function whose gradient is marked as not differentiable, which autograd may overlook"
+    "Refuse gradients that passed through a function whose gradient is marked as not differentiable, which autograd may overlook"
     if any(map(_is_once, graph_nodes(grads))):
         raise RuntimeError("the network has a function that is not differentiable twice (`once_differentiable`): for adahessian take "
             "estimator='gnb', hvp='finite_difference' in a smooth network, or hvp='forward' if it has a `jvp`; for hessian_free "
@@ -280,7 +280,7 @@ def missing_second_derivative():
 def graph_product(
     grads:list, # Gradients from `gradient(..., create_graph=True)`
     params:list, # The tensors that `grads` belong to
-    n_uses:int=None, # Free the graph during this product; `None` keeps it as long as `grads` live
+    n_uses:int=None, # Number of products, the last of which frees the graph; `None` keeps it as long as `grads` live
 ):
     "Product `v -> Hv` with the Hessian whose graph `grads` carry"
     on,params = [i for i,g in enumerate(grads) if g is not None and g.requires_grad],tensor_list(params)
@@ -390,7 +390,7 @@ def dual_backward(
     loss:Tensor, # With its graph, a dual number; raises `RuntimeError` where the forward derivative of the gradient is wrong
     params:list, # Tensors to differentiate for
 )->list: # Dual numbers, or `None` where `loss` does not depend on a parameter
-    "Gradient of `loss` for each of `params`, whose tangents are right"
+    "Gradient of `loss` for each of `params`, with correct tangents"
     nodes = graph_nodes(loss)
     if wrong := [o.name() for o in nodes if _forward_is_wrong(o)]:
         way = "hvp='finite_difference' in a smooth network" if _norm_twice in wrong else "hvp='reverse' (or method='reverse')"
@@ -433,7 +433,7 @@ def step_size(
     central:bool=False, # For a central difference?
     eps:float=0., # Rounding of the loss, where it is larger than that of `params`
 )->float: # h; for v = 0 it is 1
-    "Step of a finite difference along `v` that balances rounding and curvature of higher order"
+    "Step of a finite difference along `v` that balances rounding and the terms of higher order"
     norm = total_norm(v).item()
     if not norm: return 1.
     eps = max(eps, rounding(params))
@@ -454,7 +454,7 @@ def moved(
     v:list, # Direction
     h:float, # How far
 ):
-    "Context in which `params` are at `params + h*v`; afterwards they are back, bit by bit"
+    "Context in which `params` are at `params + h*v`; afterwards they are back, bit for bit"
     params = tensor_list(params)
     with torch.no_grad():
         kept = [p.clone() for p in params]
@@ -469,7 +469,7 @@ def difference_product(
     grads:list=None, # Gradients at the present values, for one-sided differences; `None` for central ones
     factor:float=1., # Multiplies the step of `step_size`
 ):
-    "Product `v -> Hv` by finite differences of gradients, one new gradient each where `grads` are known and two otherwise"
+    "Product `v -> Hv` by finite differences of gradients: one new gradient each where `grads` are known, two otherwise"
     params,factor = tensor_list(params),check_number('factor', factor, above=0)
     def at(v, h):
         with moved(params, v, h): return gradient(l := loss(), params),rounding([l])
@@ -572,7 +572,7 @@ eager = SharedContext(lambda: torch.compiler.set_stance('force_eager'))
 @contextmanager
 def twice_differentiable(
     model:nn.Module, # The model whose forward pass runs inside
-    forward:bool=False, # By forward derivatives, which oneDNN's recurrent layers do not have?
+    forward:bool=False, # Also by forward derivatives, which oneDNN's recurrent layers do not have?
 ):
     "Context in which the forward pass of `model` builds a graph that can be differentiated twice"
     with ExitStack() as stack:
@@ -616,9 +616,9 @@ def check_symmetric(
     product, # `v -> Hv` on lists of tensors shaped like `params`; raises `RuntimeError` where it is not symmetric
     params:list, # Tensors that give the shapes
     generator:torch.Generator=None, # Randomness of the two directions
-    tol:float=1e-3, # Largest `asymmetry`; exact products in single precision have about 1e-6, in half precision or TF32 allow 1e-2
+    tol:float=1e-3, # Largest `asymmetry` allowed; exact products in single precision have about 1e-6; allow 1e-2 in half or TF32
 ):
-    "Refuse a product that is not symmetric, by two products"
+    "Check with two products that `product` is symmetric, and refuse it otherwise"
     check_number('tol', tol, least=0)
     params = tensor_list(params)
     u,v = ([torch.empty_like(p, requires_grad=False).normal_(generator=generator) for p in params] for _ in range(2))

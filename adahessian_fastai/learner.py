@@ -1,7 +1,7 @@
 """The one place where fastai's training loop learns about curvature
 
 A second-order optimizer needs a few changes to fastai's training loop. Importing this module patches some methods of `Learner` once.
-Each of them asks the optimizer: `backward(learn)` replaces the backward pass, `forward_context(learn)` surrounds a training batch, and
+They use what the optimizer defines: `backward(learn)` replaces the backward pass, `forward_context(learn)` surrounds a training batch, and
 `default_lr` is the learning rate if the user gave none, meant for a training of `default_steps` steps. An optimizer that defines none of
 these trains as before."""
 
@@ -117,7 +117,7 @@ def check_shards(
             "with a mesh of one dimension")
 
 def reshard(model:nn.Module):
-    "Have `fully_shard` gather the parameters of `model` anew for the next forward pass; after an evaluation it may keep them"
+    "Have `fully_shard` gather the parameters of `model` anew for the next forward pass; it may have kept those of an evaluation"
     for m in [m for m in model.modules() if isinstance(m, _fsdp())]: m.reshard()
 
 # %% ../nbs/10_learner.ipynb #29f5951e
@@ -145,7 +145,7 @@ class Ranks:
     def __init__(self, group=None, device=None): self.group,self.device = group,device
 
     def worst(self, code):
-        "The largest `code` that a process brings"
+        "The largest `code` of any process"
         if self.group is None: return code
         flag = torch.tensor([code], device=self.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
@@ -158,7 +158,7 @@ class Ranks:
         return cross_rank_mean(tensors, self.group)
 
     def tell(self, error):
-        "Let the others know of `error`, unless it is what they agreed on, or ends this process"
+        "Let the other processes know of `error`, unless all have agreed on it already or it ends this process"
         if isinstance(error, Exception) and not isinstance(error, AgreedError): self.worst(2)
 
 # %% ../nbs/10_learner.ipynb #pend0002
@@ -181,7 +181,7 @@ def lr_untouched(learn:Learner)->bool:
 
 @patch
 def create_opt(self:Learner):
-    "fastai's `create_opt`; a learning rate that nobody gave becomes the optimizer's own `default_lr`"
+    "fastai's `create_opt`; if no learning rate was given, the optimizer's own `default_lr` is taken"
     if not callable(f := self.opt_func):
         raise TypeError(f"opt_func must be a function such as `adahessian` or `partial(adahessian, lr=0.1)`, got {type(f).__name__}")
     old,untouched,of_partial = self.opt,lr_untouched(self),vars(self).get('lr_of_partial')==self.lr
@@ -197,7 +197,7 @@ def create_opt(self:Learner):
 
 @patch
 def __getstate__(self:Learner):
-    "fastai's state of a Learner, with a note of a learning rate that nobody gave"
+    "fastai's state of a Learner, with a note if nobody gave its learning rate"
     return {**self._orig___getstate__(), 'lr_untouched': [self.lr] if lr_untouched(self) else None}
 
 # %% ../nbs/10_learner.ipynb #runlen02
@@ -234,7 +234,7 @@ def lr_of_run(
     n_epoch:int, # Epochs
     cbs=None, # Callbacks of this training alone
 ):
-    "Context in which a learning rate that nobody gave suits the length of the training"
+    "Context in which the learning rate suits the length of the training, if nobody gave one"
     if learn.opt is None: learn.create_opt()
     own,opt,free = learn.lr,learn.opt,_lr_is_own(learn) and hasattr(learn.opt, 'default_steps')
     if free: learn.lr = learn.lr_untouched = own_lr(learn.opt, steps_of_run(learn, n_epoch, cbs))
@@ -261,7 +261,7 @@ def fine_tune(self:Learner,
     freeze_epochs:int=1, # Epochs with the body frozen
     *args, **kwargs # As in fastai
 ):
-    "fastai's `fine_tune`; a rate that nobody gave suits the optimizer and the length of the training"
+    "fastai's `fine_tune`; if no rate was given, one that suits the optimizer and the length of the training"
     if self.opt is None: self.create_opt()
     if base_lr is None and hasattr(self.opt, 'default_lr'):
         own = own_lr(self.opt, steps_of_run(self, epochs+freeze_epochs, kwargs.get('cbs')), trained=True)
@@ -301,7 +301,7 @@ def _unread(file, path, e):
 @patch
 @delegates(load_model)
 def load(self:Learner, file, device=None, **kwargs):
-    "fastai's `load`; a second-order optimizer says why it refuses a state, and nothing has changed"
+    "fastai's `load`; if a second-order optimizer refuses a state, the error says why and nothing is changed"
     if self.opt is None: self.create_opt()
     if not hasattr(self.opt, 'backward'): return self._orig_load(file, device=device, **kwargs)
     opt,sds,kept = self.opt,[],{k: v.clone() if isinstance(v, Tensor) else v for k,v in self.model.state_dict().items()}
@@ -323,7 +323,7 @@ def load(self:Learner, file, device=None, **kwargs):
 @patch
 @delegates(save_model)
 def save(self:Learner, file, **kwargs):
-    "fastai's `save`, of parameters that no optimizer has moved for the moment"
+    "fastai's `save`; parameters that the optimizer has moved for the moment are saved at their true values"
     perturb = getattr(self.opt, 'perturb', None)
     with perturb.unmoved() if perturb else nullcontext(): return self._orig_save(file, **kwargs)
 
@@ -341,7 +341,7 @@ def look(
     losses:list, # Tensors with a number each
     *lists, # Lists of tensors
 ): # The losses as numbers, and a list of norms for each list; one host synchronisation where all is well
-    "The `losses`, and the norm of each tensor: not a number where an entry is infinite or not a number"
+    "The `losses`, and the norm of each tensor: `nan` where an entry is infinite or `nan`"
     norms = norms_of([t for ts in lists for t in ts])
     row = [*(o.squeeze() for o in losses),*norms]
     if len({o.device for o in row})>1: row = [o.to(row[0].device) for o in row]
@@ -357,7 +357,7 @@ def trainable_params(opt)->list: # Each once
     "The parameters of `opt` that require a gradient"
     return list(dict.fromkeys(p for ps in opt.param_lists for p in ps if p.requires_grad))
 
-def by_parameter(opt)->dict: # `parameter -> (state, hyperparameters)`, of one in several groups those of the first
+def by_parameter(opt)->dict: # `parameter -> (state, hyperparameters)`; in several groups the first one counts
     "What `opt` knows of each parameter"
     return {p: (state,hyper) for p,_,state,hyper in reversed(opt.all_params())}
 
@@ -390,7 +390,7 @@ whole_number = (lambda v: isinstance(v, int) and not isinstance(v, bool) and v>=
 def check_part(
     name:str, # Of a part of a state
     part, # Its state; raises `ValueError`
-    rules:dict, # By key: a test with what it says, the rules of a part within, or `None` where anything will do
+    rules:dict, # By key: a test and its words for the error, the rules of an inner part, or `None` where anything will do
 ):
     "Refuse a part with entries that are missing or wrong"
     if not isinstance(part, dict): raise ValueError(f"{name} must be a dict, got {part!r}")
@@ -407,7 +407,7 @@ def check_entry(
     k:str, # Name of the entry
     v, # Its value; raises `ValueError` for an impossible one
     p:Tensor, # The parameter
-    finite:bool=True, # Has it to be finite?
+    finite:bool=True, # Must it be finite?
 ):
     "Refuse an entry of a state that does not fit its parameter"
     where = f"{k} of parameter {i}"
@@ -436,7 +436,7 @@ class LossGuard:
     def __init__(self): self.reset()
     def reset(self): self.n,self.sum,self.first,self.best,self.told = 0,0.,None,math.inf,False
 
-    def __call__(self, loss:float): # What to say of the last step's finite loss, or `None`
+    def __call__(self, loss:float): # Text of a warning, or `None`; `loss` is finite
         "Look at one more loss"
         self.n,self.sum,self.first = self.n+1,self.beta*self.sum+(1-self.beta)*loss,ifnone(self.first, loss)
         avg = self.sum/(1-self.beta**self.n)

@@ -272,7 +272,7 @@ def _first(xs):
     if not isinstance(xs, (tuple,list)): return xs if isinstance(xs, Tensor) else None
     return next((o for o in map(_first, xs) if o is not None), None)
 
-def n_targets(targets)->int: # Length of a list of dicts (of detectors) or of words; else rows of the first tensor
+def n_targets(targets)->int: # Length of a list of dicts (as for detectors) or of strings; else rows of the first tensor
     "Items in the targets of a batch"
     o = targets[0] if isinstance(targets, tuple) else targets
     return len(o if isinstance(o, list) and not any(isinstance(d, (Tensor,tuple,list)) for d in o) else _first(o))

@@ -46,7 +46,7 @@ class CurvatureOptimizer(Optimizer, GetAttr):
     def __init__(self,
         opt:Optimizer, # `Optimizer` of steppers, usually from `AdaHessian` or `Sophia`
         estimator=None, # How the diagonal is estimated: `Hutchinson(...)` by default, `ControlVariate(...)` or `GNB(...)`
-        when=None, # When, and on what part of the batch: `Every(...)` or `Budget(...)`; at each step by default
+        when=None, # When it is estimated, on what part of the batch: `Every(...)` or `Budget(...)`; at each step by default
         smooth=average_diag, # `d -> d`, smooths an estimate
         n_acc:int=1, # Batches accumulated before each step; raises `ValueError` below 1
         debiased:bool=False, # Hand the noise of the estimate to the steppers?
@@ -72,7 +72,7 @@ class CurvatureOptimizer(Optimizer, GetAttr):
     def opt_out(self,
         params, # A parameter or a module, or several; raises `ValueError` for what this optimizer does not train
     ):
-        "Let `params` take no part in the estimate and train on their squared gradients instead"
+        "Keep `params` out of the estimate, and train them with their squared gradients instead"
         several = [params] if isinstance(params, (Tensor,nn.Module)) else list(params)
         ps = [p for o in several for p in (o.parameters() if isinstance(o, nn.Module) else [o])]
         if odd := [p for p in ps if p not in {*self.all_params().itemgot(0)}]:
@@ -192,7 +192,7 @@ def noises_for(
     work:dict, # Parameters that move
     diags:dict, # Finite estimates by parameter
 )->dict: # Their noise, where the steppers want it
-    "Note which parameters were asked in vain and how noisy the estimates are; hand on the noise"
+    "Note which estimated parameters took no part in the batch, and how noisy the estimates are; hand on the noise"
     for p in opt.diags:
         if p not in work: opt.state[p]['asked'] = opt.state[p].get('age', 0)
     noises = {p: e for p,e in opt.noises.items() if p in diags}

@@ -36,7 +36,7 @@ class Problem:
         count:float=1., # Items that the loss is a mean of
         half:bool=False, # Is something computed in half precision?
         group=None, # Processes over which gradient and estimate are averaged
-        rescaled=noop, # `product -> product`: undoes what `loss` was multiplied by for a second derivative
+        rescaled=noop, # `product -> product`: takes out of a second derivative the factor that `loss` was multiplied by
     ): # Raises `ValueError` for a loss that is not one real number
         if not isinstance(loss, Tensor) or loss.numel()!=1 or loss.is_complex():
             raise ValueError(f"loss must be a real tensor of one number with its graph, such as a mean, got {getattr(loss, 'shape', loss)}")
@@ -177,7 +177,7 @@ def modes_kept():
 
 # %% ../nbs/07_problem.ipynb #6f6bc03e
 class Trial:
-    "The loss at points around the parameters; as a context it puts them back where something is raised"
+    "The loss at points around the parameters; as a context it puts them back if an error is raised"
     def __init__(self,
         loss=None, # `() -> number`, at the parameters' present values
         params:list=(), # Moved in place
@@ -229,7 +229,7 @@ def with_states(
     modules, # Whose outputs are the states
     reduction:str='mean' # How the loss reduces over samples
 )->Problem:
-    "`p` with the hidden states as outputs, and with their distance from where they are in its loss"
+    "`p` with the hidden states as further outputs, and with their distance from the present states added to its loss"
     k = strength*p.weight/(p.count if reduction=='mean' else 1)
     def apart(hs):
         if not hs: raise NoOutputs("structural damping needs hidden states, and the model calls none of the modules of `hidden`")

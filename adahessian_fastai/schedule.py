@@ -89,12 +89,12 @@ class Every:
         part = rows_due(age, self.hessian_bs)
         return None if isinstance(part, float) and part==1 else part
 
-    def samples(self, age:int)->int: # 1 where the estimator may have its own way
+    def samples(self, age:int)->int: # 1 leaves the number to the estimator
         "How many probes does the next step's estimate take at least?"
         return self.probes if age<self.dense else 1
 
     def weight(self, age:int)->float: # 1 for those at every k-th step
-        "For how many estimates does the next step's count in an average?"
+        "For how many estimates does that of the next step count in an average?"
         n,k = _pair(self.update_each, 0)
         return 1/(2 if age<n else k) if age<self.dense else 1
 
@@ -111,7 +111,7 @@ class Every:
 class Budget(Every):
     "Measures steps with and without estimate in turn, and chooses the period from that"
     def __init__(self,
-        overhead:float, # Mean overhead over steps without estimate, b; raises `ValueError` outside (0,10]
+        overhead:float, # Mean overhead relative to steps without estimate, b; raises `ValueError` outside (0,10]
         n_measured:int=None, # Steps to look at; 12, or 18 with `hessian_bs='auto'`; raises `ValueError` below 1
         clock=time.perf_counter, # Gives the time in seconds
         hessian_bs=None, # As for `Every`, or 'auto' to choose the part of the batch too
@@ -146,7 +146,7 @@ class Budget(Every):
         n_steps:int, # Steps that were made
         part, # On what part of the batch the step that ends now had an estimate; 0 for no estimate
         key=None, # What the step moved
-        device:torch.device=None, # That worked; one that works on its own is waited for
+        device:torch.device=None, # Of the parameters; a GPU, which runs on its own, is waited for
         group=None, # Process group that has to choose the same
     ):
         "Note the end of a step, and choose when enough are known"

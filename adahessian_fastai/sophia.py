@@ -20,7 +20,7 @@ from ._help import check_names
 # %% ../nbs/17_sophia.ipynb #59deeb8e
 def sophia(
     params:Tensor|Iterable, # Model parameters, or lists of them as groups
-    lr:float|slice=1e-3, # Learning rate, η: the largest step of an entry; in a Learner 1e-3 to 3e-3 by length
+    lr:float|slice=1e-3, # Learning rate, η: the largest step of an entry; in a Learner 1e-3 to 3e-3 by the training's length
     mom:float=0.965, # Weight of the past in the moving average of gradients, β₁
     sqr_mom:float=0.99, # Weight of the past in the moving average of diagonals, β₂
     rho:float=0.04, # Weight of the curvature, ρ (γ in the paper); see `win_rate`
@@ -39,7 +39,7 @@ def sophia(
     when=None, # A schedule of your own, instead of `update_each`, `hessian_bs` and `dense`; raises `ValueError` beside them
     block_length:int=1, # Entries averaged together in a 2-D parameter; 1 for none
     average_kernels:bool=False, # Average over the kernels of convolutions?
-    **others # Other packages' names of arguments; raises `TypeError`, which says the name here
+    **others # Argument names of other packages; raises `TypeError`, which gives the name here
 )->AdaHessianWrapper: # Raises `ValueError` for an argument outside its range
     "Sophia as `opt_func` of a `Learner`"
     check_names(sophia, others)

@@ -70,7 +70,7 @@ def exact_diag(
 def block_product(
     product, # `v -> Hv` on lists of tensors shaped like `params`
     params:list, # All tensors that `product` knows
-    group:list, # Some of `params`, the same objects; raises `ValueError` for a stranger
+    group:list, # Some of `params`, the same objects; raises `ValueError` for any other
 ): # `v -> Bv` on lists of tensors shaped like `group`
     "Product with the diagonal block of `product` that belongs to `group`"
     params,group = tensor_list(params),tensor_list(group)
@@ -105,7 +105,7 @@ def mean_product(
 def check_product(
     product, # `v -> Hv` on lists of tensors shaped like `params`
     params:list, # Tensors that give the shapes
-    rtol:float=1e-3, # Largest difference, relative to the length of `Hu`, and largest `asymmetry`; raises `ValueError` below 0
+    rtol:float=1e-3, # Largest difference of two runs, relative to the length of `Hu`, and largest `asymmetry`; raises `ValueError` below 0
     generator:torch.Generator=None, # Randomness of the two vectors
 ):
     "Raise `ValueError` when `product` is not repeatable or not symmetric"
@@ -139,7 +139,7 @@ def lanczos(
     generator:torch.Generator=None, # Randomness of the start vector
     against:list=(), # Orthonormal vectors to stay orthogonal to
 ): # Yields `(Q, alpha, beta)` after each product; raises `FloatingPointError` for one that is not finite
-    "Lanczos' method with full reorthogonalisation, for as many steps as the caller goes on"
+    "Lanczos' method with full reorthogonalisation, for as many steps as the caller takes"
     Q,alpha,beta,params = [],[],[],tensor_list(params)
     if against and len(against)>=sum(p.numel() for p in params): raise ValueError(f"no direction is left beside {len(against)} of against")
     q = _direction(params, probe, generator, against)
@@ -210,7 +210,7 @@ def extreme_eigenvalues(
     k:int=1, # How many at each wanted end; with fewer dimensions all there are. Raises `ValueError` below 1
     which:Literal['largest','smallest','both']='largest', # At which end; 'smallest' is the most negative; raises `ValueError`
     tol:float=1e-4, # Wanted bound, relative to the largest absolute eigenvalue; raises `ValueError` below 0
-    max_iter:int=100, # Most Lanczos steps in one run, and most basis vectors in memory, if no more are wanted; raises `ValueError` below 1
+    max_iter:int=100, # Most Lanczos steps in one run, so most basis vectors in memory, unless more are wanted; raises `ValueError` below 1
     vectors:bool=False, # Return the eigenvectors too?
     check:bool=True, # Look for missed and repeated eigenvalues, at twice the price?
     generator:torch.Generator=None, # Randomness of the start vectors

@@ -99,7 +99,7 @@ def adahessian_step(
     eps, # Added to the denominator, ϵ
     hessian_power, # Exponent of the curvature, k
     grad_avg, # Dampened average of gradients, m
-    clip=0., # Largest entry of a step, in root mean squares of its tensor; 0 for no bound
+    clip=0., # Largest entry of a tensor's step, in root mean squares of that step; 0 for no bound
     cap=0., # Largest root mean square of a step before it is multiplied by `lr`; 0 for no bound
     **state # Its average of diagonals and their count
 ):
@@ -283,7 +283,7 @@ class Perturbation:
     asked = False # Has a loop asked for it? One that never does is warned
     def __init__(self,
         rho:float=0., # How far, ρ; 0 or `None` for not at all; raises `ValueError` below 0
-        along:Literal['gradient','momentum']='momentum', # Against the momentum, or up another gradient; raises `ValueError` for others
+        along:Literal['gradient','momentum']='momentum', # Up another gradient, or against the momentum; raises `ValueError` for others
     ):
         self.rho,self.kept,self.known = check_number('rho', ifnone(rho, 0.), least=0),[],{}
         self.along,self.new = check_choice('along', along, ('momentum','gradient')),{}
@@ -316,7 +316,7 @@ class Perturbation:
     def know(self, norms): self.known,self.new = {**self.known, **dict(zip(self.new, map(bool, norms)))},{} # Whose `data` are written
 
     def ahead(self, opt:Optimizer):
-        "Move against the momentum, where that is the way; a group that steps less moves less"
+        "Move against the momentum, if that is the direction; a group with a smaller rate moves less"
         self.asked = self.asked or not self.twice
         if not self.rho or self.along!='momentum': return
         ps,known = trainable_params(opt),by_parameter(opt)
@@ -327,7 +327,7 @@ class Perturbation:
     def up(self,
         problem, # The `LearnerProblem` of the batch, with `start`
         twice:bool, # Will its graph be differentiated twice?
-    ): # A `Problem` at the other point, or the same one where the gradient is not the way
+    ): # A `Problem` at the other point; `problem` itself where nothing moves along the gradient
         "Move along the gradient, and evaluate the batch again there"
         self.asked = True
         if not self.twice: return problem
@@ -399,7 +399,7 @@ def put_hyper(
 
 # %% ../nbs/14_steppers.ipynb #b8d2f1e3
 def plain_params(
-    params, # Parameters, or lists of them as groups; raises `ValueError` for anything else, groups of PyTorch's form among them
+    params, # Parameters, or lists of them as groups; raises `ValueError` for anything else, including groups in PyTorch's form
 ):
     "Refuse anything but parameters"
     several = isinstance(params, Iterable) and not isinstance(params, (Tensor,nn.Module))
@@ -438,7 +438,7 @@ class Pending:
         n_items:float, # Items in it; an empty batch has no loss at all
         n_acc:int, # Batches of a step
     )->float: # Weight of its loss
-        "Note the loss, shrink the means for `n_items` more (averaged over the processes), and return the weight of these"
+        "Note the loss, make room in the means for `n_items` more (averaged over the processes), and return their weight"
         loss,ps,self.group = problem.loss,problem.params,problem.group
         value = loss.detach().as_subclass(Tensor).float()/problem.scale if n_items else torch.zeros((), device=loss.device)
         self.losses += cross_rank_mean([value.clone().reshape(1)], self.group)
@@ -477,7 +477,7 @@ class Pending:
 def signal_to_noise(self:Pending,
     param_lists, # Lists of parameters
     params, # Those whose estimates are finite
-)->Tensor: # A number for each list, not a number for one without an estimate
+)->Tensor: # A number for each list, `nan` for one without an estimate
     "Signal-to-noise ratio of the estimates for each of `param_lists`"
     def ratio(ps):
         if not ps: return torch.tensor(math.nan)
@@ -495,7 +495,7 @@ _rules = dict(n_batches=whole_number, n_items=_number, scaled=(lambda v: isinsta
 
 @patch
 def state(self:Pending, params:list)->dict:
-    "What is pending, by the places of `params`"
+    "What is pending, in the order of `params`"
     by = {k: [vars(self)[k].get(p) for p in params] for k in ('diags','noises')}
     own = {k: vars(self)[k] for k in ('n_batches','n_items','scaled','share')}
     return dict(own, losses=[l.item() for l in self.losses], grads=[p.grad for p in params], **by)
@@ -545,7 +545,7 @@ def flat_ones(self:Work,
 @patch
 @torch.no_grad()
 def bound(self:Work, norms:list):
-    "Shorten gradients that are `spike` times longer than they were"
+    "Shorten the gradient to `spike` times the running mean of its length"
     if not (spikes := {h['spike'] for _,h in self.values() if h.get('spike')}): return
     state,norm = next(iter(self.values()))[0],math.hypot(*norms)
     n,total = state.get('norm_step', 0),state.get('norm_avg', 0.)

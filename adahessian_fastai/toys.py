@@ -53,7 +53,7 @@ def descend(
     n_steps:int=500, # Number of steps
     clip:float=None, # Largest norm of the gradient; `None` for no bound
 )->Tensor: # `n_steps+1` points
-    "The points that an optimizer passes on its way down `f`"
+    "The points that an optimizer passes through on its way down `f`"
     check_number('clip', clip, above=0, optional=True)
     x = nn.Parameter(torch.tensor(x0)*1.)
     opt,path = opt_func([x]),[x.detach().clone()]

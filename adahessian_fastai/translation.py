@@ -27,7 +27,7 @@ multi30k_url = 'https://raw.githubusercontent.com/multi30k/dataset/master/data/t
 multi30k_files = dict(train='train', valid='val', test='test_2016_flickr')
 
 def multi30k_path()->Path:
-    "Where the files of Multi30k lie or will lie"
+    "Where the files of Multi30k are, or will be after the download"
     return fastai_path('data')/'multi30k'
 
 def has_multi30k()->bool:
@@ -120,7 +120,7 @@ def translation_dls(
     bs:int=64, # Batch size
     min_freq:int=2, # Words that occur less often in the training pairs are unknown
     device=None, # fastai's default device by default
-)->DataLoaders: # Has `src_vocab` and `tgt_vocab`; raises `ValueError` if a part is empty, or no whole batch
+)->DataLoaders: # Has `src_vocab` and `tgt_vocab`; raises `ValueError` if a part is empty, or `train` smaller than a batch
     "Batches `(src, tgt_in, tgt_out)` of sentences of similar length"
     short = [[p for p in pairs if max(len(words(s)) for s in p)<=max_len] for pairs in (train,valid)]
     train,valid = short[0][:n_train],short[1]
@@ -146,7 +146,7 @@ class TranslationTransformer(nn.Module):
         heads:int=4, # Attention heads; they divide `d`
         n_layers:int=2, # Layers of the encoder, and as many of the decoder
         ff:int=None, # Width of the feed-forward layers, `4*d` by default
-        dropout:float=0.1, # In each layer, and behind the word vectors
+        dropout:float=0.1, # In each layer, and after the word vectors
         act:Literal['gelu','relu']='gelu', # 'gelu' or 'relu'
         max_len:int=256, # Longest sentence in words; `forward` raises `ValueError` for a longer one
     ):
@@ -192,7 +192,7 @@ def word_accuracy(
     logits:Tensor, # B×T×words
     targ:Tensor, # B×T
 )->Tensor:
-    "Share of words that are right, given the right ones before"
+    "Share of words that are right, given the correct words before them"
     return (logits.argmax(-1)==targ)[targ!=pad].float().mean()
 
 # %% ../nbs/24_translation.ipynb #87bd862c
@@ -214,7 +214,7 @@ def greedy_decode(
     model:TranslationTransformer, # In evaluation mode
     src:Tensor, # Source sentences, B×S
     max_len:int=32, # Most words to say, `xxeos` included
-)->Tensor: # B×T, padded behind `xxeos`
+)->Tensor: # B×T, padded after `xxeos`
     "The likeliest word at each place"
     memory,out,done = model.encode(src),src.new_full((len(src),1), bos),src.new_zeros(len(src), dtype=torch.bool)
     while out.shape[1]<=max_len and not done.all():
@@ -242,7 +242,7 @@ def translate(
 # %% ../nbs/24_translation.ipynb #826e5618
 def bleu_chrf(
     hyps:list, # Translations
-    refs:list, # What they should be, one for each
+    refs:list, # Reference translations, one for each
 )->dict: # 'bleu' and 'chrf', 0 to 100; raises `ImportError` without sacrebleu
     "BLEU and chrF of `hyps`"
     if len(hyps)!=len(refs): raise ValueError(f"each translation needs its reference, got {len(hyps)=}, {len(refs)=}")
