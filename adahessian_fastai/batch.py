@@ -226,7 +226,7 @@ class LearnerProblem(Problem):
     "The present batch of a Learner"
     def __init__(self,
         learn:Learner, # In the middle of a batch, with prediction and loss
-        params:list, # Tensors to differentiate for
+        params:list, # Tensors to differentiate with respect to
         start:tuple=None, # `snapshot_of` the Learner from before the forward pass; without it the batch cannot be evaluated again
         leave_out:tuple=(), # Classes of callbacks that have no part in this loss
     ):
@@ -380,7 +380,7 @@ def trained(self:Turn,
 def problem_of(
     learn:Learner, # Its model and batch attributes are used inside and put back
     b:tuple, # A batch of its loaders; `None` for the one that is under way, in its mode and as callbacks have prepared it
-    params:list, # Tensors to differentiate for, whose hooks are disabled inside
+    params:list, # Tensors to differentiate with respect to, whose hooks are disabled inside
     train:bool=True, # Model in training mode? Ignored if `b` is `None`
     start:tuple=None, # `snapshot_of` the Learner to start from; the present one by default
 ): # Yields a `LearnerProblem`; raises `ValueError` where the loss does not depend on `params`
@@ -572,7 +572,7 @@ def pairs(data)->list: # Raises `ValueError` for what is no pair
 def closure_problem(
     closure, # `() -> (loss, outputs)`, or the loss alone
     module, # What it evaluates, or `None`
-    params, # Tensors to differentiate for
+    params, # Tensors to differentiate with respect to
     modules=(), # Whose outputs are hidden states
     also=None, # What else `closure` calls, such as a loss function
     **kwargs # Of `Problem`
@@ -682,7 +682,7 @@ def of_data(self:Batches,
 def over(self:Batches,
     model:nn.Module, # That is evaluated
     loss_func, # `(outputs, targets) -> loss`
-    params:list, # Tensors to differentiate for
+    params:list, # Tensors to differentiate with respect to
     data # Batches `(inputs, targets)`
 )->MeanProblem:
     "All of `data`, with graphs"

@@ -49,7 +49,7 @@ def _some(problem, params, hs):
 
 def reverse(
     problem, # The `Problem`; its graph is freed by the last product
-    params:list, # Tensors to differentiate for, some of `problem.params`
+    params:list, # Tensors to differentiate with respect to, some of `problem.params`
     n_products:int=None, # How many there will be; `None` keeps the graph
 )->Local:
     "Double backward on the graph of the loss"
@@ -77,8 +77,8 @@ def _spread(problem, params, v):
 
 def forward(
     problem, # The `Problem`, with `evaluate`
-    params:list, # Tensors to differentiate for, some of `problem.params`
-    n_products:int=None, # Plays no part
+    params:list, # Tensors to differentiate with respect to, some of `problem.params`
+    n_products:int=None, # Not used
 )->Local:
     "Forward over reverse"
     def product(v):
@@ -94,7 +94,7 @@ def _near(problem, params, grads):
 
 def finite_difference(
     problem, # The `Problem`, with `evaluate`
-    params:list, # Tensors to differentiate for, some of `problem.params`
+    params:list, # Tensors to differentiate with respect to, some of `problem.params`
     n_products:int=None, # How many there will be; `None` keeps the graph, for products with other blocks
 )->Local:
     "One-sided differences from the gradient of the step, two-sided ones where that was computed without `all_bits`"
@@ -130,8 +130,8 @@ def _plain(ts): return tuple(t.as_subclass(Tensor) if isinstance(t, Tensor) else
 
 def compiled(
     problem, # The `Problem`; raises `ValueError` where it has an `obstacle`
-    params:list, # Tensors to differentiate for, some of `problem.params`
-    n_products:int=None, # Plays no part
+    params:list, # Tensors to differentiate with respect to, some of `problem.params`
+    n_products:int=None, # Not used
 )->Local:
     "Forward over reverse by one compiled function"
     if why := problem.obstacle or problem.unseen and f'{problem.unseen} adds to them':
@@ -229,7 +229,7 @@ def asymmetry_of(
 
 def checked_reverse(
     problem, # The `Problem`, with its graph; raises `RuntimeError` where there is no second derivative
-    params:list, # Tensors to differentiate for
+    params:list, # Tensors to differentiate with respect to
     n_products:int=None, # How many there will be after the check
 )->tuple: # `Local`, and its `asymmetry`; infinite where it is known to be wrong
     "`reverse`, with its graph and its symmetry checked"
@@ -239,7 +239,7 @@ def checked_reverse(
 
 def exact_way(
     problem, # The `Problem`, with `evaluate`
-    params:list, # Tensors to differentiate for
+    params:list, # Tensors to differentiate with respect to
 )->tuple: # Name and `Local`, or `(None, None)` where none works
     "An exact product with the Hessian that works"
     if shard_mesh(params):
@@ -265,7 +265,7 @@ def another_function(
 # %% ../nbs/08_curvature.ipynb #1b928f6e
 def against_differences(
     problem, # The `Problem`, with `evaluate`
-    params:list, # Tensors to differentiate for
+    params:list, # Tensors to differentiate with respect to
     exact:Local=None, # Exact product to compare with; `None` where there is none
 )->str: # Empty where there is none
     "The reason not to use finite differences"
@@ -298,7 +298,7 @@ def is_finite(problem)->bool: # Always `True` where several processes would have
 
 def choose_way(
     problem, # The `Problem`, with `evaluate`; raises `RuntimeError` where nothing works
-    params:list, # Tensors to differentiate for
+    params:list, # Tensors to differentiate with respect to
 )->tuple: # Name and reason
     "The cheapest way to products with the Hessian that works here"
     if problem.evaluate is None: return 'reverse','a loss alone cannot be evaluated again'
@@ -337,7 +337,7 @@ class Hessian:
 
     def __call__(self,
         problem, # The `Problem`; raises `ValueError` where the method cannot be right
-        params:list, # Tensors to differentiate for, some of `problem.params`
+        params:list, # Tensors to differentiate with respect to, some of `problem.params`
         n_products:int=None, # How many there will be
     )->Local:
         "Product and gradient at the present point; nan where a way would have to be chosen or checked on a batch that is not finite"
@@ -545,7 +545,7 @@ class GaussNewton:
 
     def __call__(self,
         problem, # The `Problem`, or the `MeanProblem` of several; raises `ValueError` without outputs
-        params:list, # Tensors to differentiate for, some of `problem.params`
+        params:list, # Tensors to differentiate with respect to, some of `problem.params`
         n_products:int=None, # How many there will be; by default as many as the last time
     )->Local:
         "Product at the present point"
@@ -617,7 +617,7 @@ def _doubt(gn, way, params, J, zs, half):
 def way_product(
     gn, # `GaussNewton`; its costs, failures and trusted ways are brought up to date
     problem, # `Problem` or `MeanProblem`, with `evaluate`
-    params:list, # Tensors to differentiate for
+    params:list, # Tensors to differentiate with respect to
     n_products:int=None, # How many there will be; by default as many as the last time
 ): # `v -> Gv`
     "Product with the Gauss-Newton matrix by the first way that works"

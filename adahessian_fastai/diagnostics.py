@@ -84,7 +84,7 @@ def some_batches(
 def products_of(
     learn:Learner, # Its batch attributes are used inside and put back
     batches:list, # Batches of its loaders, or `[None]` for the one that is under way
-    params:list, # Tensors to differentiate for
+    params:list, # Tensors to differentiate with respect to
     curvature:Literal['hessian','ggn']='hessian', # Or an object such as `Hessian('auto')`; raises `ValueError` for other words
     start:tuple=None, # `snapshot_of` the Learner to start from; the present one by default
 ): # Yields `group -> product`, for any `group` of `params`

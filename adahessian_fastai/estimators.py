@@ -87,7 +87,7 @@ class Hutchinson:
         problem, # The `Problem`; its graph is used up
         params:list, # Tensors to estimate for
         rng, # `device -> generator`
-        center=None, # Plays no part
+        center=None, # Not used
     )->Estimate:
         "Estimate of the diagonal"
         local = self.curvature(problem, params, self.n_samples)
@@ -160,7 +160,7 @@ class GNB:
         problem, # The `Problem`, with outputs, targets and loss function; raises `ValueError` without
         params:list, # Tensors to estimate for
         rng, # `device -> generator`
-        center=None, # Plays no part
+        center=None, # Not used
     )->Estimate:
         "Estimate of the diagonal"
         if problem.loss_func is None:
@@ -189,8 +189,8 @@ class Given:
     def __call__(self,
         problem, # The `Problem`
         params:list, # Tensors to estimate for
-        rng, # Plays no part
-        center=None, # Plays no part
+        rng, # Not used
+        center=None, # Not used
     )->Estimate: # Raises `ValueError` for another number of tensors, or other shapes
         "The diagonal as it is"
         found = list(self.diagonal(problem, params))
@@ -233,7 +233,7 @@ class Preconditioner:
 
     def __call__(self,
         mean, # `MeanProblem` of problems with their graphs, or of problems that can be evaluated again
-        params:list, # Tensors to differentiate for
+        params:list, # Tensors to differentiate with respect to
         reduction:str='mean', # How the loss reduces over samples
     )->list: # Like `params`
         "The diagonal over all problems"
@@ -259,7 +259,7 @@ class Preconditioner:
 
     def inverse(self,
         mean, # As for a call
-        params:list, # Tensors to differentiate for
+        params:list, # Tensors to differentiate with respect to
         damping:list, # λ of each of `params`
         reduction:str='mean', # How the loss reduces over samples
     ): # `v -> Mv` over flat vectors

@@ -36,7 +36,7 @@ def _dense(gs, like): return [torch.zeros_like(p).as_subclass(Tensor) if g is No
 
 def graph_vjp(
     outputs:list, # Outputs with their graph
-    params:list # Tensors to differentiate for
+    params:list # Tensors to differentiate with respect to
 ): # `u -> Jᵀu`: from a list like `outputs` to a list like `params`
     "Transposed Jacobian of `outputs`, from their graph"
     return graph_product(outputs, params)
@@ -44,7 +44,7 @@ def graph_vjp(
 # %% ../nbs/05_ggn.ipynb #56d459e3
 def reverse_jvp(
     outputs:list, # Outputs with their graph
-    params:list # Tensors to differentiate for
+    params:list # Tensors to differentiate with respect to
 ): # `v -> Jv`: from a list like `params` to a list like `outputs`
     "Jacobian of `outputs`, by differentiating `Jᵀw` for `w`"
     ws = [torch.zeros_like(o.detach().as_subclass(Tensor)).requires_grad_() for o in outputs]
@@ -102,7 +102,7 @@ def linear_jvp(
 def adjoint_error(
     jvp, # `v -> Jv` to look at
     outputs:list, # Outputs with their graph
-    params:list, # Tensors to differentiate for
+    params:list, # Tensors to differentiate with respect to
 )->float: # 0 where both sides agree
     "How far `jvp` is from the transpose of `graph_vjp`, relative to the size of `Jv`"
     gen = torch.Generator().manual_seed(0)
@@ -129,7 +129,7 @@ def independent(outputs:list):
 
 def output_gradient(
     loss:Tensor, # Scalar loss with its graph, which is kept
-    outputs:list, # What the loss is differentiated for
+    outputs:list, # What the loss is differentiated with respect to
     create_graph:bool=False, # Give the gradient a graph of its own, to differentiate once more?
 )->tuple: # Like `outputs`, `None` where the loss does not read one
     "Derivative of `loss` for each of `outputs` while the others stay"
@@ -160,7 +160,7 @@ def loss_variables(
 # %% ../nbs/05_ggn.ipynb #21688b9f
 def loss_hessian(
     loss:Tensor, # Scalar loss with its graph
-    outputs:list # What the loss is differentiated for; raises `ValueError` where they are the loss itself
+    outputs:list # What the loss is differentiated with respect to; raises `ValueError` where they are the loss itself
 ): # `u -> Hu` over lists like `outputs`
     "Hessian of `loss` for the `outputs`, from its graph"
     kept,gs = loss_variables(loss, outputs)
@@ -174,7 +174,7 @@ def loss_hessian(
 def ggn_product(
     outputs, # What the model returned, with its graph
     loss:Tensor, # Scalar loss of these outputs, with its graph
-    params:list, # Tensors to differentiate for
+    params:list, # Tensors to differentiate with respect to
     jvp=None, # `v -> Jv`; `reverse_jvp` by default
     hessian=None # `u -> Hu` at the outputs; `loss_hessian` by default
 ): # `v -> Gv` over lists like `params`
@@ -210,7 +210,7 @@ def fresh_ggn_product(
 def fisher_diagonal(
     outputs, # What the model returned, with its graph; samples along dimension 0; raises `ValueError` for single numbers
     loss:Tensor, # Scalar loss of these outputs, with its graph
-    params:list, # Tensors to differentiate for
+    params:list, # Tensors to differentiate with respect to
     n_probes:int=None, # Backward passes with random signs; None: one for each sample, exact
     reduction:Literal['mean','sum']='mean', # How the loss reduces over samples, 'mean' or 'sum'; raises `ValueError` for others
     generator:torch.Generator=None # For the signs

@@ -209,7 +209,7 @@ def sharded_gradient(
 # %% ../nbs/00_hvp.ipynb #b1a28e31
 def gradient(
     loss:Tensor, # Scalar loss with its graph
-    params:list, # Tensors to differentiate for
+    params:list, # Tensors to differentiate with respect to
     create_graph:bool=False, # Keep the graph of the gradient itself, to differentiate once more?
     retain_graph:bool=None, # Keep the graph of `loss`? Defaults to `create_graph`
     along:Tensor=None, # Weights of the entries of `loss`, where it is not a scalar: shaped like it
@@ -388,7 +388,7 @@ def _forward_is_wrong(node):
 
 def dual_backward(
     loss:Tensor, # With its graph, a dual number; raises `RuntimeError` where the forward derivative of the gradient is wrong
-    params:list, # Tensors to differentiate for
+    params:list, # Tensors to differentiate with respect to
 )->list: # Dual numbers, or `None` where `loss` does not depend on a parameter
     "Gradient of `loss` for each of `params`, with correct tangents"
     nodes = graph_nodes(loss)
@@ -403,7 +403,7 @@ def dual_backward(
 # %% ../nbs/00_hvp.ipynb #1b57d49b
 def dual_gradient(
     loss, # Callable `() -> scalar tensor` that evaluates the loss at the parameters' present values
-    params:list, # Tensors to differentiate for
+    params:list, # Tensors to differentiate with respect to
     v:list, # Direction, a tensor or `None` (for zeros) for each of `params`
 )->tuple: # Gradients (`None` where `loss` does not depend on a parameter) and the product, two lists
     "Gradient of `loss()` with its derivative along `v`"
@@ -465,7 +465,7 @@ def moved(
 
 def difference_product(
     loss, # Callable `() -> scalar tensor`; has to be the same function each time, dropout masks included
-    params:list, # Tensors to differentiate for
+    params:list, # Tensors to differentiate with respect to
     grads:list=None, # Gradients at the present values, for one-sided differences; `None` for central ones
     factor:float=1., # Multiplies the step of `step_size`
 ):
@@ -484,7 +484,7 @@ def difference_product(
 # %% ../nbs/00_hvp.ipynb #a8964045
 def difference_error(
     loss, # Callable `() -> scalar tensor`, the same function each time
-    params:list, # Tensors to differentiate for
+    params:list, # Tensors to differentiate with respect to
     v:list, # Direction
     grads:list=None, # As for `difference_product`
 )->float: # Relative to the product; 0 where both are zero, not a number where one is not finite
@@ -509,7 +509,7 @@ hvp_methods = dict(reverse=_reverse_product, forward=_forward_product, finite_di
 # %% ../nbs/00_hvp.ipynb #2d2379a1
 def hessian_product(
     loss, # Callable `() -> scalar tensor` that evaluates the loss at the parameters' present values
-    params, # Tensors to differentiate for
+    params, # Tensors to differentiate with respect to
     method:Literal['reverse','forward','finite_difference']='reverse', # How; raises `ValueError` for others
 ):
     "Product `v -> Hv` with the Hessian of `loss()`, evaluated afresh for each product"

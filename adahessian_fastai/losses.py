@@ -290,7 +290,7 @@ def loss_count(
 # %% ../nbs/06_losses.ipynb #8e837313
 def gnb_samples(
     outputs:Tensor, # Outputs of the model with their graph, which is kept
-    params:list, # Tensors to differentiate for
+    params:list, # Tensors to differentiate with respect to
     draw, # `generator -> u`, from `label_noise`
     n_samples:int=1, # Draws of the labels; raises `ValueError` below 1
     generator:torch.Generator=None, # Randomness of the labels

@@ -24,7 +24,7 @@ from .ggn import NoOutputs
 class Problem:
     "A loss as a function of `params`, with the graph of one evaluation"
     def __init__(self,
-        params:list, # Tensors to differentiate for
+        params:list, # Tensors to differentiate with respect to
         loss:Tensor, # Scalar at the present values, with its graph
         outputs=None, # What the model returned: a tensor, or tuples, lists and dicts of them
         targets=None, # What the loss compares the outputs with

@@ -46,7 +46,7 @@ def dense_matrix(
 
 def dense_hessian(
     loss, # Callable `() -> scalar tensor`
-    params:list, # Tensors to differentiate for
+    params:list, # Tensors to differentiate with respect to
     chunk_size:int=1, # Columns in one vectorised product
     progress:bool=False, # Show a progress bar?
 )->Tensor: # n×n, rows and columns in the order of `flat(params)`
@@ -323,7 +323,7 @@ def spectral_density(
 # %% ../nbs/03_spectrum.ipynb #ea98d5c7
 def hessian_times_gradient(
     loss, # Callable `() -> scalar tensor`
-    params:list, # Tensors to differentiate for
+    params:list, # Tensors to differentiate with respect to
 )->tuple: # `Hg` and `g`, two lists of tensors shaped like `params`
     "The product of the Hessian of `loss()` with its gradient `g`, and `g` itself"
     check_real(params := tensor_list(params))
