@@ -143,7 +143,7 @@ class TranslationTransformer(nn.Module):
         n_src:int, # Words of the source language
         n_tgt:int, # Words of the target language
         d:int=128, # Width
-        heads:int=4, # Attention heads; they divide `d`
+        heads:int=4, # Attention heads; `2*heads` divides `d`
         n_layers:int=2, # Layers of the encoder, and as many of the decoder
         ff:int=None, # Width of the feed-forward layers, `4*d` by default
         dropout:float=0.1, # In each layer, and after the word vectors
