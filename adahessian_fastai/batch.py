@@ -28,7 +28,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.losses import LabelSmoothingCrossEntropy
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from .hvp import (SettingError,check_checkpoints,check_choice,check_count,check_switch,grads_aside,hooks_disabled,shard_mesh,
+from .hvp import (SettingError,check_checkpoints,check_choice,check_count,check_switch,grads_aside,hooks_disabled,loaded,shard_mesh,
     twice_differentiable,unflat,zero_tangents)
 from .losses import bare_loss,loss_count,losses,n_targets,smoothed_cross_entropy_rule
 from .ggn import NoOutputs
@@ -88,8 +88,9 @@ def evaluate_batch(
 _batch_attrs = ('xb','yb','pred','loss_grad','loss','training')
 
 def snapshot_of(learn:Learner)->tuple: # To be given to `batch_of`
-    "Random states, and what model, loss function and the callbacks that take part remember"
-    return snapshot(unwrapped(learn.model), learn.loss_func, *filter(takes_part, learn.cbs))
+    "Random states, what model, loss function and the callbacks that take part remember, and the batch, which these may exchange"
+    memory = snapshot(unwrapped(learn.model), learn.loss_func, *filter(takes_part, learn.cbs))
+    return memory,{k: v for k,v in vars(learn).items() if k in ('xb','yb')}
 
 def noted(learn): return [(cb,vars(cb).copy()) for cb in learn.cbs]
 
@@ -97,19 +98,19 @@ def noted(learn): return [(cb,vars(cb).copy()) for cb in learn.cbs]
 def batch_of(
     learn:Learner, # Attributes of its batch are put back afterwards
     start:tuple=None, # From `snapshot_of`; by default the present state
-    attrs:dict=None, # Attributes of an earlier batch; by default those of the present one
     cbs:list=(), # From `noted`, attributes of callbacks that are not in `start`; by default the present ones
 ):
     "Context in which `learn`, its callbacks, model and loss function begin a batch; leaves no trace"
     now,now_cbs = {k:v for k,v in vars(learn).items() if k in _batch_attrs},noted(learn)
+    memory,batch = start or snapshot_of(learn)
     def put(attrs, cbs):
         vars(learn).update(attrs)
         for cb,d in cbs:
             vars(cb).clear()
             vars(cb).update(d)
     try:
-        put(attrs or {}, cbs)
-        with restored(start or snapshot_of(learn)): yield
+        put(batch, cbs)
+        with restored(memory),grads_aside(learn.model.parameters()): yield # A callback may have a backward pass of its own
     finally:
         for k in _batch_attrs: vars(learn).pop(k, None)
         put(now, now_cbs)
@@ -235,7 +236,7 @@ class LearnerProblem(Problem):
         del self.half # Most batches never ask, and it is a walk through the model
         self.learn,self.start,self.leave_out,self.inputs = learn,start,leave_out,learn.xb
         self.bare = not any(takes_part(cb) and not isinstance(cb, (MixedPrecision,GradientAccumulation)) for cb in learn.cbs)
-        self.attrs,self.cbs = dict(xb=learn.xb, yb=learn.yb),noted(learn) if start else ()
+        self.cbs = noted(learn) if start else ()
 
     half = cached_property(lambda self: in_half(self.learn))
     n_items = property(lambda self: n_targets(self.learn.yb))
@@ -250,7 +251,7 @@ class LearnerProblem(Problem):
     def evaluate_again(self, twice=False):
         "Loss and outputs of the same batch at the present values of the parameters"
         learn,around = self.learn,partial(twice_differentiable, self.model, forward=True) if twice else nullcontext
-        with batch_of(learn, self.start, self.attrs, self.cbs),without_backward_hooks(self.model),around():
+        with batch_of(learn, self.start, self.cbs),without_backward_hooks(self.model),around():
             evaluate_batch(learn, self.model if twice else unwrapped(learn.model, keep_compiled=True), self.leave_out)
             return learn.loss_grad.as_subclass(Tensor),learn.pred
 
@@ -265,7 +266,8 @@ class LearnerProblem(Problem):
         "Context with the problem of `n` random rows; leaves no trace"
         learn,bs = self.learn,self.n_items
         check_rows_possible(learn, n, bs)
-        idxs = torch.randperm(bs, generator=generator)[:n]
+        idxs = torch.randperm(bs, generator=generator)[:n].sort().values # Rows may come in an order, such as the longest first
+        if any(isinstance(m, loaded('fastai.text.models.core', 'SentenceEncoder')) for m in self.model.modules()): idxs[0] = 0
         with self.preserving(),without_backward_hooks(self.model):
             learn.xb,learn.yb = take_rows(learn.xb, idxs, bs),take_rows(learn.yb, idxs, bs)
             start = snapshot_of(learn) if estimator.again else None

@@ -202,10 +202,7 @@ def nonsmooth_graph(loss:Tensor)->list: # Sorted strings
 # %% ../nbs/08_curvature.ipynb #2e22c910
 max_error = 0.05 # Of a product, relative to another way to it
 
-def relative_error(
-    a:list, # Tensors
-    b:list, # Tensors to compare with
-)->float: # Zero where both are zero, not a number where only `b` is
+def relative_error(a:list, b:list)->float: # Zero where both are zero, not a number where only `b` is
     "Norm of the difference of two products, relative to the second"
     diff,size = total_norm([o-u for o,u in zip(a, b)]).item(),total_norm(b).item()
     return 0. if diff==0 else diff/size if size else float('nan')
@@ -423,7 +420,7 @@ class Ride:
         zs = output_tensors(outputs)
         duals = [fwAD.unpack_dual(o) for o in zs]
         known = [[torch.zeros_like(d.primal) if d.tangent is None else d.tangent.detach().as_subclass(Tensor) for d in duals]]
-        if not self.on: known.clear() # They have ended, and their tangents with them
+        if not self.on or any('DifferentiableGraph' in o.name() for o in graph_nodes(zs)): known.clear() # Ended, or TorchScript drops them
         self.stack.close()
         return lambda params: lambda v: known.pop() if known else reverse_jvp(zs, params)(v)
 

@@ -47,7 +47,7 @@ def reverse_jvp(
     params:list # Tensors to differentiate with respect to
 ): # `v -> Jv`: from a list like `params` to a list like `outputs`
     "Jacobian of `outputs`, by differentiating `Jᵀw` for `w`"
-    ws = [torch.zeros_like(o.detach().as_subclass(Tensor)).requires_grad_() for o in outputs]
+    ws = [torch.ones_like(o.detach().as_subclass(Tensor)).requires_grad_() for o in outputs] # Any: at 0 `logcumsumexp` has none
     JTw = gradient(outputs, params, create_graph=True, along=ws)
     check_twice(JTw)
     for g in JTw:

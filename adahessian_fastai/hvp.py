@@ -119,19 +119,12 @@ def check_number(
     return v
 
 # %% ../nbs/00_hvp.ipynb #ed7b244b
-def check_choice(
-    name:str, # Of the argument, for the error
-    v, # Its value; raises `SettingError` unless it is one of `choices`
-    choices, # Strings
-)->str:
+def check_choice(name:str, v, choices)->str: # Raises `SettingError` unless `v` is one of the strings `choices`
     "`v` itself"
     if not isinstance(v, str) or v not in choices: raise SettingError(name, f'one of {list(choices)}', v)
     return v
 
-def check_switch(
-    name:str, # Of the argument, for the error
-    v, # Its value; raises `SettingError` unless it is true or false, in Python's or NumPy's words
-)->bool:
+def check_switch(name:str, v)->bool: # Raises `SettingError` unless `v` is true or false, in Python's or NumPy's words
     "`v` as a `bool`"
     single = isinstance(v, int) or getattr(v, 'dtype', None)==bool and v.ndim==0
     if not single or v not in (0,1): raise SettingError(name, 'True or False', v)
@@ -440,10 +433,7 @@ def step_size(
     return (0.3*eps**(1/3) if central else eps**0.5)*(1+total_norm([p.detach() for p in params]).item())/norm
 
 # %% ../nbs/00_hvp.ipynb #39ac102b
-def copy_all(
-    params:list, # Tensors, changed in place; maybe in parts
-    olds:list, # Their new values
-):
+def copy_all(params:list, olds:list): # Tensors, maybe in parts
     "Copy `olds` into `params`"
     if shard_mesh(params): params,olds = ([getattr(o, '_local_tensor', o) for o in os] for os in (params,olds)) # They have no copy of lists
     if params: torch._foreach_copy_(list(params), list(olds))

@@ -39,10 +39,7 @@ def _backward(self:Learner):
     return own(self) if own else self._orig__backward()
 
 # %% ../nbs/10_learner.ipynb #140e7df6
-def callback_of(
-    learn:Learner, # Any Learner
-    kind:type, # Class of a callback, such as `Recorder`
-): # `None` where there is none
+def callback_of(learn:Learner, kind:type): # `None` where there is none
     "The first callback of `learn` that is a `kind`"
     return next((cb for cb in learn.cbs if isinstance(cb, kind)), None)
 
@@ -446,10 +443,7 @@ class LossGuard:
         return f"The loss has grown: its average is {avg:.3g}, {avg/self.best:.3g} times its best of {self.best:.3g}"
 
 # %% ../nbs/10_learner.ipynb #50b9360b
-def warn_rarely(
-    n:int, # How often it has happened
-    text:str, # What has happened; the count is added
-):
+def warn_rarely(n:int, text:str): # How often it has happened, and what; the count is added
     "Warn when `n` is a power of ten"
     if n==10**round(math.log10(n)): warnings.warn(f"{text} ({n} so far)", stacklevel=3)
 
@@ -465,10 +459,7 @@ class Counts:
         "Generators of the next estimate"
         return seeded(self.seed + 7919*self.n_estimates + 104729*rank_distrib() + stream)
 
-    def warn(self,
-        name:str, # What to count, 'n_dropped' or 'n_skipped'
-        text:str, # What has happened
-    ):
+    def warn(self, name:str, text:str): # 'n_dropped' or 'n_skipped', and what has happened
         "Count what went wrong, and say so at the 1st, 10th, 100th … time"
         vars(self)[name] += 1
         warn_rarely(vars(self)[name], text)

@@ -156,8 +156,9 @@ def differentiate(self:CurvatureOptimizer,
     if not turn.due or half and not math.isfinite(self.pending.losses[-1].item()): return problem.backward(weight)
     ahead = turn.aside or problem.scale!=1 or problem.others() # Which only a backward pass reaches
     if ahead: problem.backward(weight, retain_graph=not turn.aside)
+    seen = [p.grad for p in problem.params if p.grad is not None]
     with turn.evaluated(problem, self.counts.rng) as on:
-        if half and on.scale!=1: on = self.curvature_scale.rescaled_for_half(on, [p.grad for p in problem.params if p.grad is not None])
+        if half and on.scale!=1: on = self.curvature_scale.rescaled_for_half(on, seen)
         est = turn.estimator(on, turn.due, self.counts.rng(), partial(signed_average, self))
     if not ahead: problem.backward(weight, est.grads)
     self.pending.scaled,self.pending.share = half,turn.share

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from fastai.callback.rnn import ModelResetter,RNNCallback,RNNRegularizer
 from fastai.losses import CrossEntropyLossFlat
 from fastai.text.models.awdlstm import AWD_LSTM,awd_lstm_clas_config,awd_lstm_lm_config
-from fastai.text.models.core import get_language_model,get_text_classifier
+from fastai.text.models.core import SentenceEncoder,get_language_model,get_text_classifier
 from torch import nn
 from torch.nn.attention import SDPBackend,sdpa_kernel
 from adahessian_fastai.hvp import graph_nodes
@@ -167,3 +167,55 @@ def test_on_a_gpu(kind):
     learn = fit(learner(model().cuda(), x.cuda(), y.cuda(), probe=on_gpu, update_each=2))
     with sdpa_kernel(SDPBackend.MATH): want = plain(model(), [[b] for b in split(x,y,6)], update_each=2)
     assert distance(learn.model.cpu(), want)<1e-8
+
+def test_gauss_newton_along_the_forward_pass_sees_through_torchscript():
+    "From its second or third call on, a scripted module drops tangents"
+    def trained(**kwargs):
+        torch.manual_seed(0)
+        model = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(5,4), nn.Tanh())), nn.Linear(4,3)).double()
+        return fit(learner(model, *data(24), curvature='ggn', update_each=1, **kwargs), 3).model
+    assert distance(trained(hvp='forward'), trained(hvp='reverse'))<1e-9
+
+
+class Chunk(nn.Module):
+    "What a `SentenceEncoder` calls on a few words of the texts that have begun, to which shorter ones join"
+    def __init__(self):
+        super().__init__()
+        self.embed,self.rnn = nn.Embedding(9, 4),nn.LSTM(4, 5, batch_first=True)
+    def reset(self): self.state = None
+    def forward(self, x):
+        more = self.state and tuple(F.pad(s, (0,0,0,len(x)-s.shape[1])) for s in self.state)
+        out,self.state = self.rnn(self.embed(x), more)
+        return out
+
+class Texts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder,self.head = SentenceEncoder(4, Chunk(), pad_idx=1),nn.Linear(5, 2)
+    def forward(self, x):
+        out,mask = self.encoder(x)
+        return self.head(out[:,-1])
+
+class Readings:
+    def __init__(self): self.all = []
+
+def texts():
+    "Eight texts of 12 to 2 words behind their padding, the longest first, and their numbers"
+    torch.manual_seed(0)
+    x = torch.randint(2, 9, (8,12))
+    for i,n in enumerate((12,9,8,6,4,4,3,2)): x[i,:12-n] = 1
+    return x,torch.arange(8)
+
+def test_rows_of_texts_are_read_in_their_order_and_with_the_longest():
+    "fastai cuts the texts of a batch into pieces, and trusts that the longest come first and fill the first piece"
+    seen,(x,y) = Readings(),texts()
+    def loss_func(pred, i):
+        seen.all.append((i.tolist(), pred.detach().clone()))
+        return F.cross_entropy(pred, i%2)
+    model = Texts().double()
+    learn = learner(model, x, y, bs=8, loss_func=loss_func, hypers=dict(lr=0., wd=0.), hessian_bs=0.25)
+    fit(learn, 12)
+    full,drawn = model(x),[o for o in seen.all if len(o[0])==2]
+    assert len(drawn)==12 and len({tuple(i) for i,_ in drawn})>2
+    for i,pred in drawn: assert i==sorted(i) and i[0]==0 and torch.allclose(pred, full[i])

@@ -11,7 +11,7 @@ from fastai.losses import CrossEntropyLossFlat,LabelSmoothingCrossEntropy
 from fastai.optimizer import Adam
 from functools import partial
 from torch import nn
-from adahessian_fastai.all import adahessian_paper as adahessian,hessian_free
+from adahessian_fastai.all import CurvatureRecorder,adahessian_paper as adahessian,hessian_free,sassha
 from helpers_learner import HYPERS,ROUNDING,Noted,convnet,data,distance,fit,given,learner,mlp,one_loss,plain,split,state_of
 from twin import Twin
 from adahessian_fastai.batch import check_rows_possible
@@ -410,3 +410,61 @@ def test_more_rows_of_inputs_than_of_targets_are_refused_too():
     learn = learner(mlp(), *data(12))
     learn.xb,learn.yb = (torch.zeros(12,5),),(torch.zeros(6),)
     with pytest.raises(ValueError, match='12 rows of inputs for 6'): check_rows_possible(learn, 3, 6)
+
+
+AGAIN = [dict(), dict(hvp='forward'), dict(hvp='finite_difference'), dict(hessian_bs=3), dict(curvature='ggn'), dict(opt_func=sassha), dict(opt_func=hessian_free)]
+AGAIN_IDS = ['reverse','forward','difference','rows','ggn','sassha','hessian_free']
+
+class Seen:
+    "What is noted in an object like this stays, where a list would be put back after another evaluation"
+    def __init__(self): self.targets = []
+
+def keywords(kwargs): return kwargs if 'opt_func' not in kwargs else dict(kwargs, hypers=dict(lr=0.1))
+
+
+@pytest.mark.parametrize('kwargs', AGAIN, ids=AGAIN_IDS)
+def test_targets_that_a_callback_exchanges_are_exchanged_once(kwargs):
+    "Each evaluation of a batch begins with the targets of the loader, here 0, which become 1; those of the diagnostics too"
+    class Relabelled(Callback):
+        def after_pred(self): self.learn.pred,self.learn.yb = 2*self.pred,(self.yb[0]+1,)
+    seen = Seen()
+    def loss_func(pred, y):
+        seen.targets.append(sorted(set(y.tolist())))
+        return F.cross_entropy(pred, y)
+    x,cbs = data(12)[0],[Relabelled(),CurvatureRecorder(every=1)]
+    learn = learner(mlp(), x, torch.zeros(12, dtype=torch.long), loss_func=loss_func, cbs=cbs, **keywords(kwargs))
+    fit(learn)
+    learn.curvature_summary()
+    assert len(seen.targets)>4 and all(o==[1] for o in seen.targets)
+
+@pytest.mark.parametrize('hvp', ['reverse','forward','finite_difference'])
+def test_exchanged_targets_train_as_in_a_plain_loop(hvp):
+    class Relabelled(Callback):
+        def after_pred(self): self.learn.pred,self.learn.yb = 2*self.pred,((self.yb[0]+1)%3,)
+    x,y = data(12)
+    learn = fit(learner(mlp(), x, y, probe=given(), cbs=[Relabelled()], hvp=hvp))
+    want = plain(mlp(), steps(x, y), lambda pred,y: F.cross_entropy(2*pred, (y+1)%3))
+    assert distance(learn.model, want)<(1e-6 if hvp=='finite_difference' else ROUNDING)
+
+
+@pytest.mark.parametrize('kwargs', AGAIN[:5], ids=AGAIN_IDS[:5])
+def test_a_backward_pass_of_a_callback_counts_once(kwargs):
+    "The gradient that it leaves is added to that of the batch, whatever evaluates the batch again"
+    class Own(Callback):
+        def before_backward(self): (0.1*sum(p.square().sum() for p in self.model.parameters())).backward()
+    x,y = data(6)
+    grads = []
+    class Look(Callback):
+        def after_backward(self): grads.extend(p.grad.clone() for p in self.model.parameters())
+    learn = fit(learner(mlp(), x, y, cbs=[Own(),Look()], **kwargs))
+    model = mlp()
+    torch.manual_seed(0)
+    (F.cross_entropy(model(x), y)+0.1*sum(p.square().sum() for p in model.parameters())).backward()
+    assert all(torch.allclose(g, p.grad) for g,p in zip(grads, model.parameters())) and len(grads)==len(list(learn.model.parameters()))
+
+def test_a_measurement_leaves_no_gradient_of_a_callback():
+    class Own(Callback):
+        def before_backward(self): (0.1*sum(p.square().sum() for p in self.model.parameters())).backward()
+    learn = learner(mlp(), *data(12), cbs=[Own()])
+    learn.curvature_summary()
+    assert all(p.grad is None for p in learn.model.parameters())

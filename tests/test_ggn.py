@@ -390,3 +390,10 @@ def test_a_direction_may_be_a_tuple():
 def test_reduction_of_the_fisher_diagonal_is_one_of_two():
     p = torch.ones(2, requires_grad=True)
     with pytest.raises(ValueError, match='reduction must be one of'): fisher_diagonal(p*1, (p*1).sum(), [p], reduction='max')
+
+def test_a_function_whose_backward_pass_is_linear_on_both_sides_of_zero_only():
+    "`logcumsumexp` takes the logarithm of what it gets, by sign: its Jacobian has entries `exp(x_j)` over sums of them"
+    x = torch.tensor([0.3,-1.,2.], dtype=torch.double, requires_grad=True)
+    share = torch.stack([torch.cat([x[:i+1].softmax(0), x.new_zeros(2-i)]) for i in range(3)]).detach()
+    v = torch.tensor([1.,-2.,0.5], dtype=torch.double)
+    assert torch.allclose(reverse_jvp([torch.logcumsumexp(x, 0)], [x])([v])[0], share@v, **EXACT)
