@@ -34,8 +34,8 @@ def check_together(
     if isinstance(estimator, ControlVariate) and not signed:
         raise ValueError("estimator='control_variate' takes its guess from the signed average: use signed=True, got signed=False")
     if debiased and signed: raise ValueError("debiased=True is for the average of squares, and signed=True has no squares: choose one")
-    if debiased and estimator.n_samples<2:
-        raise ValueError(f"debiased=True compares the samples of an estimate: it needs n_samples >= 2, got n_samples={estimator.n_samples}")
+    if debiased and (n := getattr(estimator, 'n_samples', 1))<2:
+        raise ValueError(f"debiased=True compares the samples of an estimate: it needs n_samples >= 2, got n_samples={n}")
     if (signed or debiased) and not signed_blocks:
         raise ValueError(f"a signed or debiased average needs signed blocks, got {signed_blocks=}")
 

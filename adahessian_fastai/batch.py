@@ -41,11 +41,7 @@ from .replay import backward_hooks,preserving,restored,snapshot,without_backward
 # %% ../nbs/12_batch.ipynb #e3297adb
 _asked = set() # Callbacks that are handling an event
 
-def send(
-    learn:Learner, # Its callbacks are asked in their order
-    event:str, # Such as 'after_loss'
-    leave_out:tuple=(), # Classes of callbacks that are not asked
-):
+def send(learn:Learner, event:str, leave_out:tuple=()): # Such as 'after_loss', and classes of callbacks that are not asked
     "Fire `event` on the callbacks of `learn`, but not on one that is handling an event"
     for cb in learn.cbs.sorted('order'):
         if isinstance(cb, leave_out) or id(cb) in _asked: continue

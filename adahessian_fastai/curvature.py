@@ -9,9 +9,9 @@ another evaluation of the batch (`again`), a context around the forward pass (`s
 
 # %% auto #0
 __all__ = ['hvp_ways', 'nonsmooth_modules', 'nonsmooth_functions', 'max_error', 'jvp_ways', 'max_adjoint_error', 'Local',
-           'reverse', 'without_padding', 'forward', 'finite_difference', 'batch_statistics', 'ModelWithLoss',
-           'compile_product', 'compiled', 'nonsmooth', 'nonsmooth_graph', 'relative_error', 'trial_probes',
-           'asymmetry_of', 'checked_reverse', 'exact_way', 'another_function', 'against_differences',
+           'reverse', 'without_padding', 'forward', 'finite_difference', 'same_state', 'batch_statistics',
+           'ModelWithLoss', 'compile_product', 'compiled', 'nonsmooth', 'nonsmooth_graph', 'relative_error',
+           'trial_probes', 'asymmetry_of', 'checked_reverse', 'exact_way', 'another_function', 'against_differences',
            'refuse_difference', 'is_finite', 'choose_way', 'Hessian', 'against_reverse', 'Ride', 'outputs_again',
            'PlainTensors', 'Evaluated', 'closed_hessian', 'NoProductError', 'AgreedError', 'FirstThatWorks',
            'GaussNewton', 'agreed_costs', 'evaluated', 'way_product', 'OverBatches']
@@ -104,6 +104,12 @@ def finite_difference(
         with all_bits: return difference(without_padding(problem.model, params, v))
     return Local(product, grads)
 
+# %% ../nbs/08_curvature.ipynb #same0002
+def same_state(model:nn.Module):
+    "Another module with the very state of `model`, which does not keep `model` in memory"
+    object.__setattr__(twin := object.__new__(type(model)), '__dict__', model.__dict__)
+    return twin
+
 # %% ../nbs/08_curvature.ipynb #6d1e27fe
 def batch_statistics(model:nn.Module):
     "Context in which each batch norm that trains leaves its running statistics alone"
@@ -122,7 +128,8 @@ def compile_product(whole:nn.Module): # `(values, tangents, inputs, targets) -> 
     "One compiled function for the gradient of a batch's loss and its derivative along `tangents`"
     def loss(values, xb, yb): return functional_call(whole, values, (xb,yb))
     def both(values, tangents, xb, yb): return jvp(grad(lambda values: loss(values, xb, yb)), (values,), (tangents,))
-    return torch.compile(both)
+    on_cpu = all(p.device.type=='cpu' for p in whole.parameters())
+    return torch.compile(both, options={'layout_optimization': False} if on_cpu else None) # It copies to channels last and back
 
 # %% ../nbs/08_curvature.ipynb #e5ac1d8b
 _compiled = weakref.WeakKeyDictionary()
@@ -136,7 +143,7 @@ def compiled(
     "Forward over reverse by one compiled function"
     if why := problem.obstacle or problem.unseen and f'{problem.unseen} adds to them':
         raise ValueError(f"hvp='compiled' evaluates model and loss alone, and {why}: use hvp='forward'")
-    model,whole = problem.model,ModelWithLoss(problem.model, problem.loss_func)
+    model,whole = problem.model,ModelWithLoss(same_state(problem.model), problem.loss_func)
     names = {p: n for n,p in whole.named_parameters()}
     if lost := [tuple(p.shape) for p in problem.params if p not in names]:
         raise ValueError(f"hvp='compiled' knows the parameters of model and loss function, and not those of the shapes {lost}: use "
@@ -216,10 +223,7 @@ def trial_probes(
     return [draw_like(params, lambda p,_: rademacher_like(p, gens[p.device])) for _ in range(n)]
 
 # %% ../nbs/08_curvature.ipynb #ffa21dd3
-def asymmetry_of(
-    product, # `v -> Hv`
-    params:list, # Tensors that give the shapes
-)->float: # See `asymmetry`
+def asymmetry_of(product, params:list)->float: # See `asymmetry`
     "How far from symmetric the matrix behind `product` is"
     u,v = trial_probes(params)
     return asymmetry(u, v, product(u), product(v))
@@ -550,6 +554,9 @@ class GaussNewton:
         p = getattr(problem, 'problems', [problem])[0]
         if p.outputs is None and p.evaluate is None:
             raise NoOutputs("curvature='ggn' needs the outputs of the model: give the `Problem` its `outputs`, or take curvature='hessian'")
+        if p.evaluate is None and hasattr(problem, 'problems'):
+            of = {o: self.product(o, params) for o in problem.problems}
+            return Local(lambda v: problem.mean(lambda o: of[o](v)))
         if p.evaluate is None or ride: return Local(self.product(problem, params, ride.read(p.outputs)(params) if ride else None))
         return Local(way_product(self, problem, params, n_products))
 

@@ -20,7 +20,7 @@ from matplotlib.ticker import LogLocator,MaxNLocator
 from typing import Literal
 from fastai.basics import *
 from fastai.optimizer import debias
-from .hvp import check_count,check_number,check_switch,flat,is_part,tensor_list,unflat
+from .hvp import check_count,check_number,check_switch,flat,is_part,param_list,tensor_list,unflat
 from .hutchinson import hutchinson_diag,hutchinson_samples
 from .spectrum import confidence_interval,extreme_eigenvalues,mean_product,spectral_density
 from .losses import n_targets
@@ -106,7 +106,7 @@ def curvature_product(self:Learner,
     train:bool=True, # Model in training mode?
 ): # `v -> Hv` on lists of tensors shaped like `params`
     "Product with the curvature of the mean loss over `batches`"
-    params,how = learner_params(self) if params is None else tensor_list(params),made('curvature', curvature, curvatures)
+    params,how = learner_params(self) if params is None else param_list(params),made('curvature', curvature, curvatures)
     if not params or {*params}-{*self.model.parameters(), *learner_params(self)}:
         raise ValueError(f"params must be parameters of the model, got {len(params)} with others among them or none")
     self.model.to(getattr(self.dls, 'device', default_device()))
@@ -130,7 +130,7 @@ class ProbeStats:
         n_samples:int=4, # Probes; raises `ValueError` below 2
         generator:torch.Generator=None, # Randomness of the probes
     ):
-        self.n,sums = check_count('n_samples', n_samples, 2),[]
+        self.n,sums,params = check_count('n_samples', n_samples, 2),[],tensor_list(params)
         self.mean,self.var = ([torch.zeros_like(p, requires_grad=False) for p in params] for _ in range(2))
         for k,d in enumerate(hutchinson_samples(product, params, n_samples, generator=generator), 1):
             sums.append([o.sum().item() for o in d])
@@ -172,6 +172,7 @@ def curvature_stats(
     generator:torch.Generator=None, # Randomness of probes and start vectors
 )->tuple: # A dictionary of numbers, and the `ProbeStats`
     "Largest and smallest eigenvalue, trace and signal-to-noise ratio of the matrix behind `product`"
+    params = tensor_list(params)
     eig = extreme_eigenvalues(product, params, which='both', tol=tol, max_iter=max_iter, check=False, generator=generator)
     (hi,*_,lo),(hi_bound,*_,lo_bound) = ([o[0], o[-1]] for o in (eig.values.tolist(), eig.bounds.tolist()))
     st = ProbeStats(product, params, n_samples, generator)
@@ -195,7 +196,7 @@ def layer_params(
 
 # %% ../nbs/20_diagnostics.ipynb #f6f2b311
 def own_diagonal(opt)->dict: # Parameter -> tensor shaped like it; empty for an optimizer without curvature
-    "The absolute diagonal that `opt` works with, where it keeps an average of estimates"
+    "The absolute diagonal that `opt` has averaged, corrected for the bias of its start"
     of = {p: (s,h) for p,(s,h) in by_parameter(opt).items() if s.get('hess_step') and s.get('do_hessian', True)}
     return {p: denominator(s, {**h, 'hessian_power': 1., 'eps': 0.}) for p,(s,h) in of.items()}
 
@@ -276,6 +277,7 @@ def edge_of_stability(
     **kwargs # For `extreme_eigenvalues`
 )->float: # Not a number where no limit is known, or the optimizer has not made a step
     "The learning rate of `opt`, divided by the largest that is stable"
+    params = tensor_list(params)
     (rule,factor),P = step_rule(opt),step_scaling(opt, params)
     if rule=='unknown' or rule in scaled_rules and P is None: return math.nan
     return extreme_eigenvalues(scaled_product(product, step_rates(opt, params, P)), params, **kwargs).values[0].item()/factor

@@ -206,10 +206,7 @@ def is_first_order(estimator)->bool:
     "Are first derivatives enough for `estimator`?"
     return not estimator.second_order or getattr(getattr(estimator, 'curvature', None), 'method', None) in ('finite_difference','auto')
 
-def with_samples(
-    estimator, # Any estimator
-    n:int, # Samples that it is to take at least
-): # `estimator`, or a copy of it
+def with_samples(estimator, n:int): # `estimator`, or a copy of it that takes at least `n`
     "`estimator` with at least `n` samples"
     if n<=getattr(estimator, 'n_samples', 1): return estimator
     new = copy(estimator)
@@ -297,9 +294,7 @@ def made(
     return cls(**{k: v for k,v in given.items() if k in takes})
 
 # %% ../nbs/09_estimators.ipynb #f32b376d
-def gauss_newton(
-    hvp:Literal['reverse','forward','auto']=None, # In the words for a Hessian; raises `SettingError` for others
-)->GaussNewton:
+def gauss_newton(hvp:Literal['reverse','forward','auto']=None)->GaussNewton: # In a Hessian's words; raises `SettingError` for others
     "The Gauss-Newton matrix for an estimate, whose first probe may run along with the forward pass"
     ways = {None: 'reverse', 'auto': 'reverse', 'reverse': 'reverse', 'forward': 'along'}
     if hvp not in ways: raise SettingError('hvp', "'reverse' or 'forward' for curvature='ggn'", hvp)

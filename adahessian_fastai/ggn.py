@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import Literal
 from torch import Tensor, nn
 from torch.func import functional_call, grad as func_grad, jvp as func_jvp, linearize, vjp as func_vjp
-from .hvp import SettingError,check_choice,check_count,check_twice,dual_numbers,gradient,graph_product,tensor_list
+from .hvp import SettingError,check_choice,check_count,check_twice,dual_numbers,gradient,graph_product,param_list,tensor_list
 
 # %% ../nbs/05_ggn.ipynb #c2844aa2
 def output_tensors(
@@ -34,10 +34,7 @@ def output_tensors(
 
 def _dense(gs, like): return [torch.zeros_like(p).as_subclass(Tensor) if g is None else g.as_subclass(Tensor) for g,p in zip(gs, like)]
 
-def graph_vjp(
-    outputs:list, # Outputs with their graph
-    params:list # Tensors to differentiate with respect to
-): # `u -> Jᵀu`: from a list like `outputs` to a list like `params`
+def graph_vjp(outputs:list, params:list): # `u -> Jᵀu`: from a list like `outputs`, which have their graph, to one like `params`
     "Transposed Jacobian of `outputs`, from their graph"
     return graph_product(outputs, params)
 
@@ -179,7 +176,7 @@ def ggn_product(
     hessian=None # `u -> Hu` at the outputs; `loss_hessian` by default
 ): # `v -> Gv` over lists like `params`
     "Product with the generalized Gauss-Newton matrix `JᵀHJ` of an existing graph"
-    zs,params = output_tensors(outputs),tensor_list(params)
+    zs,params = output_tensors(outputs),param_list(params)
     if not zs: raise NoOutputs("the Gauss-Newton product needs outputs that carry a graph, got none")
     J,H,JT = jvp or reverse_jvp(zs, params), hessian or loss_hessian(loss, zs), graph_vjp(zs, params)
     return lambda v: JT(H(J(v)))

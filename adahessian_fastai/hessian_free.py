@@ -330,7 +330,7 @@ def state_dict(self:HessianFree)->dict:
             f"that step anew. Save after a step.")
     own = dict(counts=dict(n_steps=self.n_steps, n_skipped=self.n_skipped), record=list(self.record), products=self.curvature.state_dict(),
         generator=self.preconditioner.generator.get_state() if self.preconditioner else None)
-    return {**Optimizer.state_dict(self), 'curvature': own}
+    return {**Optimizer.state_dict(self), 'hypers': [dict(o) for o in self.hypers], 'curvature': own}
 
 @patch
 def load_state_dict(self:HessianFree,

@@ -7,12 +7,12 @@ A *product* is a callable `v -> Hv`. `v` and `Hv` are lists of tensors shaped li
 
 # %% auto #0
 __all__ = ['substitutes', 'dual_substitutes', 'dual_thread', 'hvp_methods', 'math_attention', 'plain_rnn', 'plain_cpu_rnn',
-           'eager', 'all_bits', 'check_real', 'AsComplex', 'real_parameters', 'flat', 'tensor_list', 'unflat',
-           'SettingError', 'check_count', 'check_number', 'check_choice', 'check_switch', 'check_pair', 'loaded',
-           'is_part', 'shard_mesh', 'whole', 'sharded_like', 'switched', 'grads_aside', 'sharded_gradient', 'gradient',
-           'graph_nodes', 'check_twice', 'check_checkpoints', 'needs_wrong_third', 'hooks_disabled',
-           'missing_second_derivative', 'graph_product', 'Substituted', 'substituted', 'zero_tangents', 'dual_numbers',
-           'dual_backward', 'dual_gradient', 'total_norm', 'rounding', 'step_size', 'copy_all', 'moved',
+           'eager', 'all_bits', 'check_real', 'AsComplex', 'real_parameters', 'tensor_list', 'param_list', 'flat',
+           'unflat', 'SettingError', 'check_count', 'check_number', 'check_choice', 'check_switch', 'check_pair',
+           'loaded', 'is_part', 'shard_mesh', 'whole', 'sharded_like', 'switched', 'grads_aside', 'sharded_gradient',
+           'gradient', 'graph_nodes', 'check_twice', 'check_checkpoints', 'needs_wrong_third', 'hooks_disabled',
+           'missing_second_derivative', 'check_like', 'graph_product', 'Substituted', 'substituted', 'zero_tangents',
+           'dual_numbers', 'dual_backward', 'dual_gradient', 'total_norm', 'rounding', 'step_size', 'copy_all', 'moved',
            'difference_product', 'difference_error', 'hessian_product', 'SharedContext', 'needs_substitutes', 'has_rnn',
            'own_statistics', 'twice_differentiable', 'asymmetry', 'check_symmetric']
 
@@ -55,6 +55,21 @@ def real_parameters(module:nn.Module)->nn.Module: # `module`
         own.original0,own.original1 = of.original0,of.original1
     return module
 
+# %% ../nbs/00_hvp.ipynb #plist002
+def tensor_list(params, name='params')->list: # Raises `ValueError` for a single tensor, which would be taken apart, and for what is none
+    "`params` as a list"
+    if isinstance(params, Tensor): raise SettingError(name, 'several tensors, such as [w]', f'one of shape {tuple(params.shape)}')
+    ts = list(params) if hasattr(params, '__iter__') else [params]
+    if odd := {type(o).__name__ for o in ts if not isinstance(o, Tensor)}:
+        raise ValueError(f"{name} must be tensors, such as `list(model.parameters())`, got {', '.join(sorted(odd))}")
+    return ts
+
+def param_list(params)->list: # Raises `ValueError` for complex ones, and for one that stands there twice
+    "Tensors to differentiate with respect to, as a list"
+    check_real(ts := tensor_list(params))
+    if len({*map(id, ts)})==len(ts): return ts
+    raise ValueError("params must have each tensor once, and tied weights stand there twice: give `list(dict.fromkeys(params))`")
+
 # %% ../nbs/00_hvp.ipynb #9394b316
 def flat(
     ts:list, # Tensors of any shapes, at least one, on one device; raises `ValueError` for complex ones
@@ -65,11 +80,6 @@ def flat(
     check_real(ts)
     v = torch.cat([t.detach().reshape(-1) for t in ts]).as_subclass(Tensor)
     return v.float() if v.dtype in (torch.half, torch.bfloat16) else v
-
-def tensor_list(params)->list: # Raises `ValueError` for a single tensor, which would be taken apart into its rows
-    "`params` as a list"
-    if isinstance(params, Tensor): raise SettingError('params', 'several tensors, such as [w]', f'one of shape {tuple(params.shape)}')
-    return list(params)
 
 def unflat(
     v:Tensor, # A vector with as many entries as `params` together
@@ -161,10 +171,7 @@ def whole(t:Tensor)->Tensor:
     "`t` with the entries of all processes"
     return t.full_tensor() if is_part(t) else t
 
-def sharded_like(
-    t:Tensor, # Whole, and the same in each process; or sharded already
-    p:Tensor, # Maybe sharded
-)->Tensor:
+def sharded_like(t:Tensor, p:Tensor)->Tensor: # `t` is whole, and the same in each process, or sharded already
     "The part of `t` that this process holds of `p`"
     if is_part(t) or not is_part(p): return t
     from torch.distributed.tensor import DTensor,Replicate
@@ -270,6 +277,13 @@ def missing_second_derivative():
             "table `losses` has the loss; for hessian_free curvature=Hessian('finite_difference') in a smooth network") from e
 
 # %% ../nbs/00_hvp.ipynb #41a7ed3c
+def check_like(v, like, name='v')->list: # Raises `ValueError`; what is `None` in `like` may have any shape
+    "`v` as a list of tensors like those of `like`"
+    vs = list(v)
+    got,want = ([o if o is None else tuple(getattr(o, 'shape', ())) for o in ts] for ts in (vs, like))
+    if len(got)==len(want) and all(w in (None,g) for g,w in zip(got, want)): return vs
+    raise ValueError(f"{name} must be tensors of the shapes {want}, got {got}")
+
 def graph_product(
     grads:list, # Gradients from `gradient(..., create_graph=True)`
     params:list, # The tensors that `grads` belong to
@@ -280,6 +294,7 @@ def graph_product(
     left = n_uses
     def product(v):
         nonlocal left
+        v = check_like(v, grads)
         if left is not None: left -= 1
         if not on: return [torch.zeros_like(p) for p in params]
         gs,vs = [grads[i] for i in on],[v[i] for i in on]
@@ -407,9 +422,7 @@ def dual_gradient(
         return [None if d is None else d.primal.detach() for d in duals],hs
 
 # %% ../nbs/00_hvp.ipynb #9e294c93
-def total_norm(
-    tensors:list, # Tensors of any shapes; norms of half precision are summed in single
-)->Tensor: # A number, 0 for no tensors
+def total_norm(tensors:list)->Tensor: # A number, 0 for no tensors; norms of half precision are summed in single
     "Norm of all `tensors` as one vector"
     if not tensors: return torch.zeros(())
     half = any(t.dtype in (torch.half, torch.bfloat16) for t in tensors)
@@ -439,11 +452,7 @@ def copy_all(params:list, olds:list): # Tensors, maybe in parts
     if params: torch._foreach_copy_(list(params), list(olds))
 
 @contextmanager
-def moved(
-    params:list, # Tensors, changed in place
-    v:list, # Direction
-    h:float, # How far
-):
+def moved(params:list, v:list, h:float): # Tensors, changed in place, the direction, and how far
     "Context in which `params` are at `params + h*v`; afterwards they are back, bit for bit"
     params = tensor_list(params)
     with torch.no_grad():
@@ -460,7 +469,7 @@ def difference_product(
     factor:float=1., # Multiplies the step of `step_size`
 ):
     "Product `v -> Hv` by finite differences of gradients: one new gradient each where `grads` are known, two otherwise"
-    params,factor = tensor_list(params),check_number('factor', factor, above=0)
+    params,factor = param_list(params),check_number('factor', factor, above=0)
     def at(v, h):
         with moved(params, v, h): return gradient(l := loss(), params),rounding([l])
     def product(v, eps=rounding(params)):
@@ -503,8 +512,8 @@ def hessian_product(
     method:Literal['reverse','forward','finite_difference']='reverse', # How; raises `ValueError` for others
 ):
     "Product `v -> Hv` with the Hessian of `loss()`, evaluated afresh for each product"
-    check_real(params := tensor_list(params))
-    return hvp_methods[check_choice('method', method, hvp_methods)](loss, params)
+    if not callable(loss): raise SettingError('loss', 'a function, such as `lambda: loss_func(model(x), y)`', type(loss).__name__)
+    return hvp_methods[check_choice('method', method, hvp_methods)](loss, param_list(params))
 
 # %% ../nbs/00_hvp.ipynb #341a2761
 class SharedContext:
@@ -610,7 +619,7 @@ def check_symmetric(
 ):
     "Check with two products that `product` is symmetric, and refuse it otherwise"
     check_number('tol', tol, least=0)
-    params = tensor_list(params)
+    check_real(params := tensor_list(params))
     u,v = ([torch.empty_like(p, requires_grad=False).normal_(generator=generator) for p in params] for _ in range(2))
     share = asymmetry(u, v, product(u), product(v))
     if not share<=tol: raise RuntimeError(f"the product is not symmetric ({share:.2g} of it is not, {tol=}): a second derivative in the "

@@ -124,10 +124,7 @@ def sync_group(learn:Learner): # A process group, or `None` when nothing is to b
     if not isinstance(model, DistributedDataParallel) or not model.require_backward_grad_sync: return None
     return model.process_group
 
-def cross_rank_mean(
-    tensors:list, # Changed in place; the same shapes on each rank
-    group, # Process group, `None` to do nothing
-)->list: # `tensors`
+def cross_rank_mean(tensors:list, group)->list: # `tensors`, changed in place, of the same shapes on each rank; `None` for no group
     "Replace each of `tensors` by its mean over the ranks of `group`"
     if group is None or not tensors or shard_mesh(tensors): return tensors
     flat = torch.cat([t.reshape(-1) for t in tensors])
@@ -209,11 +206,7 @@ def own_lr(
     return float(f'{opt.default_lr*share*min(max((usual/n_steps)**0.5, least), most):.2g}')
 
 # %% ../nbs/10_learner.ipynb #runlen05
-def steps_of_run(
-    learn:Learner, # Has an optimizer
-    n_epoch:int, # Epochs
-    cbs=None, # Callbacks of this training alone
-)->float:
+def steps_of_run(learn:Learner, n_epoch:int, cbs=None)->float: # `learn` has an optimizer; `cbs` are of this training alone
     "Steps of a training, which need not be a whole number"
     dl,items = learn.dls.train,[cb.n_acc for cb in L(learn.cbs)+L(cbs) if isinstance(cb, GradientAccumulation)]
     bs = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) # Of a loader of PyTorch
@@ -226,11 +219,7 @@ def _lr_is_own(learn):
     return lr_untouched(learn) and getattr(learn.opt_func, 'keywords', {}).get('lr') is None
 
 @contextmanager
-def lr_of_run(
-    learn:Learner, # Is about to be trained
-    n_epoch:int, # Epochs
-    cbs=None, # Callbacks of this training alone
-):
+def lr_of_run(learn:Learner, n_epoch:int, cbs=None): # `learn` is about to be trained; `cbs` are of this training alone
     "Context in which the learning rate suits the length of the training, if nobody gave one"
     if learn.opt is None: learn.create_opt()
     own,opt,free = learn.lr,learn.opt,_lr_is_own(learn) and hasattr(learn.opt, 'default_steps')
@@ -419,10 +408,7 @@ def check_entry(
     elif k in _weighed and (isinstance(v, bool) or not isinstance(v, (int,float)) or not 0<=v<math.inf):
         raise ValueError(f"{where} must be a number >= 0, got {v!r}")
 
-def state_like(
-    o, # Entry of a state
-    p:Tensor, # The parameter it belongs to
-): # A copy of a tensor on the device of `p`, in parts where `p` is; anything else itself
+def state_like(o, p:Tensor): # A copy of a tensor on the device of `p`, in parts where `p` is; anything else itself
     "`o`, to be kept for `p`"
     return sharded_like(o.detach().to(p.device, copy=True), p) if isinstance(o, Tensor) else o
 
@@ -464,18 +450,12 @@ class Counts:
         vars(self)[name] += 1
         warn_rarely(vars(self)[name], text)
 
-    def follow(self,
-        losses:list, # Of the batches of a step, as numbers
-        remedy, # `() -> text`
-    ):
+    def follow(self, losses:list, remedy): # Numbers, of the batches of a step, and `() -> text`
         "Warn where the loss has grown"
         said = self.guard(sum(losses)/len(losses)) if losses else None
         if said: warnings.warn(f"{said}, after {self.n_steps} steps: {remedy()}", stacklevel=3)
 
-    def see_flat(self,
-        n:int, # Parameters with a gradient and no curvature
-        of:int, # Parameters that were estimated
-    ):
+    def see_flat(self, n:int, of:int): # How many have a gradient and no curvature, of those that were estimated
         "Warn once of parameters without curvature"
         if not n or self.flat_told: return
         self.flat_told = True

@@ -205,6 +205,7 @@ def noises_for(
 def step(self:CurvatureOptimizer, closure=None):
     "Move the parameters along their gradients and the averaged diagonal"
     if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
+    self.perturb.back()
     work,pending = Work.of(self),self.pending
     check_seen(self, work)
     check_asked(self)

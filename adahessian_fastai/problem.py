@@ -128,6 +128,8 @@ class MeanProblem:
         retain_graph:bool=None, # Keep the graphs of the losses? Defaults to `create_graph`
     )->list: # Like `params`, zeros where no loss depends on one
         "Gradient of the mean"
+        if any([*map(id, p.params)]!=[*map(id, self.params)] for p in self.problems):
+            raise ValueError("a mean gradient needs problems of the same params in the same order")
         def dense(p): return [torch.zeros_like(o) if g is None else g for o,g in zip(p.params, p.gradient(create_graph, retain_graph))]
         return self.mean(dense)
 

@@ -169,12 +169,12 @@ class Budget(Every):
     def state_dict(self): return dict(update_each=self.update_each, hessian_bs=self.hessian_bs, done=self.done, asked=self.asked)
     def load_state_dict(self, sd):
         "Go on from `sd`; measure anew where it is of another schedule"
-        if not {'update_each','hessian_bs','done'}<=set(sd) or sd.get('asked', self.asked)!=self.asked: return
+        if not {'update_each','hessian_bs','done'}<=set(sd) or sd.get('asked', self.asked if sd['done'] else None)!=self.asked: return
         check_period(sd['update_each'])
         if sd['hessian_bs']!='auto': check_rows(sd['hessian_bs'])
         if not isinstance(sd['done'], bool): raise ValueError(f"done must be True or False, got done={sd['done']!r}")
         self.update_each,self.done = sd['update_each'],sd['done']
-        if self.auto: self.hessian_bs = sd['hessian_bs']
+        if self.auto or 'asked' in sd: self.hessian_bs = sd['hessian_bs']
 
 # %% ../nbs/13_schedule.ipynb #4152697b
 @patch
@@ -234,7 +234,8 @@ def made_schedule(
     when=None, # A schedule, instead of all these
 ): # Raises `ValueError` for what does not go together
     "The schedule that these keywords describe"
-    if when is not None and not hasattr(when, 'part'): raise ValueError(f"when must be a schedule, such as `Every(10)`, got {when=}")
+    if when is not None and (lost := [o for o in ('part','begin','tick','state_dict','load_state_dict') if not hasattr(when, o)]):
+        raise ValueError(f"when must be a schedule, such as `Every(10)` or a subclass of it, got {when=} without {', '.join(lost)}")
     both = isinstance(budget, Budget) and (None not in (hessian_bs,budget.asked[1]) or budget.first and dense)
     if both or budget is not None and update_each!=1 or when is not None and (update_each,hessian_bs,budget,dense)!=(1,None,None,0):
         raise ValueError(f"budget chooses update_each, a Budget what it was told, and when everything: give one of them, got "

@@ -20,7 +20,7 @@ from scipy.linalg import eigh_tridiagonal
 from scipy.stats import t as student_t
 from typing import Literal
 from torch import Tensor
-from .hvp import asymmetry,check_count,check_number,check_real,flat,gradient,graph_product,rounding,substituted,tensor_list,unflat
+from .hvp import asymmetry,check_count,check_number,flat,gradient,graph_product,param_list,rounding,substituted,tensor_list,unflat
 from .hutchinson import get_probe
 
 # %% ../nbs/03_spectrum.ipynb #c5dbc90a
@@ -51,7 +51,7 @@ def dense_hessian(
     progress:bool=False, # Show a progress bar?
 )->Tensor: # n×n, rows and columns in the order of `flat(params)`
     "The Hessian of `loss()`, all columns from one graph"
-    params = tensor_list(params)
+    params = param_list(params)
     with substituted():
         return dense_matrix(graph_product(gradient(loss(), params, create_graph=True), params), params, chunk_size, progress)
 
@@ -281,7 +281,7 @@ class SpectralDensity:
         sigma:float, # Width of the Gaussian that smooths each node; raises `ValueError` unless above 0
     )->Tensor:
         "Smoothed density at `x`"
-        if not sigma>0: raise ValueError(f"sigma must be > 0, got {sigma=}")
+        sigma,x = check_number('sigma', sigma, above=0),torch.as_tensor(x)
         z = (x[...,None]-self.nodes.flatten())/sigma
         return (self.weights.flatten()*torch.exp(-z**2/2)).sum(-1)/(sigma*math.sqrt(2*math.pi))
 
@@ -293,7 +293,7 @@ class SpectralDensity:
         **kwargs
     ):
         "Smoothed density on a logarithmic scale"
-        ax,lo,hi = ax or plt.subplots(figsize=(5,3))[1],self.nodes.min().item(),self.nodes.max().item()
+        ax,lo,hi = ax or plt.subplots(figsize=(5,3), layout='constrained')[1],self.nodes.min().item(),self.nodes.max().item()
         sigma = (hi-lo or 1.)/100 if sigma is None else sigma
         x = torch.linspace(lo-5*sigma, hi+5*sigma, bins, dtype=torch.double)
         ax.semilogy(x, self(x, sigma).clamp_min(floor), **kwargs)
@@ -326,7 +326,7 @@ def hessian_times_gradient(
     params:list, # Tensors to differentiate with respect to
 )->tuple: # `Hg` and `g`, two lists of tensors shaped like `params`
     "The product of the Hessian of `loss()` with its gradient `g`, and `g` itself"
-    check_real(params := tensor_list(params))
+    params = param_list(params)
     with substituted():
         gs = gradient(loss(), params, create_graph=True)
         g = [torch.zeros_like(p) if o is None else o.detach() for o,p in zip(gs, params)]

@@ -72,9 +72,12 @@ class Stability(NamedTuple):
     def __repr__(self):
         eig,on = f"largest eigenvalue {self.lambda_max:.3g} ± {self.bound:.1g}",f"{self.n_batches} batch{'es'*(self.n_batches!=1)}"
         if self.rule=='unknown': return f"No stability limit is known for this optimizer ({eig} on {on})"
+        if math.isnan(self.limit): return f"The stability limit was not found ({eig} on {on}): take a larger max_iter"
         if self.limit==math.inf and self.rule=='sophia':
             return f"All entries of Sophia's step are clipped on {on}, or none has positive curvature: its size is the learning rate"
-        if self.limit==math.inf: return f"No positive curvature on {on}: no learning rate is too large for the quadratic model"
+        if self.limit==math.inf:
+            sure = '' if self.lambda_max+self.bound<=0 else f' ({eig})'
+            return f"No positive curvature on {on}{sure}: no learning rate is too large for the quadratic model"
         seen = '' if self.rule in ('gradient','momentum') else ' in the scale of its steps'
         return f"{_names[self.rule]} is stable up to lr={self.limit:.3g} on {on} ({eig}{seen})"
 
@@ -99,8 +102,9 @@ def stability(self:Learner,
         rates = step_rates(opt, params, P, relative=True)
     with products_of(self, batches, params, curvature) as of:
         eig = extreme_eigenvalues(scaled_product(of(), rates), params, tol=tol, max_iter=max_iter, generator=gen)
-    lam = eig.values[0].item()
-    return Stability(factor/lam if lam>0 or rule=='unknown' else math.inf, lam, eig.bounds[0].item(), rule, len(batches))
+    lam,bound = eig.values[0].item(),eig.bounds[0].item()
+    limit = factor/lam if lam>bound or rule=='unknown' else math.inf if eig.converged else math.nan
+    return Stability(limit, lam, bound, rule, len(batches))
 
 # %% ../nbs/21_stability.ipynb #9a5dce04
 def trained_lr(learn:Learner)->float: # Of the last parameter group

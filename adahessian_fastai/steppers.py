@@ -378,8 +378,12 @@ def perturbed(
     opt, # `CurvatureOptimizer`; its `differentiate` is called inside
 ):
     "Context for the forward and backward pass of a plain loop"
+    n = opt.n_batches
     opt.perturb.ahead(opt)
-    try: yield
+    try:
+        yield
+        if opt.perturb.kept and opt.n_batches==n: warnings.warn("nothing was differentiated inside `perturbed`: call "
+            "`opt.differentiate(loss)` there, because outside the parameters are not where the loss was taken", stacklevel=3)
     finally: opt.perturb.back()
 
 # %% ../nbs/14_steppers.ipynb #09188b23
@@ -394,6 +398,7 @@ def check_hypers(
     "Refuse a hyperparameter outside its range"
     res = {}
     for k,v in hypers.items():
+        if v is None and k in ('clip','cap','spike'): v = 0.
         sliced = isinstance(v, slice)
         vals = [plain_number(o) for o in ((v.start,v.stop) if sliced else L(plain_number(v), use_list=None)) if o is not None or not sliced]
         ok,rule = _ranges.get(k, (noop,''))

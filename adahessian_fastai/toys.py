@@ -74,7 +74,7 @@ def plot_paths(
     ax=None, # Axes to draw in
 ):
     "Draw `paths` over the contour lines of `f`"
-    ax = ax or plt.subplots(figsize=(5,4))[1]
+    ax = ax or plt.subplots(figsize=(5,4), layout='constrained')[1]
     xs,ys = (torch.linspace(*l, 200) for l in lims)
     grid = torch.meshgrid(xs, ys, indexing='xy')
     ax.contour(xs, ys, (f(grid)+1e-3).log(), levels=20, cmap='Greys', linewidths=0.6, alpha=0.7)

@@ -5,7 +5,7 @@ import pytest,torch
 import torch.nn.functional as F
 from fastai.basics import Callback,DataLoaders,Learner,nn,partial,set_seed
 import fastai.callback.all  # chkstyle: ignore
-from adahessian_fastai.all import Problem,adahessian as as_it_comes,adahessian_paper as adahessian,hessian_free
+from adahessian_fastai.all import Problem,adahessian as as_it_comes,adahessian_paper as adahessian,hessian_free,m_sassha,sassha,sophia
 from adahessian_fastai.adahessian import AdaHessian,AdaHessianWrapper,lr_for
 from adahessian_fastai.optimizer import due
 from adahessian_fastai.steppers import Perturbation
@@ -337,3 +337,11 @@ def test_the_wrapper_wraps_an_optimizer():
 def test_blocks_have_a_sign_where_their_average_does(kwargs, want):
     found = [AdaHessianWrapper(steppers(**o), **kwargs).smooth.keywords['signed'] for o in ({},*([dict(signed=True)] if 'debiased' not in kwargs else []))]
     assert found==[want,True][:len(found)]
+
+def test_a_rate_of_zero_is_a_rate_that_was_given():
+    for f in (as_it_comes,adahessian,sophia,sassha,m_sassha): assert f([nn.Parameter(torch.ones(2))], 0.).hypers[0]['lr']==0.
+
+def test_an_estimator_of_ones_own_has_the_rate_that_others_have():
+    "One that says nothing of samples or curvature"
+    opt = as_it_comes([nn.Parameter(torch.ones(2))], estimator=lambda *args: None)
+    assert (opt.default_lr,opt.opt.default_steps)==(0.15,None)

@@ -6,7 +6,7 @@ from fastai.basics import Callback,CrossEntropyLossFlat,DataLoaders,Learner,part
 from torch import nn
 
 from adahessian_fastai.adahessian import AdaHessian,AdaHessianWrapper,adahessian as default,adahessian_paper as adahessian
-from adahessian_fastai.schedule import Budget,Every,check_period,is_due,rows_due
+from adahessian_fastai.schedule import Budget,Every,check_period,due_now,is_due,rows_due
 from adahessian_fastai.sophia import sophia
 
 class Clock:
@@ -140,7 +140,8 @@ def test_plain_loop():
 
 @pytest.mark.parametrize('budget', [0, -0.5, math.nan, math.inf, '0.25'])
 def test_budgets_that_are_none(budget):
-    with pytest.raises(ValueError, match='budget'): adahessian([nn.Parameter(torch.ones(1))], budget=budget)
+    for f in (adahessian,default):
+        with pytest.raises(ValueError, match='budget must be a number'): f([nn.Parameter(torch.ones(1))], budget=budget)
 
 def test_one_of_both():
     with pytest.raises(ValueError, match='update_each'): adahessian([nn.Parameter(torch.ones(1))], budget=0.25, update_each=4)
@@ -304,3 +305,110 @@ def test_an_own_schedule_is_used_itself():
     class Own(Every): pass
     when = Own(3)
     assert adahessian([nn.Parameter(torch.ones(1))], when=when).when is when
+
+def test_a_schedule_that_lacks_a_method_is_refused_before_anything_moves():
+    class Mine:
+        def part(self, age): return None
+    with pytest.raises(ValueError, match='without begin, tick, state_dict, load_state_dict'): default([nn.Parameter(torch.ones(2))], when=Mine())
+
+def test_what_was_set_by_hand_beside_a_budget_is_kept():
+    opt,new = (default([nn.Parameter(torch.ones(2))], budget=0.25) for _ in range(2))
+    opt.hessian_bs = 0.5
+    new.load_state_dict(opt.state_dict())
+    assert new.hessian_bs==0.5
+
+def test_a_period_that_no_budget_chose_is_not_taken_for_the_choice_of_one():
+    "As in a file of version 0.0.1 that was trained without a budget"
+    b = Budget(0.25)
+    before = b.update_each
+    b.load_state_dict(dict(update_each=1, hessian_bs=None, done=False))
+    assert b.update_each==before and not b.done
+    b.load_state_dict(dict(update_each=(12,7), hessian_bs=None, done=True))
+    assert b.update_each==(12,7) and b.done
+
+def test_a_debiased_average_of_an_estimator_without_samples_is_refused():
+    with pytest.raises(ValueError, match='n_samples'): default([nn.Parameter(torch.ones(2))], debiased=True, estimator=lambda *args: None)
+
+@pytest.mark.parametrize('name', ['clip','cap','spike'])
+def test_none_is_no_bound_wherever_it_is_set(name):
+    opt = default([nn.Parameter(torch.ones(2))])
+    opt.set_hyper(name, None)
+    assert opt.hypers[0][name]==0
+
+# A schedule's parts, one by one
+
+def test_an_estimate_of_a_dense_start_weighs_what_its_step_is_of_a_period():
+    "One in five, or one in two within the first 8 of a pair; from the end of the start on, all of it"
+    assert [Every(5, dense=3).weight(i) for i in (0,2,3,4)]==[1/5,1/5,1,1]
+    assert [Every((8,5), dense=9).weight(i) for i in (0,7,8,9)]==[1/2,1/2,1/5,1]
+    assert [Every(5, dense=(3,4)).samples(i) for i in (0,2,3)]==[4,4,1]
+
+def test_a_single_row_is_no_whole_batch(): assert [Every(1, o).part(0) for o in (1,1.,0.5,8)]==[1,None,0.5,8] and type(Every(1, 1).part(0)) is int
+
+def test_what_is_due_where_parameters_are_of_different_age():
+    "With the probes of the youngest; one that came late has its estimate on the part of the batch that any estimate has"
+    a,b = 'ab'
+    assert due_now(Every(2, 0.5, dense=(2,3)), {a: dict(age=1), b: dict(age=4)})==([a,b],0.5,3)
+    assert due_now(Every(10, 0.5), {a: dict(age=3, late=True), b: dict(age=3)})==([a],0.5,1)
+    assert due_now(Every(10), {a: dict(age=3)})==due_now(Every(10), {a: dict(age=10, do_hessian=False)})==((),0,1)
+    assert due_now(Every(10), {a: dict(age=10, asked=10)}).params==() and due_now(Every(10), {a: dict(age=10, asked=0)}).params==[a]
+
+@pytest.mark.parametrize('budget', [True,10.5])
+def test_a_budget_is_a_number_up_to_ten(budget):
+    with pytest.raises(ValueError, match='budget must be a number'): Budget(budget)
+    assert Budget(10).overhead==10
+
+def test_a_new_budget_is_told_what_the_old_one_was():
+    old = Budget(0.5, 7, Clock(1.), 0.25, (3,2), 9.)
+    new = old.anew(0.5, 4)
+    assert {k: vars(new)[k] for k in ('overhead','n_measured','clock','asked','dense','probes','least_seconds','update_each')}==dict(overhead=0.5,
+        n_measured=7, clock=old.clock, asked=[0.5,0.25], dense=3, probes=2, least_seconds=9., update_each=(10,2))
+    assert new is not old and new.times is not old.times
+
+def measured(times, **kwargs):
+    when = Budget(0.25, **kwargs)
+    for k,v in times.items(): when.times[k].update(v)
+    return when
+
+def test_what_is_known_of_steps_that_move_different_parameters():
+    "One kind of step with both is enough, and each kind counts for itself"
+    when = measured(dict(a={0: [1.]*4, 1.: [3.]*4}, b={0: [100.]*4, 1.: []}))
+    assert when.known() and when.ratio()==2. and not measured(dict(a={0: [1.], 1.: []}, b={0: [], 1.: [1.]})).known()
+
+def test_care_needs_four_steps_of_each_kind():
+    "A quartile of fewer says nothing, so there the median counts; steps of 1 to 3 are unsure"
+    for times in ({0: [1.,3.,1.,3.,1.], 1.: [4.]}, {0: [1.], 1.: [2.,4.,6.,4.,2.]}): assert measured(dict(a=times)).ratio()==3.
+    assert measured(dict(a={0: [1.,3.,1.,3.], 1.: [4.,4.,4.,8.]})).ratio()==7/1-1
+
+def test_steps_are_unsure_by_their_median_and_by_the_quartiles_of_each_kind():
+    assert not measured(dict(a={0: [0.006,0.006,0.0001], 1.: [0.01]*4})).unsure() and measured(dict(a={0: [0.004,0.004,9.], 1.: []})).unsure()
+    assert measured(dict(a={0: [1.]*9, 1.: [2.,2.,2.,3.,4.,4.]})).unsure() and not measured(dict(a={0: [1.]*9, 1.: [2.,2.,2.,2.,2.,4.]})).unsure()
+
+def test_the_steps_of_a_period_of_a_pair_and_of_a_dense_start():
+    "A pair has every other step before the n-th, and multiples of its period from there on"
+    def of(*args): return [i for i in range(21) if is_due(i, *args)]
+    assert (of(8),of((4,8)),of((5,8)),of(8, 3))==([0,8,16],[0,2,8,16],[0,2,4,8,16],[0,1,2,8,16])
+
+@pytest.mark.parametrize('k,odd', [('update_each',0), ('hessian_bs',2.), ('dense',-1)])
+def test_what_is_set_in_the_middle_of_a_training_is_looked_at(k, odd):
+    opt = default([nn.Parameter(torch.ones(1))])
+    with pytest.raises(ValueError, match=k): setattr(opt, k, odd)
+    assert (opt.update_each,opt.hessian_bs,opt.dense)==(10,None,20)
+
+@pytest.mark.parametrize('kwargs', [dict(update_each=3), dict(hessian_bs=0.5), dict(dense=5)], ids=str)
+def test_what_was_set_by_hand_is_left_out_where_a_schedule_was_told_otherwise(kwargs):
+    old,new = Every(2, 0.25, 3),Every(**{**dict(update_each=2, hessian_bs=0.25, dense=3), **kwargs})
+    old.update_each = 7
+    new.load_state_dict(old.state_dict())
+    assert new.update_each==kwargs.get('update_each', 2)
+
+def test_where_no_two_steps_move_the_same_nothing_is_chosen():
+    when = Budget(0.25, 12, iter(range(1000)).__next__)
+    for n in range(1, 201): when.tick(n, when.part(n-1), key=n)
+    assert not when.done and when.update_each==(12,2)
+
+def test_what_a_budget_of_version_0_0_1_has_measured_is_taken():
+    "It did not say what it was told; a part of the batch that was given there is not given here"
+    when = Budget(0.25)
+    when.load_state_dict(dict(update_each=(12,8), hessian_bs=0.5, hvp_used='reverse', done=True))
+    assert (when.update_each,when.hessian_bs,when.done)==((12,8),None,True)

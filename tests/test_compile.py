@@ -1,4 +1,5 @@
 "Compiled and checkpointed models: estimates from the module itself, gradients from the fast path"
+import gc,weakref
 import pytest,torch,torch._dynamo
 import torch.nn.functional as F
 from fastai.optimizer import Adam
@@ -10,7 +11,7 @@ from adahessian_fastai import curvature as room
 from adahessian_fastai.all import adahessian_paper as adahessian,twice_differentiable
 from adahessian_fastai.problem import Problem
 from contextlib import nullcontext
-from helpers_learner import ROUNDING,Noted,data,distance,fit,given,learner,mlp,plain,split
+from helpers_learner import ROUNDING,Noted,Seeded,data,distance,fit,given,learner,mlp,plain,split
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +142,7 @@ def test_reentrant_checkpoints_get_a_clear_error(grad_input):
 
 def test_two_losses_of_one_model(monkeypatch):
     "Each has the product of its own, though the model is one"
-    monkeypatch.setattr(torch, 'compile', lambda f: f)
+    monkeypatch.setattr(torch, 'compile', lambda f, **kwargs: f)
     model = nn.Linear(2, 1, bias=False).double()
     x,y = torch.randn(8,2).double(),torch.randn(8,1).double()
     def product(loss_func):
@@ -166,3 +167,38 @@ def test_a_compiled_model_in_a_plain_loop_is_told_what_to_do():
         return model
     with pytest.raises(RuntimeError, match=r"compiled models inside `with twice_differentiable\(model\):`"): train(True, lambda _: nullcontext())
     assert distance(train(True, twice_differentiable), train(False, lambda _: nullcontext()))<1e-10
+
+@pytest.mark.parametrize('loss_func', [F.cross_entropy,nn.CrossEntropyLoss()], ids=['function','module'])
+def test_a_compiled_product_keeps_no_model_in_memory(monkeypatch, loss_func):
+    "Nothing is compiled here"
+    monkeypatch.setattr(torch, 'compile', lambda f, **kwargs: f)
+    model = mlp().float()
+    learn = learner(model, *data(12, dtype=torch.float), loss_func=loss_func, hvp='compiled')
+    learn.remove_cb(Seeded)
+    fit(learn)
+    seen = weakref.ref(model)
+    del model,learn
+    gc.collect()
+    assert seen() is None
+
+def test_a_compiled_product_sees_the_present_mode_of_the_model(monkeypatch):
+    "The module that is compiled shares the state of the model, its own flag for training too"
+    monkeypatch.setattr(torch, 'compile', lambda f, **kwargs: f)
+    class Doubled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor([2.]))
+        def forward(self, x): return self.w**2*x*(2 if self.training else 1)
+    def square(z, y): return (z-y).square().mean()
+    model = Doubled()
+    def product():
+        def evaluate(twice=False):
+            z = model(torch.ones(1))
+            return square(z, torch.zeros(1)),z
+        loss,z = evaluate()
+        p = Problem([model.w], loss, z, torch.zeros(1), square, evaluate=evaluate, model=model)
+        p.obstacle,p.inputs = '',(torch.ones(1),)
+        return room.compiled(p, [model.w]).product([torch.ones(1)])[0].item()
+    assert product()==pytest.approx(4*12*4)
+    model.eval()
+    assert product()==pytest.approx(12*4)

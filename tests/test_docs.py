@@ -151,8 +151,8 @@ def test_repr_begins_with_the_name(name):
     assert repr(opt).split()[0]==FIRST_WORDS[name] and 'group 0: 2 tensors, 9 of 9 weights train' in repr(opt)
 
 @pytest.mark.parametrize('name,given,said', [('adahessian','num_samples','use n_samples'), ('adahessian','bugdet','use budget'),
-    ('sophia','betas','use mom and sqr_mom'), ('m_sassha','weight_decay','use wd'), ('hessian_free','weight_decay','use wd'),
-    ('hessian_free','cg_maxiter','use cg_max_iter'), ('adahessian_paper','update_period','use update_each')])
+    ('sophia','betas','use mom and sqr_mom'), ('m_sassha','weight_decay','use wd'), ('sassha','weight_decay','use wd'),
+    ('hessian_free','weight_decay','use wd'), ('hessian_free','cg_maxiter','use cg_max_iter'), ('adahessian_paper','update_period','use update_each')])
 def test_a_name_from_elsewhere_is_answered(name, given, said):
     with pytest.raises(TypeError, match=f"has no argument '{given}': {said}"): getattr(everything, name)(nn.Linear(2,3).parameters(), **{given: 1})
 

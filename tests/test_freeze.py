@@ -2,6 +2,7 @@
 import pytest,torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
+from fastai.optimizer import Adam
 from fastai.torch_core import params
 from functools import partial
 from torch import nn
@@ -302,3 +303,21 @@ def test_a_report_or_another_evaluation_does_not_teach(in_place, opt_func):
     for _ in range(2):
         for a,b in zip(away(), start): torch.testing.assert_close(a, b*0.75**12, rtol=1e-12, atol=1e-15)
         learn.curvature_summary()
+
+def test_a_cleared_state_keeps_what_was_said_of_parameters():
+    "And drops an accumulation, which the state was for; a gradient from elsewhere stays, and other optimizers are as they were"
+    p,said = nn.Parameter(torch.ones(2)),dict(force_train=True, do_wd=False, do_hessian=False)
+    opt = adahessian([p], n_acc=2)
+    opt.state[p].update(said, step=3)
+    opt.differentiate((p**2).sum())
+    opt.clear_state()
+    assert opt.state[p]==said and p.grad is None and opt.n_batches==0
+    p.grad = torch.ones(2)
+    opt.clear_state()
+    assert torch.equal(p.grad, torch.ones(2)) and Adam([p], lr=0.1)._keep_on_clear==['force_train','do_wd']
+
+def test_what_is_frozen_may_opt_out():
+    a,b = nn.Linear(2,2).requires_grad_(False),nn.Linear(2,2)
+    opt = adahessian([*a.parameters(), *b.parameters()])
+    opt.opt_out(a)
+    assert [opt.state[p].get('do_hessian', True) for p in (*a.parameters(), *b.parameters())]==[False,False,True,True]

@@ -4,7 +4,7 @@ from functools import partial
 from fastai.basics import Callback,nn,noop
 from adahessian_fastai.all import *
 from adahessian_fastai.diagnostics import step_rates
-from adahessian_fastai.learner import LossGuard,by_parameter,norms_of
+from adahessian_fastai.learner import LossGuard,by_parameter,norms_of,trainable_params
 from adahessian_fastai.optimizer import remedy
 from adahessian_fastai.steppers import Work
 from helpers_learner import fit,learner,mlp
@@ -197,6 +197,7 @@ def test_a_parameter_of_two_groups_counts_in_the_first():
     w = nn.Parameter(torch.ones(2))
     opt = adahessian([[w],[w]], lr=slice(0.1,0.2))
     assert step_rates(opt, [w])==[0.1] and by_parameter(opt)[w][1] is opt.hypers[0]
+    assert len(trainable_params(opt))==1 and trainable_params(opt)[0] is w
 
 
 def test_the_advice_names_the_largest_rate_and_the_bounds_that_are_off():

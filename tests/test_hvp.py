@@ -498,3 +498,38 @@ def test_weight_norm_along_any_dimension(norm, dim):
     want = net(x)
     with twice_differentiable(net): assert torch.allclose(net(x), want, atol=1e-12)
     with substituted(): assert torch.allclose(net(x), want, atol=1e-12)
+
+def tied():
+    "An embedding whose weight is the output layer's too, and a loss of it"
+    torch.manual_seed(0)
+    e,out = nn.Embedding(4, 3).double(),nn.Linear(3, 4, bias=False).double()
+    out.weight = e.weight
+    return [*e.parameters(),*out.parameters()],lambda: F.cross_entropy(out(e(torch.arange(4)).tanh()), torch.tensor([1,2,3,0]))
+
+@pytest.mark.parametrize('method', ['reverse','forward','finite_difference'])
+def test_a_tensor_that_stands_there_twice_is_refused_and_the_advice_works(method):
+    ps,loss = tied()
+    with pytest.raises(ValueError, match='each tensor once'): hessian_product(loss, ps, method)
+    once = list(dict.fromkeys(ps))
+    want = torch.autograd.functional.hessian(lambda w: F.cross_entropy(w.tanh()@w.T, torch.tensor([1,2,3,0])), once[0].detach()).reshape(12,12)
+    v = torch.randn(4,3, dtype=torch.double)
+    assert torch.allclose(hessian_product(loss, once, method)([v])[0].flatten(), want@v.flatten(), atol=1e-5)
+
+@pytest.mark.parametrize('params,name', [(nn.Linear(2,1),'Linear'), (nn.Sequential(nn.Linear(2,1)),'Linear'), (nn.Linear(2,1).named_parameters(),'tuple'),
+    (nn.Linear(2,1).state_dict(),'str'), (3.,'float'), ([None],'NoneType')])
+def test_what_is_no_tensor_is_named(params, name):
+    with pytest.raises(ValueError, match=f'params must be tensors.*{name}'): hessian_product(lambda: None, params)
+
+def test_a_loss_that_was_evaluated_already_is_refused():
+    w = torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match='loss must be a function'): hessian_product((w**2).sum(), [w])
+
+@pytest.mark.parametrize('v', [[torch.ones(2)], [torch.ones(2),torch.ones(3),torch.ones(1)], [torch.ones(2),torch.ones(2)], [1.,1.]])
+def test_a_direction_of_another_shape_is_refused(v):
+    a,b = torch.ones(2, requires_grad=True),torch.ones(3, requires_grad=True)
+    product = graph_product(gradient((a**3).sum()+(b**3).sum(), [a,b], create_graph=True), [a,b])
+    with pytest.raises(ValueError, match='v must be tensors of the shapes'): product(v)
+    assert [o.tolist() for o in product([torch.ones(2),torch.ones(3)])]==[[6.]*2,[6.]*3]
+
+def test_symmetry_of_complex_parameters_is_not_asked():
+    with pytest.raises(ValueError, match='real parameters'): check_symmetric(lambda v: v, [torch.ones(2, dtype=torch.cfloat)])

@@ -1,4 +1,5 @@
 "The forward pass at θ - ρm/‖m‖ or θ + ρg/‖g‖: a literal twin, and parameters that are never seen where they do not belong"
+import pickle,warnings
 import pytest,torch,torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
@@ -390,3 +391,77 @@ def test_defaults_of_sassha_and_its_cheap_form():
         opt = f([nn.Parameter(torch.ones(2))])
         assert opt.hypers[0]==dict(lr=.15, mom=.9, sqr_mom=.999, eps=1e-4, wd=5e-4, hessian_power=.5, clip=0., cap=0., spike=2.)
         assert (opt.perturb.rho,opt.perturb.along,opt.when.update_each)==(rho,along,10) and repr(opt).startswith(f'{f.__name__}: ')
+
+def stepped(rho, inside):
+    w = nn.Parameter(torch.tensor([1.,-2.], dtype=torch.double))
+    opt = AdaHessianWrapper(AdaHessian([w], 0.1), perturb=Perturbation(rho))
+    for i in range(6):
+        with perturbed(opt):
+            opt.differentiate((w**4).sum())
+            if inside(i): opt.step()
+        if not inside(i): opt.step()
+        opt.zero_grad()
+    return w
+
+@pytest.mark.parametrize('inside', [lambda i: True, lambda i: i>2, lambda i: i%2==0], ids=['all','later','in turn'])
+@pytest.mark.parametrize('rho', [0.2,1.])
+def test_a_step_inside_perturbed_is_one_from_the_true_parameters(rho, inside):
+    assert torch.equal(stepped(rho, inside), stepped(rho, lambda i: False))
+
+def test_a_gradient_outside_of_perturbed_is_warned_of():
+    w = nn.Parameter(torch.tensor([1.,-2.]))
+    opt = AdaHessianWrapper(AdaHessian([w], 0.1), perturb=Perturbation(0.2))
+    def step(inside):
+        with perturbed(opt):
+            loss = (w**4).sum()
+            if inside: opt.differentiate(loss)
+        if not inside: opt.differentiate(loss)
+        opt.step()
+        opt.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        step(True)
+        step(True)
+    with pytest.warns(UserWarning, match='inside `perturbed`'): step(False)
+
+def test_an_error_inside_perturbed_is_all_that_is_said():
+    w = nn.Parameter(torch.tensor([1.,-2.]))
+    opt = AdaHessianWrapper(AdaHessian([w], 0.1), perturb=Perturbation(0.2))
+    opt.differentiate((w**4).sum())
+    opt.step()
+    before = w.detach().clone()
+    with warnings.catch_warnings(),pytest.raises(KeyError):
+        warnings.simplefilter('error')
+        with perturbed(opt): raise KeyError
+    assert torch.equal(w, before)
+
+def test_copies_are_made_anew_where_the_parameters_have_another_type():
+    "And they are in no pickle"
+    w = nn.Parameter(torch.tensor([1.,-2.], dtype=torch.half))
+    perturb = Perturbation(0.5)
+    for dtype in (torch.half, torch.double, torch.double):
+        w.data = w.data.to(dtype)+torch.tensor(1e-9, dtype=torch.double).to(dtype)
+        before = w.detach().clone()
+        perturb.move([w], [torch.ones(2, dtype=dtype)], 1.)
+        assert not torch.equal(w, before)
+        perturb.back()
+        assert torch.equal(w, before)
+    assert perturb.room and not pickle.loads(pickle.dumps(perturb)).room
+
+class Squares(nn.Module):
+    "A batch has one row of coefficients of squares, so that curvature differs from batch to batch and changes its sign"
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([1.,-2.]).double())
+    def forward(self, x): return (x*self.w**2).sum(1)
+
+def test_steps_of_sassha_equal_its_algorithm():
+    "Curvature at the moved point is a row times 2, and each probe gives it exactly; its average is one of absolute values"
+    rows = torch.tensor([[1.,2.],[-3.,1.],[2.,-1.],[-1.,-4.]]).double()
+    learn = fit(learner(Squares(), rows, torch.zeros(4), bs=1, loss_func=lambda p,y: p.mean(), opt_func=sassha, hypers={}, lr=0.1, update_each=1))
+    w,m,h = torch.tensor([1.,-2.]).double(),0.,0.
+    for t,c in enumerate(rows, 1):
+        there = w+0.2*c*w/(c*w).norm()
+        m,h = 0.9*m+0.1*2*c*there,0.999*h+0.001*2*c.abs()
+        w = w*(1-0.1*5e-4)-0.1*m/(1-0.9**t)/((h/(1-0.999**t)).sqrt()+1e-4)
+    assert torch.allclose(learn.model.w.detach(), w, rtol=1e-10)

@@ -2,6 +2,7 @@
 import pytest,torch
 from fastai.torch_core import TensorBase
 from torch import nn
+from adahessian_fastai.curvature import GaussNewton
 from adahessian_fastai.ggn import NoOutputs
 from adahessian_fastai.problem import *
 
@@ -98,3 +99,18 @@ def test_a_trial_that_ends_well_stays_where_it_is():
     assert trial.n_evals==2 and p.tolist()==[2.,2.]
     trial.restore()
     assert p.tolist()==[1.,1.]
+
+def test_the_mean_gradient_of_problems_with_other_parameters_is_refused():
+    a,b = (nn.Parameter(torch.tensor([o])) for o in (1.,2.))
+    def loss(): return (a*10+b).sum()
+    with pytest.raises(ValueError, match='same params'): MeanProblem([Problem([a,b], loss()),Problem([b,a], loss())]).gradient()
+    assert [g.item() for g in MeanProblem([Problem([a,b], loss()),Problem([a,b], 3*loss())]).gradient()]==[20.,2.]
+
+def test_gauss_newton_of_a_mean_of_graphs_alone():
+    "Half of `2wx` for each, where the outputs are `wx` and the loss is their square"
+    w = nn.Parameter(torch.tensor([1.,1.]))
+    def one(x):
+        z = w*x
+        return Problem([w], (z**2).sum(), z)
+    mean = MeanProblem([one(torch.tensor([1.,2.])),one(torch.tensor([3.,4.]))])
+    assert GaussNewton()(mean, [w]).product([torch.ones(2)])[0].tolist()==[10.,20.]

@@ -425,7 +425,7 @@ def test_compiled_refuses_callbacks():
 
 def test_compiled_follows_the_loss_function(monkeypatch):
     "The compiled function has the loss in it; another loss is another function"
-    monkeypatch.setattr('adahessian_fastai.curvature.torch.compile', lambda f: f)
+    monkeypatch.setattr('adahessian_fastai.curvature.torch.compile', lambda f, **kwargs: f)
     def run(hvp):
         set_seed(5)
         learn = trained(model=nn.Sequential(nn.Flatten(), nn.Linear(75,3)), hvp=hvp)

@@ -616,3 +616,29 @@ def test_a_generator_of_another_size_is_named():
     sd = opt.state_dict()
     sd['curvature']['generator'] = torch.zeros(3, dtype=torch.uint8)
     with pytest.raises(ValueError, match='generator of the state must be'): opt.load_state_dict(sd)
+
+@pytest.mark.parametrize('opt_func', [adahessian_paper,sophia,hessian_free])
+def test_a_state_that_was_taken_does_not_follow_a_schedule(opt_func):
+    opt = opt_func([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    sd = opt.state_dict()
+    opt.set_hyper('lr', 0.2)
+    opt.load_state_dict(sd)
+    assert opt.hypers[0]['lr']==0.1
+    opt.set_hyper('lr', 0.3)
+    assert sd['hypers'][0]['lr']==0.1
+
+@pytest.mark.parametrize('k', ['step','age','asked','norm_step'])
+def test_a_count_of_zero_is_one(k):
+    "As of a parameter that an estimate was asked for before its first step; one below is refused"
+    opt = adahessian_paper([torch.nn.Parameter(torch.ones(2))])
+    sd = {**opt.state_dict(), 'state': [{k: 0}]}
+    opt.load_state_dict(sd)
+    assert opt.state_dict()['state']==[{k: 0}]
+    with pytest.raises(ValueError, match=f'{k} of parameter 0 must be a whole number >= 0'): opt.load_state_dict({**sd, 'state': [{k: -1}]})
+
+@pytest.mark.parametrize('odd', [math.nan,math.inf,'0.1'])
+def test_settings_of_a_state_are_finite_numbers(odd):
+    "Those of somebody's own too"
+    opt = adahessian_paper([torch.nn.Parameter(torch.ones(2))])
+    sd = opt.state_dict()
+    with pytest.raises(ValueError, match='hyperparameters must be finite numbers'): opt.load_state_dict({**sd, 'hypers': [{**sd['hypers'][0], 'own': odd}]})

@@ -1,5 +1,5 @@
 "Sophia against its algorithm written out, its arguments, and the route through a Learner"
-import copy
+import copy,math
 
 import pytest,torch
 import torch.nn.functional as F
@@ -156,6 +156,7 @@ def test_default_learning_rate():
     learn = learner(opt_func=sophia)
     with learn.no_bar(),learn.no_logging(): learn.fit(1)
     assert learn.lr==1.5e-3 and learn.opt.hypers[0]['lr']==3e-3
+    assert own_lr(learn.opt, 0)==own_lr(learn.opt)==1.5e-3 and own_lr(learn.opt, trained=True)==1e-3
     assert own_lr(learn.opt, 225)==1.5e-3 and own_lr(learn.opt, 10_000)==1e-3==sophia([nn.Parameter(torch.ones(1))]).hypers[0]['lr']
 
 
@@ -196,3 +197,13 @@ def test_defaults_are_those_of_the_paper():
     opt = sophia([nn.Parameter(torch.ones(2))])
     assert opt.hypers[0]==dict(lr=1e-3, mom=.965, sqr_mom=.99, rho=.04, wd=.1, eps=1e-12) and opt.when.update_each==10
     assert opt.smooth.keywords==dict(block_length=1, signed=True, average_kernels=False)
+
+
+def test_the_win_rate_is_that_of_each_group_with_averages():
+    "m = 0.035·2a and h = 0.01·2, so an entry below 2/7 is not clipped for ρ = 1, whatever its sign"
+    a,b = nn.Parameter(torch.tensor([0.1,-0.2,-1.,2.])),nn.Parameter(torch.ones(2))
+    opt = sophia([[a],[b]], rho=1., wd=0., estimator='hutchinson')
+    opt.differentiate((a**2).sum())
+    opt.step()
+    first,second = win_rate(opt)
+    assert first==0.5 and math.isnan(second)

@@ -1,4 +1,6 @@
 "Paths on functions with a known minimum, from the start points of the published pictures"
+from functools import partial
+
 import torch
 from adahessian_fastai.all import adahessian_paper as adahessian
 from adahessian_fastai.toys import descend,plot_paths,quadratic,rastrigin,rosenbrock
@@ -36,3 +38,32 @@ def test_numbers_and_grids():
         x = torch.stack([o[point] for o in xs])
         assert torch.allclose(f(xs)[point], x@A@x/2) and torch.allclose(f(x), x@A@x/2)
     plot_paths(f, dict(a=torch.zeros(2,2)), (0,0))
+
+
+def bowl(x): return (x**2).sum()/2
+
+def test_a_path_by_hand():
+    "Half of the way to (0,0) at each step, from whole numbers too; a gradient of length 5 becomes one of length 1"
+    sgd = partial(torch.optim.SGD, lr=0.5)
+    assert descend(bowl, sgd, (4,2), 2).tolist()==[[4,2],[2,1],[1,0.5]]
+    assert torch.allclose(descend(bowl, sgd, (3.,4.), 1, clip=1.)[1], torch.tensor([2.7,3.6]))
+    assert descend(bowl, sgd, (4,2), 0).tolist()==[[4,2]]
+
+def test_a_path_is_taken_where_rho_wants_the_loss():
+    "The second gradient is that of the point ρ further along the step"
+    step = partial(adahessian, lr=0.1, wd=0., mom=0.)
+    plain,ahead = (descend(lambda x: (x**4).sum(), partial(step, rho=rho), (1.,1.), 3) for rho in (0.,0.2))
+    assert torch.equal(plain[:2], ahead[:2]) and not torch.allclose(plain[2], ahead[2])
+
+def test_a_quadratic_has_its_eigenvalues_and_repeats():
+    e = torch.tensor([1.,10.,100.]).double()
+    (f,A),(_,B) = (quadratic(e, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(A, B) and torch.allclose(torch.linalg.eigvalsh(A), e)
+    assert torch.allclose(torch.autograd.functional.hessian(f, torch.ones(3).double()), A)
+    assert f((1,2,3)).dtype==torch.double
+
+def test_a_picture_has_x_to_the_right():
+    seen = []
+    ax = plot_paths(lambda g: seen.append(g) or g[0]**2+g[1]**2, dict(a=torch.zeros(2,2)), (0,0), ((-1.,1.),(0.,3.)))
+    assert torch.equal(seen[0][0][0], torch.linspace(-1., 1., 200)) and torch.equal(seen[0][1][:,0], torch.linspace(0., 3., 200))
+    assert (ax.get_xlim(),ax.get_ylim())==((-1,1),(0,3))

@@ -247,3 +247,9 @@ def test_a_batch_larger_than_the_data_is_named():
     "No step would be made"
     with pytest.raises(ValueError, match='bs must be at most 50, the number of pairs'):
         translation_dls(sentence_pairs('toy','train',50), sentence_pairs('toy','valid',20))
+
+def test_the_longest_sentence_has_as_many_words_as_was_said():
+    "In both languages"
+    pairs = [('a b c','x y z'), ('a b c d','x'), ('a','x y z w')]*2
+    dls = translation_dls(pairs, pairs, max_len=3, bs=2, min_freq=1, device='cpu')
+    assert len(dls.train.dataset)==len(dls.valid.dataset)==2 and dls.tgt_vocab.words[4:]==['x','y','z']

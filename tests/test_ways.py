@@ -1,6 +1,7 @@
 "Every way to a product ends with the weights of the double backward, in every setting that it can be combined with"
 import pickle,random,warnings
 import numpy as np,pytest,torch,torch.nn.functional as F
+from collections import deque,namedtuple
 from dataclasses import dataclass
 from fastai.callback.core import Callback,CancelBackwardException
 from functools import partial
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 from adahessian_fastai.all import CurvatureRecorder,adahessian_paper as adahessian,hessian_free
 from helpers_learner import Cube,HYPERS,InTurn,ROUNDING,data,distance,fit,given,learner,mlp,state_of
 from adahessian_fastai.curvature import NoProductError,FirstThatWorks,batch_statistics
+from adahessian_fastai.replay import backward_hooks,preserving,restored,snapshot,without_backward_hooks
 
 SETTINGS = dict(  # chkstyle: ignore-node
     whole={}, rows=dict(hessian_bs=0.5), rows4=dict(hessian_bs=4), rows_changed=dict(hessian_bs=(3,0.5)), each=dict(update_each=2), samples=dict(n_samples=2),
@@ -322,3 +324,148 @@ def test_a_gradient_penalty_through_a_layer_norm_has_no_right_double_backward(ca
         warnings.simplefilter('error', UserWarning)
         a,b = (penalized(o, nn.RMSNorm) for o in ('reverse','forward'))
     assert all(torch.allclose(x, y) for x,y in zip(a.all_params().itemgot(0), b.all_params().itemgot(0)))
+
+
+# A context that leaves no trace
+
+Pair = namedtuple('Pair', 'a b')
+calls = 0
+
+class Everything(nn.Module):
+    "Each call adds one to all that it remembers, in place where that is possible, and returns the sum of it with three random numbers"
+    def __init__(self):
+        super().__init__()
+        zero = lambda: torch.zeros(1)
+        self.lin,self.rows = nn.Linear(1,1),nn.Embedding(2,1, max_norm=1.)
+        self.lin.bias.requires_grad_(False)
+        self.register_buffer('n', zero())
+        self.one,self.pair,self.several,self.row,self.by_name = zero(),Pair(zero(), 'b'),(zero(),),deque([zero()]),{'k': [zero()]}
+        self.alias,self.frozen = [self.one],{'bias': self.lin.bias}
+        self.generator = torch.Generator().manual_seed(0)
+        with torch.no_grad(): self.rows.weight.fill_(5.)
+    def remembered(self):
+        assert self.alias[0] is self.one and self.frozen['bias'] is self.lin.bias and isinstance(self.pair, Pair)
+        return [self.n, self.one, self.pair.a, *self.several, *self.row, *self.by_name['k'], self.lin.bias]
+    def forward(self, x):
+        for o in self.remembered(): o.data.add_(1)
+        self.row.append(torch.zeros(1))
+        self.new = x
+        self.training = not self.training
+        return sum(self.remembered())+torch.rand(1)+torch.rand(1, generator=self.generator)+random.random()+self.rows(torch.tensor([0]))
+
+def facts(m):
+    "All that a call changes, as numbers"
+    states = m.generator.get_state().tolist(),torch.get_rng_state().tolist(),random.getstate()
+    return [*(o.item() for o in m.remembered()),m.rows.weight.tolist(),m.training,hasattr(m, 'new'),*states]
+
+def test_a_module_starts_again_from_a_snapshot_and_goes_on_where_it_was():
+    "Any number of times"
+    m = Everything()
+    state = snapshot(m)
+    want = m(1).item()
+    m(1)
+    now = facts(m)
+    for _ in range(2):
+        with restored(state): assert m(1).item()==want
+        assert facts(m)==now
+
+def test_a_call_that_fails_leaves_no_trace_either():
+    m = Everything()
+    before = facts(m)
+    with pytest.raises(ZeroDivisionError), preserving(m): m(1), 1/0
+    assert facts(m)==before
+
+def counting():
+    "A hook that counts in its closure, and what it has counted"
+    n = 0
+    def hook(*args):
+        nonlocal n
+        n += 1
+    return hook,lambda: n
+
+def counts_in_the_module(*args):
+    global calls
+    calls += 1
+
+class Counter:
+    def __init__(self): self.n = 0
+    def hook(self, *args): self.n += 1
+
+@pytest.mark.parametrize('register', ['register_forward_hook','register_forward_pre_hook'])
+def test_what_hooks_remember_is_there_again(register):
+    "In a closure, in the module, in lists and dicts that they are given, or in the object of a method"
+    m,(hook,n),rows,named,counter,seen = nn.Linear(1,1),counting(),[],{},Counter(),[0]
+    def into_list(*args): seen[0] += 1
+    def noted(rows, *args, to): rows.append(0), to.update({len(rows): 0})
+    for f in (hook, counts_in_the_module, partial(noted, rows, to=named), counter.hook, into_list): getattr(m, register)(f)
+    def counts(): return [n(),calls,len(rows),len(named),counter.n,seen[0]]
+    m(torch.ones(1))
+    before = counts()
+    with preserving(m): m(torch.ones(1))
+    assert counts()==before
+    m(torch.ones(1))
+    assert counts()==[o+1 for o in before]
+
+def test_hooks_themselves_are_there_again():
+    "One that was registered inside is gone, and one that was removed is back"
+    m,seen = nn.Linear(1,1),[]
+    first = m.register_forward_hook(lambda *args: seen.append('first'))
+    with preserving(m):
+        first.remove()
+        m.register_forward_hook(lambda *args: seen.append('second'))
+        m.register_full_backward_hook(lambda *args: None)
+    m(torch.ones(1))
+    assert seen==['first'] and not backward_hooks(m)
+
+@pytest.mark.parametrize('register', ['register_full_backward_hook','register_full_backward_pre_hook'])
+def test_hooks_of_a_backward_pass_rest(register):
+    m,seen,x = nn.Sequential(nn.Linear(1,1)),[],torch.ones(1, requires_grad=True)
+    getattr(m[0], register)(lambda *args: seen.append(1))
+    with pytest.raises(ZeroDivisionError), without_backward_hooks(m):
+        assert not backward_hooks(m)
+        m(x).sum().backward()
+        1/0
+    assert backward_hooks(m) and not seen
+    m(x).sum().backward()
+    assert seen==[1]
+
+@pytest.mark.parametrize('of', [lambda c: c.hook, lambda c: partial(c.hook), lambda c: c], ids=['method','partial','object'])
+def test_what_an_object_remembers_is_there_again(of):
+    c = Counter()
+    with preserving(of(c)): c.hook()
+    assert c.n==0
+    c.hook()
+    assert c.n==1
+
+def test_what_has_no_tensor_in_it_stays_itself():
+    m = nn.Linear(1,1)
+    m.names = names = ('a',('b',1))
+    with preserving(m): assert m.names is names
+    assert m.names is names
+
+def test_a_tensor_with_a_graph_is_remembered_without_it():
+    "As a hidden state that was not detached; one that is changed in place comes back"
+    m = nn.Linear(1,1)
+    m.h = h = m.weight*2
+    state = snapshot(m)
+    with restored(state):
+        assert torch.equal(m.h, h) and not m.h.requires_grad
+        m.h.add_(1)
+    assert m.h is h and torch.equal(h, m.weight*2)
+    with restored(state): assert torch.equal(m.h, h)
+
+def test_a_function_may_speak_of_what_is_not_there_yet():
+    def hook(*args): return later
+    with preserving(hook): pass
+    later = 1
+    assert hook()==1
+
+def test_a_loss_that_is_a_method_of_the_learner_remembers_nothing_of_it():
+    learn = learner(mlp(), *data(12))
+    with preserving(learn.validate): learn.note = 1
+    assert learn.note==1
+
+def test_what_a_function_counts_is_there_again():
+    f,n = counting()
+    with preserving(f): f()
+    assert n()==0
