@@ -254,10 +254,7 @@ def exact_way(
     except RuntimeError: return None,None
 
 # %% ../nbs/08_curvature.ipynb #c14eee48
-def another_function(
-    problem, # The `Problem`, with its graph
-    local:Local, # Product and gradient that were made otherwise
-)->bool:
+def another_function(problem, local:Local)->bool: # `problem` has its graph, and `local` was made otherwise
     "Did `local` see another function than `problem`, such as other dropout masks?"
     grads = problem.gradient(retain_graph=True),local.grads
     g,own = ([torch.zeros_like(p) if o is None else o for p,o in zip(problem.params, gs)] for gs in grads)

@@ -512,8 +512,9 @@ def hessian_product(
     method:Literal['reverse','forward','finite_difference']='reverse', # How; raises `ValueError` for others
 ):
     "Product `v -> Hv` with the Hessian of `loss()`, evaluated afresh for each product"
+    make = hvp_methods[check_choice('method', method, hvp_methods)]
     if not callable(loss): raise SettingError('loss', 'a function, such as `lambda: loss_func(model(x), y)`', type(loss).__name__)
-    return hvp_methods[check_choice('method', method, hvp_methods)](loss, param_list(params))
+    return make(loss, param_list(params))
 
 # %% ../nbs/00_hvp.ipynb #341a2761
 class SharedContext:
