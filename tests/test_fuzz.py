@@ -43,7 +43,9 @@ def curved():
     p = nn.Parameter(torch.tensor([1.,2.], dtype=torch.double))
     return (p**3).sum(),[p],(p*2,p.exp())
 
-def with_loss(f): return lambda **kwargs: f(*curved()[:2], **kwargs)
+def product_of_curved(**kwargs):
+    loss,params = curved()[:2]
+    return hessian_product(lambda: loss, params, **kwargs)
 
 def dense_of_curved(**kwargs):
     p = nn.Parameter(torch.ones(2, dtype=torch.double))
@@ -106,7 +108,7 @@ functions = dict(  # chkstyle: ignore-node
     hutch_plus_plus=(lambda **k: hutch_plus_plus(double, P, **k), dict(n_products='count6', probe='probe')),
     spectral_density=(lambda **k: spectral_density(double, P, **k), dict(n_steps='count', n_samples='count', probe='probe')),
     check_product=(lambda **k: check_product(double, P, **k), dict(rtol='least0')),
-    hessian_product=(with_loss(hessian_product), dict(method='name')),
+    hessian_product=(product_of_curved, dict(method='name')),
     cg=(lambda **k: cg(symmetric, torch.ones(2, dtype=torch.double), **k), dict(max_iter='maybe_limit', tol='least0', atol='least0', eps='maybe_least0', grid='maybe_grid',
         keep='maybe_count', neg_curv='name', check_every='maybe_count')),
     solve=(lambda **k: solve(double, P, **k), dict(damping='number', tol='least0', max_iter='maybe_limit')),
