@@ -56,12 +56,12 @@ def real_parameters(module:nn.Module)->nn.Module: # `module`
     return module
 
 # %% ../nbs/00_hvp.ipynb #plist002
-def tensor_list(params, name='params')->list: # Raises `ValueError` for a single tensor, which would be taken apart, and for what is none
+def tensor_list(params)->list: # Raises `ValueError` for a single tensor, which would be taken apart, and for what is none
     "`params` as a list"
-    if isinstance(params, Tensor): raise SettingError(name, 'several tensors, such as [w]', f'one of shape {tuple(params.shape)}')
+    if isinstance(params, Tensor): raise SettingError('params', 'several tensors, such as [w]', f'one of shape {tuple(params.shape)}')
     ts = list(params) if hasattr(params, '__iter__') else [params]
     if odd := {type(o).__name__ for o in ts if not isinstance(o, Tensor)}:
-        raise ValueError(f"{name} must be tensors, such as `list(model.parameters())`, got {', '.join(sorted(odd))}")
+        raise ValueError(f"params must be tensors, such as `list(model.parameters())`, got {', '.join(sorted(odd))}")
     return ts
 
 def param_list(params)->list: # Raises `ValueError` for complex ones, and for one that stands there twice
@@ -277,12 +277,12 @@ def missing_second_derivative():
             "table `losses` has the loss; for hessian_free curvature=Hessian('finite_difference') in a smooth network") from e
 
 # %% ../nbs/00_hvp.ipynb #41a7ed3c
-def check_like(v, like, name='v')->list: # Raises `ValueError`; what is `None` in `like` may have any shape
+def check_like(v, like)->list: # Raises `ValueError`; what is `None` in `like` may have any shape
     "`v` as a list of tensors like those of `like`"
     vs = list(v)
     got,want = ([o if o is None else tuple(getattr(o, 'shape', ())) for o in ts] for ts in (vs, like))
     if len(got)==len(want) and all(w in (None,g) for g,w in zip(got, want)): return vs
-    raise ValueError(f"{name} must be tensors of the shapes {want}, got {got}")
+    raise ValueError(f"v must be tensors of the shapes {want}, got {got}")
 
 def graph_product(
     grads:list, # Gradients from `gradient(..., create_graph=True)`

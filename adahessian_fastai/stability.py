@@ -101,7 +101,8 @@ def stability(self:Learner,
             P = [o if isinstance(o, Tensor) else new for o,new in zip(P or fresh, fresh)]
         rates = step_rates(opt, params, P, relative=True)
     with products_of(self, batches, params, curvature) as of:
-        eig = extreme_eigenvalues(scaled_product(of(), rates), params, tol=tol, max_iter=max_iter, generator=gen)
+        def top(tol): return extreme_eigenvalues(scaled_product(of(), rates), params, tol=tol, max_iter=max_iter, generator=gen)
+        if abs((eig := top(tol)).values[0])<=eig.bounds[0] and eig.converged: eig = top(tol/100) # Small beside negative ones, or rounding
     lam,bound = eig.values[0].item(),eig.bounds[0].item()
     limit = factor/lam if lam>bound or rule=='unknown' else math.inf if eig.converged else math.nan
     return Stability(limit, lam, bound, rule, len(batches))

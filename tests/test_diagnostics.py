@@ -1507,3 +1507,16 @@ def test_a_product_of_the_learner_takes_each_parameter_once():
     learn = narrow()
     ps = learner_params(learn)
     with pytest.raises(ValueError, match='each tensor once'): learn.curvature_product(params=[*ps,ps[0]])
+
+def test_a_small_curvature_beside_a_large_negative_one_has_its_limit():
+    "Eigenvalues -100 and 0.5, where the first look is sure to 1 only"
+    class Saddle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(6, dtype=torch.double))
+        def forward(self, x): return self.w
+    h = torch.tensor([-100.,0.5,-40.,-3.,0.1,-20.], dtype=torch.double)
+    rows = list(zip(torch.randn(4,2), torch.zeros(4)))
+    dls = DataLoaders.from_dsets(rows, rows, bs=4, num_workers=0)
+    learn = Learner(dls, Saddle(), lambda w,y: (h*w**2).sum()/2, opt_func=SGD)
+    assert learn.stability(batches=[learn.dls.train.one_batch()], tol=0.05).limit==pytest.approx(4, rel=.02)
