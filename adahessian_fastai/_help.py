@@ -90,7 +90,8 @@ def shown(o)->str:
     "`o` in a few letters"
     if isinstance(o, float): return f'{o:.4g}'
     if hasattr(o, '__name__'): return o.__name__
-    if not isinstance(o, partial) and not type(o).__module__.startswith(_lib): return repr(o)
+    own = isinstance(o, partial) or type(o).__repr__ is shown or type(o).__module__.startswith(_lib)
+    if not own: return repr(o)
     return f"{getattr(o, 'func', type(o)).__name__}({', '.join(f'{k}={shown(v)}' for k,v in arguments(o).items())})"
 
 def described_groups(opt)->list: # A line for all groups with the same hyperparameters that follow one another

@@ -10,8 +10,8 @@ and diagnostics all use it, so they all mean the same function."""
 # %% auto #0
 __all__ = ['send', 'autocast_of', 'takes_part', 'evaluate_batch', 'snapshot_of', 'noted', 'batch_of', 'loss_scale',
            'CurvatureScale', 'loss_weight', 'plain_number', 'n_rows', 'take_rows', 'check_rows_possible', 'in_half',
-           'LearnerProblem', 'no_duals', 'Turn', 'problem_of', 'Batches', 'versions', 'divided', 'check_whole_step',
-           'check_trained', 'pairs', 'closure_problem', 'check_grad', 'DataBatch', 'accumulate']
+           'LearnerProblem', 'no_duals', 'notice', 'Turn', 'problem_of', 'Batches', 'versions', 'divided',
+           'check_whole_step', 'check_trained', 'pairs', 'closure_problem', 'check_grad', 'DataBatch', 'accumulate']
 
 # %% ../nbs/12_batch.ipynb #d4f4fa69
 import math,warnings
@@ -28,8 +28,8 @@ from fastai.callback.training import GradientAccumulation
 from fastai.losses import LabelSmoothingCrossEntropy
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from .hvp import (SettingError,check_checkpoints,check_choice,check_count,check_switch,grads_aside,hooks_disabled,loaded,shard_mesh,
-    twice_differentiable,unflat,zero_tangents)
+from .hvp import (SettingError,check_checkpoints,check_choice,check_count,check_like,check_switch,grads_aside,hooks_disabled,loaded,
+    shard_mesh,twice_differentiable,unflat,zero_tangents)
 from .losses import bare_loss,loss_count,losses,n_targets,smoothed_cross_entropy_rule
 from .ggn import NoOutputs
 from .problem import MeanProblem,Problem,hidden_states,mean_of,modes_kept,weights_of,with_states
@@ -129,10 +129,7 @@ class CurvatureScale:
         store_attr()
         self.c,self.n_good,self.loss = 1.,0,1.
 
-    def fit(self,
-        grads:list, # Gradients of the loss, to be looked at
-        scale:float, # By how much the loss was multiplied for them
-    )->float: # `loss`, by how much to multiply it for a second derivative
+    def fit(self, grads:list, scale:float)->float: # `loss`, by how much to multiply it; `grads` are those of the loss times `scale`
         "Choose the scale of the loss by the size of its gradient"
         largest = max([g.abs().max().item() for g in grads if g.numel()], default=0.)/scale
         known = math.isfinite(largest) and largest>0
@@ -143,12 +140,9 @@ class CurvatureScale:
         "`v -> Hv` of the loss itself, by way of small probes"
         small = self.c/self.shrink
         total = small*self.loss
-        return lambda v: [h.div_(total) for h in product([o*small for o in v])]
+        return lambda v: [h/total for h in product([o*small for o in v])] # Not in place: two of them may share memory
 
-    def rescaled_for_half(self,
-        problem, # A `Problem` whose loss is multiplied by a loss scale
-        grads:list, # The gradient under that scale
-    ): # A `Problem`
+    def rescaled_for_half(self, problem, grads:list): # A `Problem` like `problem`, whose gradient under the loss scale is `grads`
         "`problem` with the scale of a second derivative in place of the loss scale"
         return problem.replace(loss=problem.loss*(self.fit(grads, problem.scale)/problem.scale), rescaled=self.product)
 
@@ -283,6 +277,8 @@ def no_duals(learn:Learner)->bool:
     return in_half(learn) or isinstance(model, DistributedDataParallel) and model.find_unused_parameters
 
 # %% ../nbs/12_batch.ipynb #6f04d7bf
+def notice(estimator, params:list, half:bool): return getattr(getattr(estimator, 'curvature', None), 'notice', noop)(params, half)
+
 class Turn(NamedTuple):
     "How the next batch is evaluated, and on what its estimate is taken"
     estimator:object # With as many samples as are asked for
@@ -308,7 +304,7 @@ class Turn(NamedTuple):
         if n_acc>1 and callback_of(learn, GradientAccumulation):
             raise ValueError(f"n_acc and GradientAccumulation do the same: use one of them, got {n_acc=}")
         reshard(learn.model)
-        if params: getattr(getattr(estimator, 'curvature', None), 'notice', noop)(params, in_half(learn))
+        if params: notice(estimator, params, in_half(learn))
         if not params or share==0 or not len(learn.yb): return cls(estimator, start=snapshot_of(learn) if twice else None)
         rows = None if share is None or (n := n_rows(share, bs := n_targets(learn.yb)))>=bs else n
         aside = rows is not None or backward_hooks(model)
@@ -319,9 +315,11 @@ class Turn(NamedTuple):
     def of_loss(cls,
         due, # A `Due` of the schedule; raises `ValueError` where it wants a part of the batch
         estimator, # Any estimator
+        half:bool=False, # Is the loss in half precision?
     ):
         "The turn of a plain loop, where only the loss is known"
         params,share,n_samples = due
+        if params: notice(estimator, params, half)
         if params and share not in (0,None):
             raise ValueError(f"hessian_bs takes rows of a Learner's batch, and a plain loop has a loss alone, got hessian_bs={share}")
         return cls(with_samples(estimator, n_samples), params, share, None if params else 0)
@@ -364,11 +362,11 @@ def trained(self:Turn,
     group=None, # Process group to average over; by default that of the problem, or of the parameters
 )->Problem:
     "`loss` as a problem of `params` that knows its processes"
-    problem = loss if isinstance(loss, Problem) else Problem(params, loss, scale=scale)
-    if shard_mesh(params): problem = problem.replace(params=params)
+    own = isinstance(loss, Problem)
+    problem = loss.replace(params=params) if own else Problem(params, loss, scale=scale)
     check_shards(params, is_first_order(self.estimator), problem.scale)
     group = group or problem.group or shard_group(params)
-    if group is None and problem is not loss and dist.is_initialized() and dist.get_world_size()>1:
+    if group is None and not own and dist.is_initialized() and dist.get_world_size()>1:
         warnings.warn("the estimate of this process stays its own, so the processes drift apart: give "
             "`opt.differentiate(loss, group=torch.distributed.group.WORLD)`", stacklevel=3)
     return problem if group is problem.group else problem.replace(group=group)
@@ -589,10 +587,7 @@ def check_grad(grad, params): # A list like `params`, or `None`
     "Refuse a gradient of one's own, a list or one vector, that is not like `params`"
     if grad is None: return
     if isinstance(grad, Tensor) and grad.numel()==sum(p.numel() for p in params): return unflat(grad.reshape(-1), params)
-    grad = [grad] if isinstance(grad, Tensor) else list(grad)
-    got,want = ([tuple(o.shape) for o in ts] for ts in (grad, params))
-    if got==want: return grad
-    raise ValueError(f"grad must be tensors of the shapes {want} of the trained parameters, or one vector of all, got the shapes {got}")
+    return [g.to(p) for g,p in zip(check_like(grad, params, 'grad, if it is not one vector for all trained parameters,'), params)]
 
 @patch
 @contextmanager

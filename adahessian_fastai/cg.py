@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from typing import Literal,NamedTuple
 from fastcore.basics import ifnone, noop
 from fastcore.foundation import L
+from ._help import shown
 from .hvp import SettingError,check_choice, check_count, check_number, check_pair, check_switch, flat, tensor_list, unflat
 
 # %% ../nbs/04_cg.ipynb #f9d40d6f
@@ -98,10 +99,7 @@ class CGResult(NamedTuple):
     n_iter = property(lambda self: len(self.values)-1, doc="Iterations made")
     x = property(lambda self: self.iterates[self.n_iter], doc="The last iterate")
 
-    def ratio(self,
-        f0:float, # Function at the start
-        f1:float, # Function at the last iterate
-    )->float: # See `reduction_ratio`
+    def ratio(self, f0:float, f1:float)->float: # The function at the start and at the last iterate; see `reduction_ratio`
         "Achieved over promised reduction"
         return reduction_ratio(f0, f1, self.values[-1])
 
@@ -228,10 +226,7 @@ def lm_damping(
     return min(max(damping*factor, least), most)
 
 # %% ../nbs/04_cg.ipynb #e4410bf6
-def through_saddle(
-    A, # `v -> Av` on flat vectors, symmetric
-    b:Tensor # Right-hand side, flat
-)->Tensor:
+def through_saddle(A, b:Tensor)->Tensor: # `A` is `v -> Av` on flat vectors, symmetric
     "Solution of `Ax = b` through negative curvature, after two iterations"
     return cg(lambda v: A(A(v)), A(b), max_iter=2, eps=0, grid=None).x
 
@@ -240,6 +235,7 @@ class CG:
     "How conjugate gradients minimise the quadratic model"
     flat = dict(cg_max_iter='max_iter', cg_tol='tol', martens_eps='martens_eps', x0_decay='x0_decay', neg_curv='neg_curv',
         check_every='check_every', backtracking='backtracking', grid='grid', keep_iterates='keep_iterates')
+    __repr__ = shown
     def __init__(self,
         max_iter:int=250, # Most iterations in a step; None for no limit; raises `ValueError` below 1
         tol:float=1e-5, # Relative residual at which CG stops
@@ -291,6 +287,7 @@ class Damping:
     "How the damping λ begins, and how it follows the trust in the model"
     flat = dict(damping='start', adapt_damping='adapt', lm_bounds='bounds', lm_factors='factors', damping_bounds='limits',
         structural='structural', hidden='hidden')
+    __repr__ = shown
     def __init__(self,
         start:float=1., # λ at the start, or one for each parameter group
         adapt:bool=True, # Adapt λ by the Levenberg-Marquardt rule?
@@ -326,6 +323,7 @@ class Damping:
 class LineSearch:
     "Armijo's rule along the step"
     flat = dict(ls_beta='beta', ls_c='c', ls_max_iter='max_iter')
+    __repr__ = shown
     def __init__(self,
         beta:float=0.8, # Shrinks the length
         c:float=1e-2, # Share of the linear decrease that is asked for

@@ -27,6 +27,7 @@ from torch.func import functional_call,grad,jvp
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
+from ._help import shown
 from .hvp import (asymmetry,check_checkpoints,check_choice,check_switch,check_twice,difference_error,difference_product,dual_gradient,
     dual_numbers,graph_nodes,graph_product,needs_wrong_third,shard_mesh,switched,total_norm,all_bits,math_attention,twice_differentiable)
 from .hutchinson import draw_like,rademacher_like
@@ -214,10 +215,7 @@ def relative_error(a:list, b:list)->float: # Zero where both are zero, not a num
     diff,size = total_norm([o-u for o,u in zip(a, b)]).item(),total_norm(b).item()
     return 0. if diff==0 else diff/size if size else float('nan')
 
-def trial_probes(
-    params:list, # Tensors that give shapes, dtypes and devices
-    n:int=2, # How many
-)->list: # `n` lists of tensors
+def trial_probes(params:list, n:int=2)->list: # `n` lists of tensors like `params`
     "Probes for checking a product, which no estimate uses"
     gens = {d: torch.Generator(d).manual_seed(0) for d in {p.device for p in params}}
     return [draw_like(params, lambda p,_: rademacher_like(p, gens[p.device])) for _ in range(n)]
@@ -238,10 +236,7 @@ def checked_reverse(
     check_twice([*local.grads, problem.loss])
     return local,math.inf if needs_wrong_third(problem.loss) else asymmetry_of(local.product, params)
 
-def exact_way(
-    problem, # The `Problem`, with `evaluate`
-    params:list, # Tensors to differentiate with respect to
-)->tuple: # Name and `Local`, or `(None, None)` where none works
+def exact_way(problem, params:list)->tuple: # Name and `Local`, or `(None, None)` where none works; `problem` has `evaluate`
     "An exact product with the Hessian that works"
     if shard_mesh(params):
         problem.gradient(retain_graph=True) # After a backward pass FSDP gathers the parameters anew, where they have moved
@@ -294,10 +289,7 @@ def is_finite(problem)->bool: # Always `True` where several processes would have
     if getattr(problem, 'group', None) or shard_mesh(problem.params): return True
     return total_norm([problem.loss.detach(), *(g for g in problem.gradient(retain_graph=True) if g is not None)]).isfinite().item()
 
-def choose_way(
-    problem, # The `Problem`, with `evaluate`; raises `RuntimeError` where nothing works
-    params:list, # Tensors to differentiate with respect to
-)->tuple: # Name and reason
+def choose_way(problem, params:list)->tuple: # Name and reason; raises `RuntimeError` where nothing works
     "The cheapest way to products with the Hessian that works here"
     if problem.evaluate is None: return 'reverse','a loss alone cannot be evaluated again'
     way,exact = exact_way(problem, params)
@@ -311,6 +303,7 @@ def choose_way(
 # %% ../nbs/08_curvature.ipynb #615d830d
 class Hessian:
     "The Hessian of the loss"
+    __repr__ = shown
     def __init__(self,
         method:Literal['reverse','forward','compiled','finite_difference','auto']='reverse', # How; raises `ValueError` for others
     ):
@@ -513,6 +506,7 @@ class FirstThatWorks:
 # %% ../nbs/08_curvature.ipynb #0911e03f
 class GaussNewton:
     "The generalized Gauss-Newton matrix of the loss"
+    __repr__ = shown
     def __init__(self,
         jvp:Literal['reverse','along','dual','linearize','auto']='reverse', # Way to Jacobian products; raises `ValueError` for others
         closed:bool=False, # Use the closed form of the loss Hessian where there is one?

@@ -20,7 +20,7 @@ from matplotlib.ticker import LogLocator,MaxNLocator
 from typing import Literal
 from fastai.basics import *
 from fastai.optimizer import debias
-from .hvp import check_count,check_number,check_switch,flat,is_part,param_list,tensor_list,unflat
+from .hvp import check_count,check_like,check_number,check_switch,flat,in_single,is_part,param_list,tensor_list,unflat
 from .hutchinson import hutchinson_diag,hutchinson_samples
 from .spectrum import confidence_interval,extreme_eigenvalues,mean_product,spectral_density
 from .losses import n_targets
@@ -39,10 +39,7 @@ def optimizer_of(learn:Learner): # Yields its optimizer
     finally:
         if had is None: learn.opt,learn.lr = None,lr
 
-def has_shards(
-    learn:Learner, # Any Learner
-    opt, # Its optimizer
-)->bool:
+def has_shards(learn:Learner, opt)->bool:
     "Does some process hold only a part of a parameter? Modules of FSDP hide that after a forward pass, the optimizer does not"
     return is_sharded(learn.model) or any(is_part(p) for ps in opt.param_lists for p in ps)
 
@@ -115,8 +112,7 @@ def curvature_product(self:Learner,
     else: batches = some_batches(self, batches, n_batches)
     def product_of(b):
         def product(v):
-            if (got := [tuple(o.shape) for o in v])!=(want := [tuple(p.shape) for p in params]):
-                raise ValueError(f"v must be a list of tensors of the shapes {want}, got {got}")
+            v = check_like(v, params)
             with problem_of(self, b, params, train, start) as problem: return how(problem, params, 1).product(v)
         return product
     return mean_product(product_of, batches, weight=lambda b: n_targets(tuple(b[getattr(self.dls, 'n_inp', -1):] or b)))
@@ -131,10 +127,10 @@ class ProbeStats:
         generator:torch.Generator=None, # Randomness of the probes
     ):
         self.n,sums,params = check_count('n_samples', n_samples, 2),[],tensor_list(params)
-        self.mean,self.var = ([torch.zeros_like(p, requires_grad=False) for p in params] for _ in range(2))
+        self.mean,self.var = (in_single(torch.zeros_like(p, requires_grad=False) for p in params) for _ in range(2))
         for k,d in enumerate(hutchinson_samples(product, params, n_samples, generator=generator), 1):
             sums.append([o.sum().item() for o in d])
-            for o,m,v in zip(d, self.mean, self.var):
+            for o,m,v in zip(in_single(d), self.mean, self.var):
                 delta = o-m
                 m.add_(delta, alpha=1/k)
                 v.addcmul_(delta, o-m, value=1/(n_samples-1))

@@ -19,6 +19,7 @@ from copy import copy,deepcopy
 from functools import cache
 from typing import Literal,NamedTuple
 from fastcore.basics import ifnone
+from ._help import shown
 from .hvp import SettingError,check_choice,check_count,check_number,check_switch,flat,gradient,twice_differentiable
 from .hutchinson import control_variate_samples,draw_like,get_probe,hutchinson_samples,mean_and_noise,sample_mean
 from .cg import diag_preconditioner
@@ -46,6 +47,7 @@ def seeded(seed:int=0): # `device -> generator`, the same generator for the same
 class Hutchinson:
     "Samples `z ⊙ Bz` of a curvature `B`"
     second_order = True # Is anything differentiated twice?
+    __repr__ = shown
     def __init__(self,
         curvature=None, # `Hessian(...)` or `GaussNewton(...)`; the Hessian by double backward by default
         n_samples:int=1, # Probes for each estimate; raises `ValueError` below 1
@@ -149,6 +151,7 @@ def _label_draws(problem, params, n_samples, rng):
 class GNB:
     "Squared gradients at labels that the model draws"
     second_order,again = False,False
+    __repr__ = shown
     def __init__(self,
         n_samples:int=1, # Draws of the labels for each estimate; raises `ValueError` below 1
     ):
@@ -177,6 +180,7 @@ class GNB:
 class Given:
     "A diagonal that a function returns"
     again,n_samples = False,1
+    __repr__ = shown
     def __init__(self,
         diagonal, # `(problem, params) -> tensors like params`
         second_order:bool=False, # Does it differentiate twice?
@@ -217,6 +221,7 @@ def with_samples(estimator, n:int): # `estimator`, or a copy of it that takes at
 class Preconditioner:
     "A diagonal like the curvature's, raised to a power"
     flat = dict(fisher_exponent='exponent', fisher_probes='n_probes')
+    __repr__ = shown
     def __init__(self,
         diagonal:Literal['fisher','gnb']='fisher', # That of the empirical Fisher matrix, or an estimate of the Gauss-Newton matrix's own
         exponent:float=0.75, # ξ of the preconditioner

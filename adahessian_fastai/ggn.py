@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import Literal
 from torch import Tensor, nn
 from torch.func import functional_call, grad as func_grad, jvp as func_jvp, linearize, vjp as func_vjp
-from .hvp import SettingError,check_choice,check_count,check_twice,dual_numbers,gradient,graph_product,param_list,tensor_list
+from .hvp import SettingError,check_choice,check_count,check_twice,dual_numbers,gradient,graph_product,in_single,param_list,tensor_list
 
 # %% ../nbs/05_ggn.ipynb #c2844aa2
 def output_tensors(
@@ -224,9 +224,9 @@ def fisher_diagonal(
     device = gs[0].device
     if n_probes is None: signs = torch.eye(N, device=device)
     else: signs = torch.randint(0, 2, (n_probes,N), generator=generator, device=generator.device if generator else device).to(device)*2.-1
-    ds = [torch.zeros_like(p) for p in params]
+    ds = in_single([torch.zeros_like(p) for p in params])
     for s in signs:
-        rows = JT([g*s.to(g.dtype).view(-1, *[1]*(g.ndim-1)) for g in gs])
+        rows = in_single(JT([g*s.to(g.dtype).view(-1, *[1]*(g.ndim-1)) for g in gs]))
         for d,r in zip(ds, rows): d.addcmul_(r, r)
     scale = (N if reduction=='mean' else 1)/(n_probes or 1)
-    return [d*scale for d in ds]
+    return [(d*scale).to(p.dtype) for d,p in zip(ds, params)]

@@ -300,7 +300,7 @@ def warn_of_batch_norm(learn):
 
 # %% ../nbs/18_hessian_free.ipynb #ba43c2a5
 @patch
-def zero_grad(self:HessianFree):
+def zero_grad(self:HessianFree, set_to_none=True): # Always so
     "Set the gradients to `None`, and drop batches whose step was not made"
     for p in self.all_params().itemgot(0): p.grad = None
     self.batches.pending = []

@@ -14,7 +14,7 @@ import math,torch
 from functools import cache
 from typing import Literal
 from torch import Tensor
-from .hvp import check_count,check_real,shard_mesh,tensor_list,unflat
+from .hvp import check_count,check_real,in_single,shard_mesh,tensor_list,unflat
 
 # %% ../nbs/01_hutchinson.ipynb #b6decdbb
 @cache
@@ -86,10 +86,11 @@ def hutchinson_samples(
 def sample_mean(samples)->list: # Like one of these lists; raises `ValueError` for no samples
     "Mean of the lists that `samples` yields"
     samples = iter(samples)
-    total,n = next(samples, None),1
-    if total is None: raise ValueError("a mean needs at least one sample, got none")
+    first,n = next(samples, None),1
+    if first is None: raise ValueError("a mean needs at least one sample, got none")
+    total = in_single(first)
     for s in samples: total,n = [t.add_(o) for t,o in zip(total, s)],n+1
-    return total if n==1 else [t.div_(n) for t in total]
+    return first if n==1 else [t.div_(n).to(o.dtype) for t,o in zip(total, first)]
 
 # %% ../nbs/01_hutchinson.ipynb #721062eb
 def hutchinson_diag(
@@ -137,9 +138,10 @@ def mean_and_noise(
 )->tuple: # The mean, and noise like its error: two lists
     "Mean of the lists that `samples` yields, with noise of mean zero and the variance of its error"
     total = noise = None
-    for n,s in enumerate(samples, 1):
+    for n,own in enumerate(samples, 1):
+        s = in_single(own)
         total = [o.clone() for o in s] if n==1 else [t.add_(o) for t,o in zip(total, s)]
         if n%2: last = s
         else: noise = [a.sub(b) if noise is None else o.add_(a).sub_(b) for a,b,o in zip(last, s, noise or s)]
     if noise is None: raise ValueError("the noise of an estimate shows in two samples or more, got one: raise `n_samples`")
-    return [t.div_(n) for t in total],[o.div_(math.sqrt(n*(n-n%2))) for o in noise]
+    return tuple([t.div_(k).to(o.dtype) for t,o in zip(ts, own)] for ts,k in ((total,n), (noise,math.sqrt(n*(n-n%2)))))

@@ -7,17 +7,18 @@ A *product* is a callable `v -> Hv`. `v` and `Hv` are lists of tensors shaped li
 
 # %% auto #0
 __all__ = ['substitutes', 'dual_substitutes', 'dual_thread', 'hvp_methods', 'math_attention', 'plain_rnn', 'plain_cpu_rnn',
-           'eager', 'all_bits', 'check_real', 'AsComplex', 'real_parameters', 'tensor_list', 'param_list', 'flat',
-           'unflat', 'SettingError', 'check_count', 'check_number', 'check_choice', 'check_switch', 'check_pair',
-           'loaded', 'is_part', 'shard_mesh', 'whole', 'sharded_like', 'switched', 'grads_aside', 'sharded_gradient',
-           'gradient', 'graph_nodes', 'check_twice', 'check_checkpoints', 'needs_wrong_third', 'hooks_disabled',
-           'missing_second_derivative', 'check_like', 'graph_product', 'Substituted', 'substituted', 'zero_tangents',
-           'dual_numbers', 'dual_backward', 'dual_gradient', 'total_norm', 'rounding', 'step_size', 'copy_all', 'moved',
-           'difference_product', 'difference_error', 'hessian_product', 'SharedContext', 'needs_substitutes', 'has_rnn',
-           'own_statistics', 'twice_differentiable', 'asymmetry', 'check_symmetric']
+           'eager', 'all_bits', 'check_real', 'AsComplex', 'real_parameters', 'tensor_list', 'param_list', 'in_single',
+           'flat', 'unflat', 'SettingError', 'check_count', 'check_number', 'check_choice', 'check_switch',
+           'check_pair', 'loaded', 'is_part', 'shard_mesh', 'whole', 'sharded_like', 'switched', 'grads_aside',
+           'sharded_gradient', 'gradient', 'graph_nodes', 'check_twice', 'graph_gradient', 'check_checkpoints',
+           'needs_wrong_third', 'hooks_disabled', 'missing_second_derivative', 'check_like', 'graph_product',
+           'Substituted', 'substituted', 'zero_tangents', 'dual_numbers', 'dual_backward', 'dual_gradient',
+           'total_norm', 'rounding', 'step_size', 'copy_all', 'moved', 'difference_product', 'difference_error',
+           'hessian_product', 'SharedContext', 'needs_substitutes', 'has_rnn', 'own_statistics', 'twice_differentiable',
+           'asymmetry', 'check_symmetric']
 
 # %% ../nbs/00_hvp.ipynb #23113829
-import math,operator,re,sys,threading
+import math,operator,re,sys,threading,warnings
 from contextlib import ExitStack,contextmanager
 from types import MethodType
 from typing import Literal
@@ -71,6 +72,10 @@ def param_list(params)->list: # Raises `ValueError` for complex ones, and for on
     raise ValueError("params must have each tensor once, and tied weights stand there twice: give `list(dict.fromkeys(params))`")
 
 # %% ../nbs/00_hvp.ipynb #9394b316
+def in_single(tensors)->list: # Others as they are
+    "`tensors` with those of half precision in single, in which many can be added up"
+    return [t.float() if t.dtype in (torch.half, torch.bfloat16) else t for t in tensors]
+
 def flat(
     ts:list, # Tensors of any shapes, at least one, on one device; raises `ValueError` for complex ones
 )->Tensor: # One vector, row-major; half precision becomes single
@@ -79,7 +84,7 @@ def flat(
     if not ts: raise ValueError("a vector is made of at least one tensor, got none")
     check_real(ts)
     v = torch.cat([t.detach().reshape(-1) for t in ts]).as_subclass(Tensor)
-    return v.float() if v.dtype in (torch.half, torch.bfloat16) else v
+    return in_single([v])[0]
 
 def unflat(
     v:Tensor, # A vector with as many entries as `params` together
@@ -248,6 +253,14 @@ def check_twice(grads:list): # From `gradient(..., create_graph=True)`, some may
             "estimator='gnb', hvp='finite_difference' in a smooth network, or hvp='forward' if it has a `jvp`; for hessian_free "
             "curvature=Hessian('finite_difference')")
 
+def graph_gradient(loss:Tensor, params:list)->list: # `None` where `loss` does not depend on one
+    "Gradient of `loss` with a graph of its own, to be differentiated once more"
+    gs = gradient(loss, params, create_graph=True)
+    check_twice([*gs, loss])
+    if needs_wrong_third(loss): warnings.warn("a loss that has the gradient of a layer norm in it has a wrong second derivative in torch: "
+        "take `hessian_product(loss, params, 'finite_difference')` in a smooth network", stacklevel=3)
+    return gs
+
 # %% ../nbs/00_hvp.ipynb #f77098af
 def check_checkpoints(loss:Tensor):
     "Refuse reentrant checkpoints"
@@ -277,12 +290,12 @@ def missing_second_derivative():
             "table `losses` has the loss; for hessian_free curvature=Hessian('finite_difference') in a smooth network") from e
 
 # %% ../nbs/00_hvp.ipynb #41a7ed3c
-def check_like(v, like)->list: # Raises `ValueError`; what is `None` in `like` may have any shape
+def check_like(v, like, name='v')->list: # Raises `ValueError`; what is `None` in `like` may have any shape
     "`v` as a list of tensors like those of `like`"
-    vs = list(v)
+    vs = [v] if isinstance(v, Tensor) else list(v)
     got,want = ([o if o is None else tuple(getattr(o, 'shape', ())) for o in ts] for ts in (vs, like))
     if len(got)==len(want) and all(w in (None,g) for g,w in zip(got, want)): return vs
-    raise ValueError(f"v must be tensors of the shapes {want}, got {got}")
+    raise ValueError(f"{name} must be tensors of the shapes {want}, got {got}")
 
 def graph_product(
     grads:list, # Gradients from `gradient(..., create_graph=True)`
@@ -377,6 +390,7 @@ def dual_numbers(
     "Context in which `params` carry the tangents `v`"
     on,level = [(p,o) for p,o in zip(params, v, strict=True) if o is not None],fwAD._current_level
     if level<0: dual_thread[:] = [threading.get_ident()]
+    torch.clear_autocast_cache()
     try:
         with fwAD.dual_level():
             for p,o in on: # Autograd does not count these changes
@@ -415,7 +429,9 @@ def dual_gradient(
     v:list, # Direction, a tensor or `None` (for zeros) for each of `params`
 )->tuple: # Gradients (`None` where `loss` does not depend on a parameter) and the product, two lists
     "Gradient of `loss()` with its derivative along `v`"
-    with dual_numbers(params := tensor_list(params), v):
+    params,v = tensor_list(params),list(v)
+    check_like(v, [o if o is None else p for o,p in zip(v, params)]+params[len(v):])
+    with dual_numbers(params, v):
         duals = [None if g is None else fwAD.unpack_dual(g) for g in dual_backward(loss(), params)]
         tangents = [None if d is None or d.tangent is None else d.tangent.detach().as_subclass(Tensor) for d in duals]
         hs = [torch.zeros_like(p, requires_grad=False) if t is None else t for t,p in zip(tangents, params)]
@@ -425,8 +441,7 @@ def dual_gradient(
 def total_norm(tensors:list)->Tensor: # A number, 0 for no tensors; norms of half precision are summed in single
     "Norm of all `tensors` as one vector"
     if not tensors: return torch.zeros(())
-    half = any(t.dtype in (torch.half, torch.bfloat16) for t in tensors)
-    ns = torch._foreach_norm([t.float() for t in tensors] if half else tensors)
+    ns = torch._foreach_norm(in_single(tensors))
     return whole(torch.stack([n.to(ns[0].device) for n in ns]).norm())
 
 def rounding(tensors:list)->float: # 0 for no tensors
@@ -448,6 +463,7 @@ def step_size(
 # %% ../nbs/00_hvp.ipynb #39ac102b
 def copy_all(params:list, olds:list): # Tensors, maybe in parts
     "Copy `olds` into `params`"
+    torch.clear_autocast_cache() # Which has copies of them in half precision
     if shard_mesh(params): params,olds = ([getattr(o, '_local_tensor', o) for o in os] for os in (params,olds)) # They have no copy of lists
     if params: torch._foreach_copy_(list(params), list(olds))
 
@@ -458,6 +474,7 @@ def moved(params:list, v:list, h:float): # Tensors, changed in place, the direct
     with torch.no_grad():
         kept = [p.clone() for p in params]
         if params: torch._foreach_add_([p.data for p in params], v, alpha=h) # A change of `data` autograd does not count
+        torch.clear_autocast_cache()
     try: yield
     finally:
         with torch.no_grad(): copy_all([p.data for p in params], kept)
@@ -473,6 +490,7 @@ def difference_product(
     def at(v, h):
         with moved(params, v, h): return gradient(l := loss(), params),rounding([l])
     def product(v, eps=rounding(params)):
+        v = check_like(v, params)
         h = factor*step_size(params, v, grads is None, eps)
         far,rough = at(v, h)
         if rough>eps: return product(v, rough) # Parameters in double precision with a loss in single
@@ -496,7 +514,7 @@ def difference_error(
 def _reverse_product(loss, params):
     "Double backward: one forward pass, two backward passes for each product"
     def product(v):
-        with substituted(): return graph_product(gradient(loss(), params, create_graph=True), params, n_uses=1)(v)
+        with substituted(): return graph_product(graph_gradient(loss(), params), params, n_uses=1)(v)
     return product
 
 def _forward_product(loss, params):

@@ -157,7 +157,7 @@ class Ranks:
 
 # %% ../nbs/10_learner.ipynb #pend0002
 @patch
-def zero_grad(self:Lookahead): self.opt.zero_grad()
+def zero_grad(self:Lookahead, **kwargs): self.opt.zero_grad(**kwargs)
 
 def drop_pending(opt):
     "Forget gradients and batches of an accumulation, which belong to other weights or another optimizer"
@@ -345,7 +345,8 @@ def trainable_params(opt)->list: # Each once
 
 def by_parameter(opt)->dict: # `parameter -> (state, hyperparameters)`; in several groups the first one counts
     "What `opt` knows of each parameter"
-    return {p: (state,hyper) for p,_,state,hyper in reversed(opt.all_params())}
+    state,groups = opt.state,reversed([*zip(opt.param_lists, opt.hypers)])
+    return {p: (state[p],hyper) for ps,hyper in groups for p in reversed(ps)}
 
 # %% ../nbs/10_learner.ipynb #chkgrp01
 def check_groups(

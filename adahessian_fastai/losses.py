@@ -25,7 +25,7 @@ from torch import Tensor,nn
 from types import BuiltinFunctionType,FunctionType,MethodType
 from typing import Literal,NamedTuple
 from fastcore.basics import ifnone
-from .hvp import check_count,gradient,shard_mesh,tensor_list
+from .hvp import check_count,gradient,in_single,shard_mesh,tensor_list
 
 # %% ../nbs/06_losses.ipynb #f7cfb6bd
 def cross_entropy_weights(
@@ -42,7 +42,7 @@ def cross_entropy_weights(
     w = torch.ones(C, dtype=logits.dtype, device=logits.device) if weight is None else weight
     if targets.is_floating_point():
         t = targets.detach().as_subclass(Tensor).movedim(axis, -1).reshape(-1,C)
-        s,total = (t*(1-label_smoothing) + label_smoothing/C)@w,n
+        s,total = (t.to(w.dtype)*(1-label_smoothing) + label_smoothing/C)@w,n
     else:
         y = targets.as_subclass(Tensor).reshape(-1).long()
         on = y!=ignore_index
@@ -90,10 +90,7 @@ def squared_error_weight(
     return 2*(1 if reduction=='mean' else n)/max(outputs.numel(), 1)
 
 # %% ../nbs/06_losses.ipynb #e2d53877
-def squared_error_noise(
-    outputs:Tensor, # Outputs of the model
-    s:float, # Second derivative in each entry
-): # `generator -> u`, shaped like `outputs`
+def squared_error_noise(outputs:Tensor, s:float): # `generator -> u`, shaped like `outputs`; `s` is the second derivative in each entry
     "Draws `u` whose covariance is `s` times the identity"
     root,z = s**0.5,outputs.detach().as_subclass(Tensor)
     return lambda generator=None: torch.empty_like(z).bernoulli_(0.5, generator=generator).mul_(2).sub_(1).mul_(root)
@@ -113,18 +110,12 @@ def binary_weights(
     return s/logits.numel() if reduction=='mean' else s
 
 # %% ../nbs/06_losses.ipynb #069869e7
-def binary_hessian(
-    logits:Tensor, # Outputs of the model
-    s:Tensor, # Weight of each entry in the loss
-): # `u -> Hu`, both shaped like `logits`
+def binary_hessian(logits:Tensor, s:Tensor): # `u -> Hu`, shaped like `logits`; `s` is the weight of each entry in the loss
     "Product with the Hessian of a binary cross-entropy with weights `s`"
     p = logits.detach().as_subclass(Tensor).sigmoid()
     return lambda u: s*p*(1-p)*u
 
-def binary_noise(
-    logits:Tensor, # Outputs of the model
-    s, # Weight of each entry in the loss, a tensor like `logits` or a number
-): # `generator -> u`, shaped like `logits`
+def binary_noise(logits:Tensor, s): # `generator -> u`, shaped like `logits`; `s` is as for `binary_hessian`, or a number
     "Draws `u` whose covariance is the Hessian of a binary cross-entropy with weights `s`"
     p = logits.detach().as_subclass(Tensor).sigmoid()
     root = torch.as_tensor(s, dtype=p.dtype, device=p.device).sqrt()
@@ -226,7 +217,7 @@ def _lookup(loss_func, outputs, targets):
     "The rule of `loss_func`, and what its parts are called with"
     (f,axis),z,y = bare_loss(loss_func),_only(outputs),_only(targets)
     if z is None or y is None: return Rule(),()
-    if z.dtype in (torch.half, torch.bfloat16): z = z.float()
+    z, = in_single([z])
     if _is_flattened(loss_func) and loss_func.flatten: y = _paired(z, y, axis)
     return losses.get(type(f), Rule()),(f,z,y,axis if z.ndim>1 else 0)
 

@@ -17,7 +17,7 @@ from copy import copy
 import torch, torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from fastcore.basics import noop, store_attr
-from .hvp import SharedContext,check_choice,dual_thread,gradient,graph_nodes,tensor_list,unflat
+from .hvp import SharedContext,check_choice,copy_all,dual_thread,gradient,graph_nodes,in_single,tensor_list,unflat
 from .ggn import NoOutputs
 
 # %% ../nbs/07_problem.ipynb #330f2148
@@ -102,9 +102,11 @@ class MeanProblem:
         if not problems: raise ValueError(f"a mean needs at least one problem, got {problems=}")
         total = sum(p.count for p in problems)
         if weights is None and not total>0: raise ValueError(f"a mean needs items to count, got the counts {[p.count for p in problems]}")
-        self.problems,self.reduce,self.params = problems,reduce,problems[0].params
+        self.reduce,self.params = reduce,problems[0].params
         self.weights = [p.count/total for p in problems] if weights is None else list(weights)
         if len(self.weights)!=len(problems): raise ValueError(f"weights must be like the {len(problems)} problems, got {weights=}")
+        on = [i for i,w in enumerate(self.weights) if w] or [0] # An empty batch has no loss at all, not even 0 times
+        self.problems,self.weights = ([os[i] for i in on] for os in (problems, self.weights))
 
     def map(self, f): # A `MeanProblem`
         "The same mean of what `f` makes of each problem"
@@ -114,28 +116,24 @@ class MeanProblem:
         "Mean of what `f` returns for each problem"
         total = None
         for w,p in zip(self.weights, self.problems):
-            part = f(p) if w==1. else [o*w for o in f(p)]
+            own = f(p)
+            part = [o*w for o in in_single(own)] # In memory of its own, which `reduce` may change
             total = part if total is None else [t+o for t,o in zip(total, part)]
-        return self.reduce(total)
+        return self.reduce([t.to(o.dtype) for t,o in zip(total, own)])
 
     @property
     def loss(self)->Tensor:
         "Mean of the losses, a plain number in double precision"
         return self.mean(lambda p: [p.loss.detach().as_subclass(Tensor).double().reshape(1)])[0][0]
 
-    def gradient(self,
-        create_graph:bool=False, # Give the gradients graphs of their own?
-        retain_graph:bool=None, # Keep the graphs of the losses? Defaults to `create_graph`
-    )->list: # Like `params`, zeros where no loss depends on one
+    def gradient(self, create_graph:bool=False, retain_graph:bool=None)->list: # As for `Problem`, with zeros where no loss depends on one
         "Gradient of the mean"
         if any([*map(id, p.params)]!=[*map(id, self.params)] for p in self.problems):
             raise ValueError("a mean gradient needs problems of the same params in the same order")
         def dense(p): return [torch.zeros_like(o) if g is None else g for o,g in zip(p.params, p.gradient(create_graph, retain_graph))]
         return self.mean(dense)
 
-    def again(self,
-        twice:bool=False, # Will the graphs be differentiated twice?
-    ): # A `MeanProblem`
+    def again(self, twice:bool=False): # A `MeanProblem`; as for `Problem`
         "The same function at the present values of the parameters"
         return self.map(lambda p: p.again(twice))
 
@@ -196,6 +194,7 @@ class Trial:
     def put(self, d, alpha=1.):
         "Parameters := start + `alpha*d`, `d` flat"
         if self.start is None: self.start = [p.detach().clone() for p in self.params]
+        torch.clear_autocast_cache()
         for p,o,s in zip(self.params, self.start, unflat(d, self.params)): torch.add(o, s, alpha=alpha, out=p.detach())
 
     def __call__(self, d, alpha=1.):
@@ -207,7 +206,7 @@ class Trial:
     @torch.no_grad()
     def restore(self):
         "Parameters := start"
-        for p,o in zip(self.params, self.start or []): p.copy_(o)
+        copy_all(self.params, self.start or [])
 
 # %% ../nbs/07_problem.ipynb #6165ad9f
 class Kept:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from fastcore.basics import ifnone,partial,patch
 
 import torch
+from ._help import shown
 from .hvp import check_count,check_number
 from .learner import cross_rank_mean
 from .batch import n_rows,plain_number
@@ -52,10 +53,7 @@ def check_rows(
     except ValueError: raise ValueError(f"a pair hessian_bs must begin with a whole number of steps >= 1, got {hessian_bs=}") from None
     n_rows(part, 1)
 
-def rows_due(
-    age:int, # Steps that were made
-    hessian_bs, # As in `check_rows`, or 'auto'
-): # `None`, rows or a fraction
+def rows_due(age:int, hessian_bs): # `None`, rows or a fraction after `age` steps; `hessian_bs` as in `check_rows`, or 'auto'
     "What part of its batch does the next step take an estimate on?"
     n,part = (math.inf,None) if hessian_bs=='auto' else _pair(hessian_bs, 0)
     return part if age>=n else (least_part,1.)[age//2%2]
@@ -66,6 +64,7 @@ _checks = dict(update_each=check_period, hessian_bs=lambda o: isinstance(o, str)
 
 class Every:
     "Estimates at steps 1, k+1, 2k+1, …"
+    __repr__ = shown
     def __setattr__(self, k, v): # Also one that is set in the middle of a training
         if k in _checks: _checks[k](v)
         super().__setattr__(k, v)
@@ -251,10 +250,7 @@ class Due(NamedTuple):
     share:object=0 # On what part of the batch, see `Every.part`; 0 without an estimate
     n_samples:int=1 # With how many samples at least
 
-def due_now(
-    when, # A schedule
-    states:dict, # State by parameter
-)->Due:
+def due_now(when, states:dict)->Due: # Of a schedule, for states by parameter
     "For which parameters an estimate is due"
     of = {p: (s, s.get('age', 0)) for p,s in states.items() if s.get('do_hessian', True)}
     parts = {age: when.part(age) for age in {age for _,age in of.values()}}

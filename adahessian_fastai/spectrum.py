@@ -20,7 +20,8 @@ from scipy.linalg import eigh_tridiagonal
 from scipy.stats import t as student_t
 from typing import Literal
 from torch import Tensor
-from .hvp import asymmetry,check_count,check_number,flat,gradient,graph_product,param_list,rounding,substituted,tensor_list,unflat
+from .hvp import (asymmetry,check_count,check_number,flat,graph_gradient,graph_product,in_single,param_list,rounding,
+    substituted,tensor_list,unflat)
 from .hutchinson import get_probe
 
 # %% ../nbs/03_spectrum.ipynb #c5dbc90a
@@ -52,8 +53,7 @@ def dense_hessian(
 )->Tensor: # n×n, rows and columns in the order of `flat(params)`
     "The Hessian of `loss()`, all columns from one graph"
     params = param_list(params)
-    with substituted():
-        return dense_matrix(graph_product(gradient(loss(), params, create_graph=True), params), params, chunk_size, progress)
+    with substituted(): return dense_matrix(graph_product(graph_gradient(loss(), params), params), params, chunk_size, progress)
 
 # %% ../nbs/03_spectrum.ipynb #e0ab4a8d
 def exact_diag(
@@ -92,13 +92,13 @@ def mean_product(
 ): # `v -> Hv`; raises `ValueError` when there is no batch
     "Product with the weighted mean of the batches' matrices"
     def product(v):
-        total,n,seen = [torch.zeros_like(o) for o in v],0.,0
+        total,n,seen = in_single([torch.zeros_like(o) for o in v]),0.,0
         for seen,b in enumerate(batches, 1):
             w = 1. if weight is None else float(weight(b))
             total,n = [t.add_(h, alpha=w) for t,h in zip(total, product_of(b)(v))], n+w
         if not seen: raise ValueError("batches is empty; a generator is used up by the first product, pass a list or a DataLoader")
         if n==0: raise ValueError(f"the weights of the {seen} batches add up to 0")
-        return [t.div_(n) for t in total]
+        return [t.div_(n).to(o.dtype) for t,o in zip(total, v)]
     return product
 
 # %% ../nbs/03_spectrum.ipynb #6bc4d93f
@@ -328,6 +328,6 @@ def hessian_times_gradient(
     "The product of the Hessian of `loss()` with its gradient `g`, and `g` itself"
     params = param_list(params)
     with substituted():
-        gs = gradient(loss(), params, create_graph=True)
+        gs = graph_gradient(loss(), params)
         g = [torch.zeros_like(p) if o is None else o.detach() for o,p in zip(gs, params)]
         return graph_product(gs, params, n_uses=1)(g), g

@@ -266,20 +266,14 @@ def foreach_step(
             for f in fs: f(b)
 
 # %% ../nbs/14_steppers.ipynb #baa274d9
-def loop_step(
-    work, # As in `foreach_step`
-    cbs, # Stats and steppers
-):
+def loop_step(work, cbs): # As for `foreach_step`
     "Call each of `cbs` for each parameter in `work`, as fastai's `Optimizer.step` does"
     for p,state,hyper,d,e in work:
         for cb in cbs:
             new = cb(p, **{**state, **hyper, 'diag_hessian': d, 'diag_noise': e})
             if isinstance(new, dict): state.update(new)
 
-def update(
-    work, # As in `foreach_step`
-    cbs, # Stats and steppers
-):
+def update(work, cbs): # As for `foreach_step`
     "Move the parameters in `work`, all at once where each of `cbs` has a form for lists"
     foreach_step(work, cbs, fs) if (fs := list_forms(cbs)) else loop_step(work, cbs)
 
@@ -321,6 +315,7 @@ class Perturbation:
         size = torch.where(norm>0, sign*self.rho/norm, 0.)
         self.kept = [(p, old, _written(p), d, size) for p,old,d in zip(ps, olds, ds)]
         torch._foreach_addcmul_([p.data for p in ps], ds, [size]*len(ds)) # A change of `data` autograd does not count
+        torch.clear_autocast_cache()
 
     @torch.no_grad()
     def back(self):

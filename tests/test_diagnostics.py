@@ -1005,7 +1005,7 @@ def test_batches_in_any_form():
     for odd in ([], [nn.Parameter(torch.ones(2))]):
         with pytest.raises(ValueError, match='params must be parameters of the model'): learn.curvature_product(params=odd)
     for odd in ([], v[:1], v[::-1], [o[:1] for o in v]):
-        with pytest.raises(ValueError, match='v must be a list of tensors of the shapes'): learn.curvature_product()(odd)
+        with pytest.raises(ValueError, match='v must be tensors of the shapes'): learn.curvature_product()(odd)
 
 @pytest.mark.parametrize('name,v', [('every',0), ('budget','x'), ('budget',True), ('budget',0), ('budget',0.), ('budget',1.5), ('seed','a'), ('n_samples',1)])
 def test_settings_of_the_recorder_are_looked_at(name, v):

@@ -317,7 +317,7 @@ class OfRanks:
     def on_rank(self, r, problem, x, y):
         at = self.opt.counts.seed+7919*self.opt.n_estimates+104729*r
         if self.hessian_bs is not None and (n := n_rows(rows_due(self.opt.n_steps, self.hessian_bs), len(x)))<len(x):
-            rows = torch.randperm(len(x), generator=seeded(at+1)(torch.device('cpu')))[:n]
+            rows = torch.randperm(len(x), generator=seeded(at+1)(torch.device('cpu')))[:n].sort().values
             x,y = x[rows],y[rows]
         problem.model.eval() # It neither counts nor drops
         z = problem.model(x)

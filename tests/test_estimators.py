@@ -8,12 +8,14 @@ from fastai.callback.all import GradientAccumulation,MixUp
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Lookahead
 from adahessian_fastai.adahessian import AdaHessian,AdaHessianWrapper,adahessian_paper as adahessian
+from adahessian_fastai.cg import CG,LineSearch
 from adahessian_fastai.curvature import GaussNewton,Hessian
 from adahessian_fastai.estimators import ControlVariate,GNB,Given,Hutchinson,seeded
 from adahessian_fastai.hutchinson import control_variate_samples,gaussian_like,hutchinson_samples,mean_and_noise,rademacher_like,sample_mean
 from adahessian_fastai.learner import trainable_params
 from adahessian_fastai.optimizer import due
 from adahessian_fastai.problem import Problem
+from adahessian_fastai.schedule import Budget,Every
 from adahessian_fastai.steppers import average_sqr_diag_hessian,signed_average
 
 # A mean may be off by this many of its standard errors; one in 10^8 is, and there are some hundred entries
@@ -565,3 +567,10 @@ def test_the_noise_of_a_group_leaves_out_what_was_dropped():
         warnings.simplefilter('ignore')
         opt.step()
     assert opt.n_dropped==1 and opt.noise_record[0][1].isfinite().all()
+
+
+def test_objects_say_what_they_were_made_with():
+    class Mine(Every): pass
+    said = [repr(o) for o in (Mine(3), Hessian('auto'), GaussNewton(closed=True), GNB(3), Every(10, dense=(20,4)), Budget(.25), CG(max_iter=3), LineSearch())]
+    assert said==['Mine(update_each=3)', "Hessian(method='auto')", 'GaussNewton(closed=True)', 'GNB(n_samples=3)', 'Every(update_each=10, dense=(20, 4))',
+        'Budget(overhead=0.25)', 'CG(max_iter=3)', 'LineSearch()']

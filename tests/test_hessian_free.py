@@ -2,6 +2,7 @@
 import functools, inspect, itertools, math, os, pickle, pytest, socket, time, warnings
 import torch, torch.distributed as dist, torch.multiprocessing as mp, torch.nn.functional as F
 import numpy as np
+from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from types import SimpleNamespace
@@ -1485,7 +1486,7 @@ def test_a_gradient_of_ones_own_has_to_fit():
     gs = torch.autograd.grad(closure(made[0])(), list(made[0].parameters()))
     opts = [hessian_free(m.parameters(), curvature='hessian') for m in made]
     for wrong in (gs[:-1], [g[:1] for g in gs], flat(gs)[1:], [flat(gs)], gs[0], []):
-        with pytest.raises(ValueError, match='grad must be tensors of the shapes.* or one vector of all, got the shapes'):
+        with pytest.raises(ValueError, match='grad, if it is not one vector for all trained parameters, must be tensors of the shapes .*, got'):
             opts[0].step(closure(made[0]), made[0], grad=wrong)
     assert opts[0].n_steps==0 and all(p.grad is None for p in made[0].parameters())
     for o,m,g in zip(opts, made, (list(gs), (g for g in gs), flat(gs))): o.step(closure(m), m, grad=g)
@@ -1773,3 +1774,29 @@ def test_defaults_that_the_signature_shows(name, want):
 def test_an_object_is_copied():
     cg = CG(max_iter=7)
     assert (own := hessian_free([weight(1.)], cg=cg).cg) is not cg and vars(own)==vars(cg)
+
+
+@pytest.mark.parametrize('curvature', ['ggn','hessian'])
+def test_autocast_around_a_step_sees_the_trial_points(curvature):
+    "It keeps copies of the weights in half precision; with old ones no trial was better, and each step was skipped"
+    def run(outside):
+        torch.manual_seed(0)
+        (x,y),model,casts,losses = data(),mlp().float(),partial(torch.autocast, 'cpu', torch.bfloat16),[]
+        x = x.float()
+        opt = hessian_free(model.parameters(), curvature=curvature)
+        def closure():
+            with nullcontext() if outside else casts(): return F.cross_entropy(o := model(x), y), o
+        for _ in range(3):
+            with casts() if outside else nullcontext(): losses.append(opt.step(closure, model))
+        return losses
+    assert run(True)==pytest.approx(run(False), rel=0.02) and run(True)[-1]<0.9*run(True)[0]
+
+
+def test_a_gradient_of_ones_own_may_be_of_another_precision():
+    (x,y),made = data(),[mlp() for _ in range(2)]
+    made[1].load_state_dict(made[0].state_dict())
+    gs = torch.autograd.grad(F.cross_entropy(made[0](x), y), list(made[0].parameters()))
+    for m,g in zip(made, (gs, [o.to(torch.float) for o in gs])):
+        hessian_free(m.parameters()).step(lambda: (F.cross_entropy(o := m(x), y), o), m, grad=g)
+        assert all(p.grad.dtype==p.dtype for p in m.parameters())
+    assert max((p-q).abs().max() for p,q in zip(*(m.parameters() for m in made)))<1e-4

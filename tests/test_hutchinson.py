@@ -8,8 +8,11 @@ from torch import nn
 from torch.func import functional_call,hessian
 from torch.nn.attention import SDPBackend,sdpa_kernel
 from adahessian_fastai.averaging import average_all,average_diag,block_mean,check_block_length
+from adahessian_fastai.diagnostics import ProbeStats
 from adahessian_fastai.hutchinson import *
 from adahessian_fastai.hvp import gradient,graph_product,hessian_product
+from adahessian_fastai.problem import MeanProblem,Problem
+from adahessian_fastai.spectrum import mean_product
 
 ROUNDING = 1e-10     # relative, for sums of some hundred products in float64
 N_PROBES = 4000      # the standard error of a mean is then 1.6% of a single probe's standard deviation
@@ -239,3 +242,16 @@ def test_many_diagonals_are_averaged_as_one_by_one(kwargs):
     for average in (of, lambda d: of(d)+1):
         for got,d in zip(average_all(ds, average), ds, strict=True): assert torch.equal(got, average(d)) and got.dtype==d.dtype
     assert average_all([], of)==[]
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16,torch.half])
+def test_many_samples_in_half_precision(dtype):
+    "Each is exactly 3; summed in half precision, 2000 of them gave 0.5 and 3.7"
+    p = torch.ones(3, dtype=dtype)
+    def product(v): return [3*o for o in v]
+    mean,noise = mean_and_noise(hutchinson_samples(product, [p], 2000))
+    assert hutchinson_diag(product, [p], 2000)[0].tolist()==mean[0].tolist()==mean_product(lambda b: product, range(1000))([p])[0].tolist()==[3.]*3
+    assert mean[0].dtype==noise[0].dtype==dtype and not noise[0].any() and ProbeStats(product, [p], 1000).mean[0].tolist()==[3.]*3
+    q = torch.ones(1, dtype=dtype, requires_grad=True)
+    both = MeanProblem([Problem([q], 3*q.sum()) for _ in range(1000)])
+    assert (g := both.gradient()[0]).item()==pytest.approx(3., rel=1e-4) and g.dtype==dtype

@@ -459,3 +459,12 @@ def test_a_compiled_model_stays_compiled():
     learn = learner(CrossEntropyLossFlat(), 2, lambda x: (x[:,0]>0).long(), partial(adahessian, estimator='gnb'), net=torch.compile(net))
     with learn.no_bar(),learn.no_logging(): learn.fit(1)
     assert learn.opt.n_estimates==4 and seen and all(seen)
+
+
+@pytest.mark.parametrize('dtype', [torch.double, torch.bfloat16, torch.half])
+def test_probabilities_of_another_precision_than_the_outputs(dtype):
+    "As `torch.from_numpy` gives them; 1/4 and 3/4 are exact in each"
+    z,t = torch.randn(4,2),torch.tensor([[.25,.75]]*4)
+    of = partial(known_hessian, nn.CrossEntropyLoss(weight=torch.tensor([1.,3.])))
+    v = torch.randn(4,2)
+    assert torch.equal(of(z, t.to(dtype))([v])[0], of(z, t)([v])[0])

@@ -301,3 +301,16 @@ def test_a_gradient_of_which_nothing_is_known_is_not_scaled():
     scale = CurvatureScale()
     assert scale.fit([torch.tensor([4.])], 1.)==8
     assert scale.fit([torch.zeros(2)], 1.)==scale.fit([torch.tensor([math.inf])], 1.)==scale.fit([], 1.)==1
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(curvature='ggn')], ids=str)
+def test_a_loss_scale_divides_shared_memory_once(kwargs):
+    "Autograd gives parameters that are added the same tensor, and a sum of one an expanded tensor; the scale is a power of two"
+    def diags(scale):
+        a,b,c = (nn.Parameter(torch.tensor(o)) for o in ([1.,2.,3.], [.5,.5,.5], [.1,.2]))
+        opt,outs = adahessian_paper([a,b,c], block_length=1, probe=lambda p,g: torch.ones_like(p), **kwargs),a+b
+        loss = (outs**2).sum()/2 + c.sum()**2
+        opt.differentiate(Problem([a,b,c], loss*scale, outputs=outs, targets=torch.zeros(3), loss_func=nn.MSELoss(reduction='sum'), scale=scale))
+        return [opt.diags[p] for p in (a,b,c)]
+    assert all(torch.equal(d, e) for d,e in zip(diags(1.), diags(1024.), strict=True))
+    assert diags(1024.)[0].tolist()==diags(1024.)[1].tolist()==[2.]*3

@@ -295,3 +295,93 @@ def test_a_loop_after_a_learner_asks_the_schedule_anew():
     assert learn.opt.n_estimates==1
     learn.opt.differentiate(F.cross_entropy(learn.model(x), y))
     assert learn.opt.n_estimates==2 and len(learn.opt.diags)==6
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(hvp='forward'), dict(hvp='finite_difference'), dict(curvature='ggn'), dict(estimator='gnb')], ids=str)
+def test_a_problem_of_all_parameters_while_some_are_frozen(kwargs):
+    "The list is made once, as in the tutorial; what is frozen keeps its place, and what the list lacks is trained too"
+    def run(listed):
+        x,y = data(24)
+        model = mlp()
+        opt = adahessian(model.parameters(), **{**HYPERS, **kwargs})
+        ps = list(model.parameters())[listed]
+        for i in range(4):
+            model[0].requires_grad_(i%2==0)
+            out = model(x)
+            def again(twice=False): return F.cross_entropy(o := model(x), y), o
+            torch.manual_seed(i)
+            opt.differentiate(Problem(ps, F.cross_entropy(out, y), outputs=out, targets=y, loss_func=F.cross_entropy, model=model, evaluate=again))
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+        return list(model.parameters())
+    want = run(slice(None))
+    start = list(mlp().parameters())
+    assert all((p-q).abs().max()>0 for p,q in zip(want, start))
+    assert all(torch.equal(p, q) for p,q in zip(run(slice(2)), want))
+
+
+def test_a_batch_that_fails_leaves_nothing_of_itself():
+    "In an accumulation of two the batches after it are those of the step; before, the failed one had counted"
+    def run(fails):
+        p = nn.Parameter(torch.tensor([2.,1.], dtype=torch.double))
+        def wrong(g): raise ArithmeticError
+        opt = adahessian([p], n_acc=2)
+        for k in (1.,None,1.,2.) if fails else (1.,2.):
+            loss = (p**3).sum()*(k or 1.)
+            if k is None: loss.grad_fn.register_prehook(wrong)
+            with pytest.raises(ArithmeticError) if k is None else nullcontext(): opt.differentiate(loss, n_items=4)
+        return p.grad,opt.diags[p],opt.n_batches,opt.n_items
+    assert [str(o) for o in run(True)]==[str(o) for o in run(False)]
+
+
+def test_gradients_are_set_to_none_as_pytorch_asks():
+    for f in (ours, hessian_free):
+        opt = f([p := nn.Parameter(torch.ones(2))])
+        p.grad = torch.ones(2)
+        opt.zero_grad(set_to_none=True)
+        assert p.grad is None
+
+
+@pytest.mark.parametrize('hvp', ['auto','finite_difference'])
+def test_a_body_with_kinks_that_trains_later_is_looked_at_anew(hvp, capsys):
+    "While it was frozen, finite differences suited"
+    torch.manual_seed(0)
+    model,x,y = nn.Sequential(nn.Sequential(nn.Linear(4,8), nn.ReLU(), nn.Linear(8,8), nn.ReLU()), nn.Linear(8,3)),torch.randn(16,4),torch.randint(3, (16,))
+    model[0].requires_grad_(False)
+    opt = adahessian(model.parameters(), hvp=hvp)
+    def again(twice=False): return F.cross_entropy(o := model(x), y), o
+    def step():
+        loss,outs = again()
+        opt.differentiate(Problem(list(model.parameters()), loss, outputs=outs, model=model, loss_func=F.cross_entropy, evaluate=again))
+        opt.step()
+        opt.zero_grad()
+    step()
+    assert opt.estimator.curvature.used=='finite_difference'
+    model[0].requires_grad_(True)
+    if hvp=='auto':
+        step()
+        assert opt.estimator.curvature.used=='reverse' and 'kink' in capsys.readouterr().out
+    else:
+        with pytest.raises(ValueError, match='kink'): step()
+
+
+@pytest.mark.parametrize('hvp', ['reverse','forward'])
+def test_autocast_around_a_whole_step_keeps_no_old_weights(hvp):
+    "It keeps copies in half precision; a forward pass before `perturbed` made some, at the parameters before the move"
+    def run(outside):
+        torch.manual_seed(0)
+        (x,y),model,casts,losses = data(16),mlp().float(),partial(torch.autocast, 'cpu', torch.bfloat16),[]
+        x = x.float()
+        opt = ours(model.parameters(), lr=0.05, hvp=hvp)
+        def again(twice=False):
+            with nullcontext() if outside else casts(): return F.cross_entropy(o := model(x), y), o
+        for _ in range(4):
+            with casts() if outside else nullcontext():
+                again()
+                with perturbed(opt):
+                    loss,outs = again()
+                    opt.differentiate(Problem(list(model.parameters()), loss, outputs=outs, evaluate=again))
+            opt.step()
+            losses.append(loss.item())
+        return losses
+    assert run(True)==pytest.approx(run(False), rel=1e-3) and len({*run(True)})==4

@@ -114,3 +114,17 @@ def test_gauss_newton_of_a_mean_of_graphs_alone():
         return Problem([w], (z**2).sum(), z)
     mean = MeanProblem([one(torch.tensor([1.,2.])),one(torch.tensor([3.,4.]))])
     assert GaussNewton()(mean, [w]).product([torch.ones(2)])[0].tolist()==[10.,20.]
+
+
+def test_a_mean_over_processes_gets_memory_of_its_own():
+    "The gradient of a sum is an expanded tensor, which nothing can be written into"
+    p = nn.Parameter(torch.ones(3))
+    def halve(ts): return [t.mul_(0.5) for t in ts]
+    for n,want in ((1,3.), (2,3.)): assert MeanProblem([Problem([p], p.sum()**2) for _ in range(n)], reduce=halve).gradient()[0].tolist()==[want]*3
+
+
+def test_an_empty_batch_is_no_part_of_a_mean():
+    "Its loss is not a number, and 0 times that is none either"
+    p = nn.Parameter(torch.tensor(2.))
+    both = MeanProblem([Problem([p], p**2, count=4), Problem([p], p*torch.nan, count=0)])
+    assert (both.loss.item(),[g.item() for g in both.gradient()],both.weights)==(4.,[4.],[1.])
