@@ -72,7 +72,7 @@ class AdaHessianWrapper(CurvatureOptimizer):
 # %% ../nbs/16_adahessian.ipynb #0373d378
 def adahessian(
     params:Tensor|Iterable, # Model parameters, or lists of them as groups
-    lr:float|slice=None, # Learning rate, η; 5 to 150 times Adam's; by default from `lr_for`, in a Learner also by the training's length
+    lr:float|slice=None, # Learning rate, η; 2 to 150 times Adam's; by default from `lr_for`, in a Learner also by the training's length
     mom:float=0.9, # Weight of the past in the moving average of gradients, β₁
     sqr_mom:float=0.999, # Weight of the past in the moving average of squared diagonals, β₂
     eps:float=1e-4, # Added to the denominator

@@ -99,8 +99,8 @@ class CGResult(NamedTuple):
     n_iter = property(lambda self: len(self.values)-1, doc="Iterations made")
     x = property(lambda self: self.iterates[self.n_iter], doc="The last iterate")
 
-    def ratio(self, f0:float, f1:float)->float: # The function at the start and at the last iterate; see `reduction_ratio`
-        "Achieved over promised reduction"
+    def ratio(self, f0:float, f1:float)->float: # See `reduction_ratio`
+        "Achieved over promised reduction of a function that is `f0` at the start and `f1` at the last iterate"
         return reduction_ratio(f0, f1, self.values[-1])
 
 def _cg_look(rows, new, bound, max_iter, eps, neg_curv):
@@ -226,8 +226,8 @@ def lm_damping(
     return min(max(damping*factor, least), most)
 
 # %% ../nbs/04_cg.ipynb #e4410bf6
-def through_saddle(A, b:Tensor)->Tensor: # `A` is `v -> Av` on flat vectors, symmetric
-    "Solution of `Ax = b` through negative curvature, after two iterations"
+def through_saddle(A, b:Tensor)->Tensor: # Flat, as `b`
+    "Solution of `Ax = b` through negative curvature of the symmetric `A`, a function `v -> Av`, after two iterations"
     return cg(lambda v: A(A(v)), A(b), max_iter=2, eps=0, grid=None).x
 
 # %% ../nbs/04_cg.ipynb #52bb019a

@@ -90,7 +90,7 @@ def squared_error_weight(
     return 2*(1 if reduction=='mean' else n)/max(outputs.numel(), 1)
 
 # %% ../nbs/06_losses.ipynb #e2d53877
-def squared_error_noise(outputs:Tensor, s:float): # `generator -> u`, shaped like `outputs`; `s` is the second derivative in each entry
+def squared_error_noise(outputs:Tensor, s:float): # `generator -> u`, shaped like `outputs`
     "Draws `u` whose covariance is `s` times the identity"
     root,z = s**0.5,outputs.detach().as_subclass(Tensor)
     return lambda generator=None: torch.empty_like(z).bernoulli_(0.5, generator=generator).mul_(2).sub_(1).mul_(root)

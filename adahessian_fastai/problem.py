@@ -206,7 +206,7 @@ class Trial:
     @torch.no_grad()
     def restore(self):
         "Parameters := start"
-        copy_all(self.params, self.start or [])
+        if self.start: copy_all(self.params, self.start)
 
 # %% ../nbs/07_problem.ipynb #6165ad9f
 class Kept:

@@ -53,8 +53,8 @@ def check_rows(
     except ValueError: raise ValueError(f"a pair hessian_bs must begin with a whole number of steps >= 1, got {hessian_bs=}") from None
     n_rows(part, 1)
 
-def rows_due(age:int, hessian_bs): # `None`, rows or a fraction after `age` steps; `hessian_bs` as in `check_rows`, or 'auto'
-    "What part of its batch does the next step take an estimate on?"
+def rows_due(age:int, hessian_bs): # `None`, rows or a fraction
+    "What part of its batch does the step after `age` others take an estimate on? `hessian_bs` as in `check_rows`, or 'auto'"
     n,part = (math.inf,None) if hessian_bs=='auto' else _pair(hessian_bs, 0)
     return part if age>=n else (least_part,1.)[age//2%2]
 
@@ -250,8 +250,8 @@ class Due(NamedTuple):
     share:object=0 # On what part of the batch, see `Every.part`; 0 without an estimate
     n_samples:int=1 # With how many samples at least
 
-def due_now(when, states:dict)->Due: # Of a schedule, for states by parameter
-    "For which parameters an estimate is due"
+def due_now(when, states:dict)->Due:
+    "For which parameters, with their `states`, an estimate of the schedule `when` is due"
     of = {p: (s, s.get('age', 0)) for p,s in states.items() if s.get('do_hessian', True)}
     parts = {age: when.part(age) for age in {age for _,age in of.values()}}
     due = [p for p,(s,age) in of.items() if s.get('late') or parts[age]!=0]

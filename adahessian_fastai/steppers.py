@@ -266,15 +266,15 @@ def foreach_step(
             for f in fs: f(b)
 
 # %% ../nbs/14_steppers.ipynb #baa274d9
-def loop_step(work, cbs): # As for `foreach_step`
-    "Call each of `cbs` for each parameter in `work`, as fastai's `Optimizer.step` does"
+def loop_step(work, cbs):
+    "Call each of `cbs` for each parameter in `work` (see `foreach_step`), as fastai's `Optimizer.step` does"
     for p,state,hyper,d,e in work:
         for cb in cbs:
             new = cb(p, **{**state, **hyper, 'diag_hessian': d, 'diag_noise': e})
             if isinstance(new, dict): state.update(new)
 
-def update(work, cbs): # As for `foreach_step`
-    "Move the parameters in `work`, all at once where each of `cbs` has a form for lists"
+def update(work, cbs):
+    "Move the parameters in `work` (see `foreach_step`), all at once where each of `cbs` has a form for lists"
     foreach_step(work, cbs, fs) if (fs := list_forms(cbs)) else loop_step(work, cbs)
 
 # %% ../nbs/14_steppers.ipynb #be47f732
@@ -382,10 +382,10 @@ def perturbed(
     finally: opt.perturb.back()
 
 # %% ../nbs/14_steppers.ipynb #09188b23
-_not_negative = (lambda v: 0<=v<math.inf, '>= 0 and finite')
-_below_one,_positive = (lambda v: 0<=v<1, 'in [0,1)'),(lambda v: 0<v<math.inf, '> 0 and finite')
+_not_negative = (lambda v: 0<=v<math.inf, 'a number >= 0 and finite')
+_below_one,_positive = (lambda v: 0<=v<1, 'a number in [0,1)'),(lambda v: 0<v<math.inf, 'a number > 0 and finite')
 _ranges = dict(lr=_not_negative, wd=_not_negative, damping=_not_negative, clip=_not_negative, cap=_not_negative, spike=_not_negative,
-    mom=_below_one, sqr_mom=_below_one, eps=_positive, rho=_positive, hessian_power=(lambda v: 0<=v<=1, 'in [0,1]'))
+    mom=_below_one, sqr_mom=_below_one, eps=_positive, rho=_positive, hessian_power=(lambda v: 0<=v<=1, 'a number in [0,1]'))
 
 def check_hypers(
     **hypers # Hyperparameters by name; a slice or a list as fastai takes them

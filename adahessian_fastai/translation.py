@@ -34,8 +34,8 @@ def has_multi30k()->bool:
     "Are all files of Multi30k there?"
     return all((multi30k_path()/f'{o}.{lang}.gz').exists() for o in multi30k_files.values() for lang in ('en','de'))
 
-def multi30k_lines(name:str, lang:Literal['en','de'])->list: # Of a file from `multi30k_files`, named without its language
-    "The sentences of one file of Multi30k, downloaded if it is missing"
+def multi30k_lines(name:str, lang:Literal['en','de'])->list:
+    "The sentences of one file of Multi30k, a `name` in `multi30k_files`, downloaded if it is missing"
     path = multi30k_path()/f'{name}.{lang}.gz'
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,8 +185,8 @@ def translation_loss(
     "Cross-entropy with smoothed labels over the words that are not padding"
     return CrossEntropyLossFlat(label_smoothing=label_smoothing, ignore_index=pad)
 
-def word_accuracy(logits:Tensor, targ:Tensor)->Tensor: # B×T×words and B×T
-    "Share of words that are right, given the correct words before them"
+def word_accuracy(logits:Tensor, targ:Tensor)->Tensor: # A number
+    "Share of words that are right, given the correct words before them; `logits` are B×T×words, `targ` B×T"
     return (logits.argmax(-1)==targ)[targ!=pad].float().mean()
 
 # %% ../nbs/24_translation.ipynb #87bd862c

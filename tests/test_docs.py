@@ -1,5 +1,5 @@
 "The documentation's tables and numbers are those of the result files"
-import csv,inspect,json,re,sys,typing
+import ast,csv,inspect,json,re,sys,typing
 from pathlib import Path
 import pytest
 from fastai.basics import Learner,nn
@@ -67,7 +67,7 @@ def test_a_number_is_the_mean_of_what_matches_and_a_missing_one_is_named(folder)
     assert results.filled('costs 0.00<!-- p.csv name=x cost -->, 7<!-- p.csv name=y cost*100 -->')=='costs 1.50, 900'
     with pytest.raises(ValueError, match='name=z'): results.filled('1<!-- p.csv name=z cost -->')
 
-@pytest.mark.parametrize('vs,want', [([1.], '1'), ([1.,1.], '1.000 ± 0.000'), ([0.1234,0.1334], '0.1284 ± 0.0071'), ([100.,140.], '120 ± 28')])
+@pytest.mark.parametrize('vs,want', [([1.], '1'), ([1.,1.], '1.000 ± 0.000'), ([0.1234,0.1334], '0.1284 ± 0.0071'), ([100.,140.], '120 ± 28'), ([3.5487,3.5499], '3.549 ± 0.001')])
 def test_digits_of_a_mean_are_those_of_its_spread(vs, want): assert results.mean_sd(vs).replace('\u00a0', ' ')==want
 
 def test_every_result_file_is_documented(monkeypatch):
@@ -180,3 +180,11 @@ def test_tutorials_come_in_a_learners_order():
     stems = [p.stem.split('.')[-1] for p in site_pages.stories()]
     known = [s for s in site_pages.first_stories if s in stems]
     assert stems[:len(known)]==known and 'pytorch' in known and site_pages.guides()[0].stem=='start'
+
+def test_the_comment_of_a_signature_on_one_line_is_that_of_the_result():
+    "As `help` says it; over several lines each parameter has its own"
+    def tables(src): return [site_pages.docments_table(n, src) for n in ast.parse(src).body]
+    one, = tables('def f(a:int, b=1)->int: # What comes out\n    "Doc"\n    return a\n')
+    assert 'What comes out' in one and one.count('What comes out')==1 and 'returns' in one and '`b' not in one
+    more, = tables('def f(\n    a:int, # First\n    b=1, # Second\n)->int: # What comes out\n    "Doc"\n    return a\n')
+    assert all(o in more for o in ('First','Second','What comes out','returns'))

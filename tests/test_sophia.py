@@ -121,7 +121,7 @@ def test_arguments_of_the_hutchinson_estimator_change_the_run(kw):
     assert not torch.allclose(end(**base), end(**{**base, **kw}), atol=1e-9)
 
 
-@pytest.mark.parametrize('kw,match', [(dict(rho=0.), 'rho must be > 0'), (dict(rho=[0.1,-1.]), 'rho must be > 0'), (dict(lr=-1.), 'lr must be'),
+@pytest.mark.parametrize('kw,match', [(dict(rho=0.), 'rho must be a number > 0'), (dict(rho=[0.1,-1.]), 'rho must be a number > 0'), (dict(lr=-1.), 'lr must be'),
     (dict(mom=1.), 'mom must be'), (dict(update_each=0), 'update_each=0'), (dict(estimator='magic'), "estimator='magic'"), (dict(probe='gaussian'), 'takes no probe')],
     ids=['rho','rhos','lr','mom','update_each','estimator','probe'])
 def test_wrong_arguments_are_named(kw, match):

@@ -29,10 +29,11 @@ def grouped(rs, *keys):
 def shown(v, digits=3): return '–' if math.isnan(v) else f'{v:.{digits}g}' if v<10**digits else f'{v:.0f}'
 
 def mean_sd(vs):
-    "Mean ± standard deviation, to the digits that the latter leaves"
+    "Mean ± standard deviation, to the digits that the latter leaves, four at most"
     m,sd = mean(vs),statistics.stdev(vs) if len(vs)>1 else math.nan
     if math.isnan(sd): return shown(m)
-    places = max(0, 1-math.floor(math.log10(sd if sd>1e-6*abs(m) else 0.01*abs(m) or 1.)))
+    left,most = (-math.floor(math.log10(o)) for o in (sd if sd>1e-6*abs(m) else 0.01*abs(m) or 1., abs(m) or 1.))
+    places = max(0, min(1+left, 3+most))
     return f'{m:.{places}f}\u00a0±\u00a0{sd:.{places}f}'
 
 def table(head, body):

@@ -77,8 +77,13 @@ def parameters(node):
     kw = [(f'**{a.kwarg.arg}', a.kwarg)] if a.kwarg else []
     return [*((o.arg, o) for o in a.posonlyargs+a.args), *star, *((o.arg, o) for o in a.kwonlyargs), *kw]
 
+def on_one_line(node):
+    "Does the signature of function `node` fit into one line?"
+    return node.body[0].lineno>node.lineno and all(o.end_lineno==node.lineno for _,o in parameters(node))
+
 def returned(node, notes):
     "The docment behind the closing parenthesis of function `node`"
+    if on_one_line(node): return notes.get(node.lineno)
     params = [o.end_lineno for _,o in parameters(node)]
     first,last = max(params, default=node.lineno),node.body[0].lineno
     return next((notes[i] for i in range(first+1, last) if i in notes), None)
@@ -93,7 +98,8 @@ def docments_table(node, src, skip_self=False):
     "A table of the parameters of function `node` in `src` that have a docment"
     given,notes = default_values(node, src),comments(src)
     def written(nm, o): return f"`{nm}{f': {ast.unparse(o.annotation)}' if o.annotation else ''}{f' = {given[nm]}' if nm in given else ''}`"
-    rows = [(written(nm, o), notes[o.lineno]) for nm,o in parameters(node)[skip_self:] if o.lineno in notes]
+    own = [] if on_one_line(node) else parameters(node)[skip_self:] # The comment of a single line is that of the result
+    rows = [(written(nm, o), notes[o.lineno]) for nm,o in own if o.lineno in notes]
     if ret := returned(node, notes): rows.append((f'returns{f" `{ast.unparse(node.returns)}`" if node.returns else ""}', ret))
     if not rows: return ''
     cells = '\n'.join(f"| {a.replace('|', chr(92)+'|')} | {linked(b).replace('|', chr(92)+'|')} |" for a,b in rows)
