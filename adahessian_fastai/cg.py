@@ -19,7 +19,7 @@ from typing import Literal,NamedTuple
 from fastcore.basics import ifnone, noop
 from fastcore.foundation import L
 from ._help import shown
-from .hvp import SettingError,check_choice, check_count, check_number, check_pair, check_switch, flat, tensor_list, unflat
+from .hvp import SettingError,check_choice, check_count, check_like, check_number, check_pair, check_switch, flat, tensor_list, unflat
 
 # %% ../nbs/04_cg.ipynb #f9d40d6f
 def flat_product(
@@ -31,7 +31,7 @@ def flat_product(
     sizes = [p.numel() for p in like]
     lams = list(damping) if isinstance(damping, (list,tuple)) else [damping]*len(like)
     def _A(v):
-        Av = flat(product(unflat(v, like))).to(v.dtype)
+        Av = flat(check_like(product(unflat(v, like)), like, 'the product')).to(v.dtype)
         for a,o,lam in zip(Av.split(sizes), v.split(sizes), lams, strict=True): a.add_(o, alpha=lam)
         return Av
     return _A

@@ -20,7 +20,7 @@ from .estimators import Hutchinson,seeded
 from .learner import callback_of
 from .batch import problem_of
 from .steppers import average_diag_hessian
-from .diagnostics import first_batches,layer_params,learner_params,optimizer_of,some_batches,ProbeStats,products_of
+from .diagnostics import layer_params,learner_params,optimizer_of,some_batches,ProbeStats,products_of
 from .diagnostics import scaled_product,scaled_rules,step_rates,step_rule,step_scaling
 
 # %% ../nbs/21_stability.ipynb #ac20dd91
@@ -136,9 +136,10 @@ def curvature_summary(self:Learner,
     max_iter:int=40, # Most Lanczos steps for each eigenvalue
     lr:float=None, # Learning rate to judge, `trained_lr` by default
     seed:int=42, # Of probes and start vectors
+    batches:list=None, # These batches instead
 )->str:
     "Trace, largest eigenvalue, mean |diagonal| and signal-to-noise ratio of each layer, and a word on the learning rate"
-    params,batches = learner_params(self),first_batches(self.dls.train, n_batches)
+    params,batches = learner_params(self),some_batches(self, batches, n_batches)
     gen = torch.Generator(params[0].device).manual_seed(check_count('seed', seed, 0))
     where = {id(p):i for i,p in enumerate(params)}
     with products_of(self, batches, params, curvature) as of:

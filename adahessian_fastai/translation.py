@@ -82,10 +82,8 @@ def words(text:str)->list:
 
 class Vocab:
     "The words of a language and their numbers"
-    def __init__(self,
-        texts, # Sentences
-        min_freq:int=2, # Words that occur less often are unknown
-    ):
+    def __init__(self, texts, min_freq:int=2):
+        "Words that occur less often than `min_freq` in `texts` are unknown"
         counts = Counter(w for t in texts for w in words(t))
         self.words = specials + sorted(w for w,c in counts.items() if c>=min_freq)
         self.idx = {w: i for i,w in enumerate(self.words)}

@@ -383,3 +383,11 @@ def test_a_way_through_a_saddle_where_the_first_direction_is_one():
     d = torch.tensor([1.,-2.])
     sol,saddle = CG().solve(lambda v: [d*v[0]], torch.ones(2), [torch.ones(2)])
     assert sol.n_iter==1 and torch.allclose(saddle, 1/d)
+
+
+def test_a_product_of_other_shapes_is_named():
+    "A vector of one entry for all parameters was added to each of theirs"
+    ps = [torch.zeros(2),torch.zeros(1)]
+    for wrong in (lambda v: v[:1], lambda v: [o[:1] for o in v], lambda v: [o.reshape(-1,1) for o in v], lambda v: v[0]):
+        with pytest.raises(ValueError, match='the product must be tensors of the shapes'): flat_product(wrong, ps)(torch.ones(3))
+    assert flat_product(lambda v: [2*o for o in v], ps, damping=1.)(torch.ones(3)).tolist()==[3.]*3

@@ -1520,3 +1520,13 @@ def test_a_small_curvature_beside_a_large_negative_one_has_its_limit():
     dls = DataLoaders.from_dsets(rows, rows, bs=4, num_workers=0)
     learn = Learner(dls, Saddle(), lambda w,y: (h*w**2).sum()/2, opt_func=SGD)
     assert learn.stability(batches=[learn.dls.train.one_batch()], tol=0.05).limit==pytest.approx(4, rel=.02)
+
+
+def test_a_summary_of_given_batches_is_that_of_their_mean():
+    "Two copies of one batch are that batch"
+    learn = learner('no_dropout')
+    b = learn.dls.train.one_batch()
+    few = dict(lr=0.1, n_samples=2, max_iter=3)
+    first,second = (learn.curvature_summary(batches=bs, **few).split('network')[1].split()[:3] for bs in ([b], [b,b]))
+    assert [float(o) for o in first if o!='±']==pytest.approx([float(o) for o in second if o!='±'], rel=1e-3)
+    assert '2 batches' in learn.curvature_summary(batches=[b,b], **few)
