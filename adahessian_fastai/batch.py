@@ -193,11 +193,7 @@ def take_rows(
     return apply(lambda o: o[idxs.to(o.device)] if isinstance(o,Tensor) and o.ndim and len(o)==bs else o, xs)
 
 # %% ../nbs/12_batch.ipynb #5dd9acf2
-def check_rows_possible(
-    learn:Learner, # With a batch
-    n:int, # Rows to take; raises `ValueError` where that is impossible
-    bs:int, # Rows in the batch
-):
+def check_rows_possible(learn:Learner, n:int, bs:int): # Raises `ValueError` where `n` of `bs` rows are impossible
     "Refuse rows of a batch whose loss is not a mean over its rows"
     if n==1 and any(isinstance(m, _BatchNorm) and m.training for m in learn.model.modules()):
         raise ValueError("one row is too few for a batch norm, got hessian_bs=1: use 2 or more")
@@ -240,7 +236,7 @@ class LearnerProblem(Problem):
 
     def evaluate_again(self, twice=False):
         "Loss and outputs of the same batch at the present values of the parameters"
-        learn,around = self.learn,partial(twice_differentiable, self.model, forward=True) if twice else nullcontext
+        learn,around = self.learn,partial(twice_differentiable, self.model, forward=True, half=self.half) if twice else nullcontext
         with batch_of(learn, self.start, self.cbs),without_backward_hooks(self.model),around():
             evaluate_batch(learn, self.model if twice else unwrapped(learn.model, keep_compiled=True), self.leave_out)
             return learn.loss_grad.as_subclass(Tensor),learn.pred
@@ -277,7 +273,7 @@ def no_duals(learn:Learner)->bool:
     return in_half(learn) or isinstance(model, DistributedDataParallel) and model.find_unused_parameters
 
 # %% ../nbs/12_batch.ipynb #6f04d7bf
-def notice(estimator, params:list, half:bool): return getattr(getattr(estimator, 'curvature', None), 'notice', noop)(params, half)
+def notice(estimator, *args): return getattr(getattr(estimator, 'curvature', None), 'notice', noop)(*args)
 
 class Turn(NamedTuple):
     "How the next batch is evaluated, and on what its estimate is taken"
@@ -304,7 +300,7 @@ class Turn(NamedTuple):
         if n_acc>1 and callback_of(learn, GradientAccumulation):
             raise ValueError(f"n_acc and GradientAccumulation do the same: use one of them, got {n_acc=}")
         reshard(learn.model)
-        if params: notice(estimator, params, in_half(learn))
+        if params: notice(estimator, params, in_half(learn), model)
         if not params or share==0 or not len(learn.yb): return cls(estimator, start=snapshot_of(learn) if twice else None)
         rows = None if share is None or (n := n_rows(share, bs := n_targets(learn.yb)))>=bs else n
         aside = rows is not None or backward_hooks(model)
@@ -540,6 +536,7 @@ def add(self:Batches,
     p = p.replace(loss=p.loss.clone().as_subclass(Tensor), count=loss_count(learn.loss_func, learn.yb), states=list(self.now.states),
         versions=versions(p.model), rescaled=partial(divided, scale=p.scale))
     if not self.held: p.backward(retain_graph=self.keep_graph)
+    if p.scale!=1: p = p.replace(loss=p.loss/p.scale, scale=1., rescaled=noop) # Products would overflow under the loss scale
     for o in params if self.held else (): o.grad = torch.zeros_like(o)
     self.pending.append(p if self.keep_graph else p.without_graph())
     if first: check_gradients(params)

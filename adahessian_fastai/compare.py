@@ -79,10 +79,7 @@ class Meter(Callback):
 
 # %% ../nbs/22_compare.ipynb #172cd178
 @contextmanager
-def plain_progress(
-    learn:Learner, # Is about to be trained
-    bars:bool=None, # Draw progress bars? By default in a terminal or a notebook
-):
+def plain_progress(learn:Learner, bars:bool=None): # By default with bars in a terminal or a notebook
     "Context in which `learn` draws bars, or writes one line per epoch"
     if ifnone(bars, IN_NOTEBOOK or sys.stdout.isatty()):
         yield
@@ -158,10 +155,7 @@ def comparison_table(
     return table
 
 # %% ../nbs/22_compare.ipynb #e4081dc3
-def fitted(
-    table:pd.DataFrame, # From `comparison_table` or `rates_table`
-    width:int=80, # Columns of the screen
-)->str:
+def fitted(table:pd.DataFrame, width:int=80)->str: # Of `comparison_table` or `rates_table`, for a screen of `width` columns
     "`table` as text, with short column names and long row names in several lines"
     names = {'valid_loss': 'valid', 'valid_loss sd': '± sd', 'peak MB': 'MB'}
     short = table.drop(columns='train_loss', errors='ignore').rename(columns=names)
@@ -198,10 +192,7 @@ optimizers = dict(adam=Adam, ranger=ranger, sgd=SGD, rmsprop=RMSProp, lamb=Lamb,
     sassha=sassha, m_sassha=m_sassha, sophia=sophia, hessian_free=hessian_free)
 middles = dict(adam=1e-2, ranger=1e-2, sgd=1e-1, lamb=1e-2, hessian_free=0.3)
 
-def default_rate(
-    opt_func, # Makes an optimizer; raises `ValueError` where it refuses its arguments
-    n_batches:int=None, # Of the training, if they are known
-)->float:
+def default_rate(opt_func, n_batches:int=None)->float: # Raises `ValueError` where `opt_func` refuses its arguments
     "The learning rate that a Learner trains with if nobody gives one"
     if (lr := getattr(opt_func, 'keywords', {}).get('lr')) is not None: return check_number('lr', lr, least=0)
     try: opt = opt_func([nn.Parameter(torch.zeros(1))], lr=1e-3)
@@ -342,10 +333,7 @@ def _with_arguments(name, args):
     return opt_func
 
 # %% ../nbs/22_compare.ipynb #f8807e09
-def parse_lr(
-    lr:str, # '', a number for all, or rates by name as in 'adam=1e-3,adahessian=0.1'
-    names:list, # The optimizers that are compared
-): # A dict by entry of `names`
+def parse_lr(lr:str, names:list): # A dict by entry of `names`, from '', a number for all, or rates such as 'adam=1e-3,adahessian=0.1'
     "Learning rates from the command line; raises `ValueError` if `lr` is not of that form"
     if not lr: return {}
     try: res = {k: float(v) for k,v in (o.split('=') for o in lr.split(','))} if '=' in lr else float(lr)

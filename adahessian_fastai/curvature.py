@@ -292,6 +292,7 @@ def is_finite(problem)->bool: # Always `True` where several processes would have
 def choose_way(problem, params:list)->tuple: # Name and reason; raises `RuntimeError` where nothing works
     "The cheapest way to products with the Hessian that works here"
     if problem.evaluate is None: return 'reverse','a loss alone cannot be evaluated again'
+    if problem.scale!=1: return 'reverse','no other way goes with the loss scale of fp16'
     way,exact = exact_way(problem, params)
     reason = against_differences(problem, params, exact)
     if not reason: return 'finite_difference','the network is smooth, so one more gradient is enough'
@@ -308,7 +309,8 @@ class Hessian:
         method:Literal['reverse','forward','compiled','finite_difference','auto']='reverse', # How; raises `ValueError` for others
     ):
         self.method = check_choice('hvp', method, (*hvp_ways, 'auto'))
-        self.used,self.trusted,self.seen,self.known = None if method=='auto' else method,False,(0,False),set() # Identities of parameters
+        self.used,self.trusted,self.seen = None if method=='auto' else method,False,(0,False)
+        self.known,self.kinds = set(),None # Identities of parameters, and types of modules
 
     @property
     def again(self): return self.used!='reverse'
@@ -322,7 +324,7 @@ class Hessian:
     ): # A context for the forward pass
         "What the graph of the loss and differences of gradients need"
         with ExitStack() as stack:
-            if self.used in (None,'reverse'): stack.enter_context(twice_differentiable(model))
+            if self.used in (None,'reverse'): stack.enter_context(twice_differentiable(model, half=half))
             if self.used in (None,'finite_difference'): stack.enter_context(all_bits)
             yield
 
@@ -357,7 +359,7 @@ class Hessian:
         self.trusted = True
         return local
 
-    def __getstate__(self): return {**vars(self), 'known': set()}
+    def __getstate__(self): return {**vars(self), 'known': set(), 'kinds': None}
     def state_dict(self): return dict(used=self.used, seen=self.seen)
     def load_state_dict(self, sd):
         self.used,self.seen = sd.get('used') if self.method=='auto' else self.used,tuple(sd.get('seen', self.seen))
@@ -377,11 +379,13 @@ def first_again(self:Hessian, problem, params, n_products):
     return local
 
 @patch
-def notice(self:Hessian, params, half):
-    "Check and choose anew where other parameters are trained than before, or in another precision"
+def notice(self:Hessian, params, half, model=None):
+    "Check and choose anew where other parameters are trained than before, in another precision, or in a model of other modules"
     self.known |= {*map(id, params)}
+    old,self.kinds = self.kinds,model and {*map(type, model.modules())}
     (n,before),self.seen = self.seen,(max(self.seen[0], len(self.known)),half)
-    if n and (len(self.known)>n or half!=before): self.trusted,self.used = False,None if self.method=='auto' else self.used
+    same = (len(self.known),half)==(n,before) and old in (None, self.kinds)
+    if n and not same: self.trusted,self.used = False,None if self.method=='auto' else self.used
 
 def against_reverse(
     problem, # The `Problem`, with its graph
@@ -529,7 +533,7 @@ class GaussNewton:
         along,self.ride = self.jvp=='along',None
         ride = Ride(params, draw(params)) if along and not half else nullcontext()
         try:
-            with twice_differentiable(model, forward=along),ride as self.ride: yield
+            with twice_differentiable(model, forward=along, half=half),ride as self.ride: yield
         except NotImplementedError as e:
             if not along or 'forward' not in str(e): raise
             raise ValueError(f"curvature='ggn' with hvp='forward' is not possible here, use hvp='reverse' or estimator='gnb': "
@@ -657,7 +661,7 @@ class OverBatches:
         warnings.warn(f"Curvature products by {way!r} failed: {why.splitlines()[0]}", stacklevel=2)
 
     def __call__(self, mean, params, n_products=None):
-        getattr(self.curvature, 'notice', noop)(params, mean.problems[0].half)
+        getattr(self.curvature, 'notice', noop)(params, mean.problems[0].half, mean.problems[0].model)
         local = MeanProblem(mean.problems, mean.weights)
         def build(way):
             of = {p: self.product(params, p) for p in mean.problems}

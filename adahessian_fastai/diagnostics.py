@@ -53,10 +53,7 @@ def learner_params(
     return ps
 
 # %% ../nbs/20_diagnostics.ipynb #210e42d4
-def first_batches(
-    dl, # A `DataLoader` of fastai or PyTorch
-    n:int=1, # How many batches, fewer if there are fewer; raises `ValueError` below 1
-)->list:
+def first_batches(dl, n:int=1)->list: # Fewer than `n` where the loader has fewer; raises `ValueError` below 1
     "The first `n` batches of `dl`, without moving its shuffling or the random states"
     own,state = [getattr(o, 'generator', None) for o in (dl, getattr(dl, 'sampler', None))],get_random_states()
     rng,backs = dl.rng.getstate() if hasattr(dl, 'rng') else None,[(o, o.get_state()) for o in own if isinstance(o, torch.Generator)]

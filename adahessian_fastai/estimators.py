@@ -188,7 +188,8 @@ class Given:
         if not callable(diagonal): raise ValueError(f"diagonal must be a function, got {diagonal=}")
         self.diagonal,self.second_order = diagonal,check_switch('second_order', second_order)
 
-    def surround(self, model, params, rng, half=False): return twice_differentiable(model) if self.second_order else nullcontext()
+    def surround(self, model, params, rng, half=False):
+        return twice_differentiable(model, half=half) if self.second_order else nullcontext()
 
     def __call__(self,
         problem, # The `Problem`

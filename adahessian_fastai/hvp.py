@@ -14,8 +14,8 @@ __all__ = ['substitutes', 'dual_substitutes', 'dual_thread', 'hvp_methods', 'mat
            'needs_wrong_third', 'hooks_disabled', 'missing_second_derivative', 'check_like', 'graph_product',
            'Substituted', 'substituted', 'zero_tangents', 'dual_numbers', 'dual_backward', 'dual_gradient',
            'total_norm', 'rounding', 'step_size', 'copy_all', 'moved', 'difference_product', 'difference_error',
-           'hessian_product', 'SharedContext', 'needs_substitutes', 'has_rnn', 'own_statistics', 'twice_differentiable',
-           'asymmetry', 'check_symmetric']
+           'hessian_product', 'SharedContext', 'half_autocast', 'needs_substitutes', 'has_rnn', 'own_statistics',
+           'twice_differentiable', 'asymmetry', 'check_symmetric']
 
 # %% ../nbs/00_hvp.ipynb #23113829
 import math,operator,re,sys,threading,warnings
@@ -27,7 +27,7 @@ import torch, torch.nn.functional as F, torch.autograd.forward_ad as fwAD
 from torch import Tensor,nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend,sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm,_NormBase
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -315,6 +315,14 @@ def graph_product(
         return [torch.zeros_like(p) if h is None else h.detach().as_subclass(Tensor) for h,p in zip(hs, params)]
     return product
 
+# %% ../nbs/00_hvp.ipynb #cda23127
+def _in_single(norm):
+    "`norm` in single precision: `float16` overflows in its second derivative where a channel hardly varies"
+    def f(x, *args, **kwargs):
+        half = x.dtype==torch.half and not any(isinstance(o, Tensor) and o.dtype==torch.half for o in (*args, *kwargs.values()))
+        return norm(x.float(), *args, **kwargs).to(x.dtype) if half else norm(x, *args, **kwargs)
+    return f
+
 # %% ../nbs/00_hvp.ipynb #f2441590
 def _hardsigmoid(input, inplace=False):
     y = F.relu6(input+3)/6
@@ -327,7 +335,8 @@ def _weight_norm(v, g, dim=0):
 
 def _linear_cross_entropy(*args, options=None, **kwargs): return F.linear_cross_entropy(*args, **kwargs)
 
-substitutes = {F.hardsigmoid: _hardsigmoid, torch._weight_norm: _weight_norm}
+substitutes = {F.hardsigmoid: _hardsigmoid, torch._weight_norm: _weight_norm,
+    **{f: _in_single(f) for f in (F.batch_norm, F.instance_norm, F.layer_norm)}}
 if hasattr(F, 'linear_cross_entropy'): substitutes[F.linear_cross_entropy] = _linear_cross_entropy
 
 # %% ../nbs/00_hvp.ipynb #8e18d607
@@ -562,10 +571,14 @@ class SharedContext:
             finally: self.n,self.own.n = self.n-1,self.held-1
 
 # %% ../nbs/00_hvp.ipynb #7b749980
-def needs_substitutes(model:nn.Module)->bool:
+def half_autocast()->bool:
+    "Does autocast take `float16` here?"
+    return any(torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d)==torch.half for d in ('cuda','cpu'))
+
+def needs_substitutes(model:nn.Module, half:bool=False)->bool: # `half`: will it run in half precision?
     "Does `model` contain a function whose second derivative is wrong or missing, see `substituted`?"
-    def one(m): return isinstance(m, (nn.Hardsigmoid,_WeightNorm)) or any(isinstance(h, WeightNorm) for h in m._forward_pre_hooks.values())
-    return any(one(m) for m in model.modules())
+    kinds = (nn.Hardsigmoid,_WeightNorm)+(_NormBase,nn.LayerNorm)*half
+    return any(isinstance(m, kinds) or any(isinstance(h, WeightNorm) for h in m._forward_pre_hooks.values()) for m in model.modules())
 
 # %% ../nbs/00_hvp.ipynb #6351dcbe
 def has_rnn(model:nn.Module)->bool:
@@ -591,6 +604,7 @@ eager = SharedContext(lambda: torch.compiler.set_stance('force_eager'))
 def twice_differentiable(
     model:nn.Module, # The model whose forward pass runs inside
     forward:bool=False, # Also by forward derivatives, which oneDNN's recurrent layers do not have?
+    half:bool=False, # In half precision, where no autocast around tells so?
 ):
     "Context in which the forward pass of `model` builds a graph that can be differentiated twice"
     with ExitStack() as stack:
@@ -598,7 +612,7 @@ def twice_differentiable(
         if has_rnn(model): stack.enter_context(plain_rnn)
         if forward and has_rnn(model): stack.enter_context(plain_cpu_rnn)
         if 'torch._dynamo' in sys.modules: stack.enter_context(eager)
-        if needs_substitutes(model): stack.enter_context(substituted())
+        if needs_substitutes(model, half or half_autocast()): stack.enter_context(substituted())
         stack.enter_context(own_statistics(model))
         yield
 

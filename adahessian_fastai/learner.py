@@ -26,6 +26,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import *
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import load_model,save_model
+from fastai.text.learner import TextLearner
 from .hvp import check_choice,is_part,loaded,shard_mesh,sharded_like
 from .problem import modes_kept
 from .curvature import AgreedError
@@ -57,10 +58,7 @@ def _do_one_batch(self:Learner):
 # %% ../nbs/10_learner.ipynb #eef705a7
 def _fsdp(name='FSDPModule'): return loaded('torch.distributed.fsdp', name)
 
-def unwrapped(
-    model:nn.Module, # Maybe wrapped for several devices or by `torch.compile`
-    keep_compiled:bool=False, # Stay with the compiled form of a model that is on one device?
-)->nn.Module: # With the same parameters
+def unwrapped(model:nn.Module, keep_compiled:bool=False)->nn.Module: # With the same parameters; maybe in its compiled form
     "The module inside the wrappers around `model`"
     inside = model
     while True:
@@ -73,10 +71,7 @@ def is_sharded(model:nn.Module)->bool:
     "Does some process hold only a part of a parameter of `model`?"
     return any(isinstance(m, (_fsdp(),_fsdp('FullyShardedDataParallel'))) for m in model.modules()) or bool(shard_mesh(model.parameters()))
 
-def check_model(
-    model:nn.Module, # As it is called in the training loop; raises `ValueError`
-    first_order:bool=False, # Is nothing differentiated twice? Then `fully_shard` may have sharded it
-):
+def check_model(model:nn.Module, first_order:bool=False): # Raises `ValueError`; parts will do for first derivatives
     "Refuse models in which curvature would be wrong"
     if isinstance(model, DataParallel) and len(model.device_ids)>1:
         raise ValueError(f"curvature is not available under DataParallel with {model.device_ids=}: use `learn.distrib_ctx()`")
@@ -234,7 +229,8 @@ def _at_own_rate(fit):
     def res(self, n_epoch, *args, reset_opt=False, **kwargs):
         if isinstance(vars(self).get('scaler'), torch.amp.GradScaler): self.scaler = None # An interrupt left it behind
         if reset_opt: self.create_opt()
-        with lr_of_run(self, n_epoch, kwargs.get('cbs')): return fit(self, n_epoch, *args, **kwargs)
+        cbs = inspect.signature(fit).bind(self, n_epoch, *args, **kwargs).arguments.get('cbs')
+        with lr_of_run(self, n_epoch, cbs): return fit(self, n_epoch, *args, **kwargs)
     return res
 
 for o in (Learner.fit, Learner.fit_one_cycle, Learner.fit_flat_cos): patch_to(Learner)(_at_own_rate(o))
@@ -286,7 +282,7 @@ def _unread(file, path, e):
 # %% ../nbs/10_learner.ipynb #soakload2
 @patch
 @delegates(load_model)
-def load(self:Learner, file, device=None, **kwargs):
+def load(self:(TextLearner,Learner), file, device=None, **kwargs): # The former has one of its own
     "fastai's `load`; if a second-order optimizer refuses a state, the error says why and nothing is changed"
     if self.opt is None: self.create_opt()
     if not hasattr(self.opt, 'backward'): return self._orig_load(file, device=device, **kwargs)
@@ -295,7 +291,7 @@ def load(self:Learner, file, device=None, **kwargs):
     self.opt = SimpleNamespace(load_state_dict=sds.append)
     try:
         self._orig_load(file, device=device, **kwargs)
-        opt.load_state_dict(*sds) if sds else drop_pending(opt)
+        opt.load_state_dict(*sds) if sds and kwargs.get('with_opt')!=False else drop_pending(opt)
     except BaseException as e:
         self.model.load_state_dict(kept)
         vars(opt).update(opt_kept)

@@ -157,6 +157,7 @@ def differentiate(self:CurvatureOptimizer,
     group=None, # Process group to average over, see `sync_group`
 ):
     "Add the gradient of `loss` to `p.grad` and, when one is due, an estimate of the diagonal to what is pending"
+    if self.turn and isinstance(loss, Tensor): raise ValueError(f"a loss alone is not all of a Learner's batch: {_own_backward}")
     turn = self.turn or Turn.of_loss(due(self), self.estimator, getattr(loss, 'half', False))
     problem = turn.trained(loss, trainable_params(self), scale, group)
     with whole_or_none(self):
@@ -175,10 +176,12 @@ def differentiate(self:CurvatureOptimizer,
         self.pending.add(turn.due, est, weight)
 
 # %% ../nbs/15_optimizer.ipynb #41727c9e
+_own_backward = "call `self.opt.backward(self)` in a `_backward` of your own, in place of `self.loss_grad.backward()`"
+
 def check_seen(opt, work):
     "Refuse gradients that bypassed `differentiate` where there is no average to step with; warn where an estimate was due"
     if opt.n_batches or not any(p.grad.any() for p in work): return
-    what = "call `opt.differentiate(loss)` in place of `loss.backward()`"
+    what = _own_backward if opt.turn else "call `opt.differentiate(loss)` in place of `loss.backward()`"
     if not all('hess_step' in s or not s.get('do_hessian', True) for s,_ in work.values()):
         raise ValueError(f"there is no estimate to step with: {what}; in a Learner give `opt_func=adahessian` itself, without "
             "`OptimWrapper`")

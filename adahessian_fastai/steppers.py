@@ -324,7 +324,7 @@ class Perturbation:
         copy_all([p.data for p,*_ in self.kept], [_home(*o, self.known.get(o[0], True)) for o in self.kept])
         self.kept = []
 
-    def know(self, norms): self.known,self.new = {**self.known, **dict(zip(self.new, map(bool, norms)))},{} # Whose `data` are written
+    def know(self, norms): self.known,self.new = self.known | {p: n>0 for p,n in zip(self.new, norms) if n==n},{} # Who is written
 
     def ahead(self, opt:Optimizer):
         "Move against the momentum, if that is the direction; a group with a smaller rate moves less"
@@ -354,7 +354,7 @@ def _home(p, old, written, d, size, look):
     "`old`, with what was written into `p` after the move, as an embedding with `max_norm` does"
     if not look and _written(p)==written: return old
     moved = torch.addcmul(old, d, size)
-    return torch.where(p==moved, old, p-moved+old)
+    return torch.where((p==moved)|moved.isnan(), old, p-moved+old) # The direction of a batch that is not finite is none
 
 @patch
 @contextmanager

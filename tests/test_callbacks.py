@@ -468,3 +468,19 @@ def test_a_measurement_leaves_no_gradient_of_a_callback():
     learn = learner(mlp(), *data(12), cbs=[Own()])
     learn.curvature_summary()
     assert all(p.grad is None for p in learn.model.parameters())
+
+
+@pytest.mark.parametrize('hvp', ['auto','finite_difference'])
+def test_other_modules_in_the_middle_of_a_training_are_looked_at(hvp, capsys):
+    "A kink in the place of a smooth activation, with the same parameters"
+    class Exchange(Callback):
+        def before_epoch(self):
+            if self.epoch==1: self.model[1] = nn.ReLU()
+    x,y = data(24)
+    model = nn.Sequential(nn.Linear(x.shape[1],8), nn.Tanh(), nn.Linear(8,3)).double()
+    learn = learner(model, x, y, hvp=hvp, cbs=[Exchange()])
+    if hvp=='auto':
+        fit(learn, 2)
+        assert learn.opt.estimator.curvature.used=='reverse' and capsys.readouterr().out.count("hvp='auto' is")==2
+    else:
+        with pytest.raises(ValueError, match='kink'): fit(learn, 2)

@@ -97,5 +97,5 @@ def test_a_conv1d_after_a_linear_in_torch_optimizer():
         assert all(m.get_parameter(k).isfinite().all() for k,_ in m.named_parameters())
 
 def test_the_order_of_arguments_of_the_forum():
-    with pytest.raises(ValueError, match=r'mom must be in \[0,1\)'): ours.adahessian(nn.Linear(2,1).parameters(), .15, 1, 32)
+    with pytest.raises(ValueError, match=r'mom must be a number in \[0,1\)'): ours.adahessian(nn.Linear(2,1).parameters(), .15, 1, 32)
     assert ours.adahessian(nn.Linear(2,1).parameters(), .15, n_acc=1, block_length=32).n_acc==1

@@ -9,6 +9,7 @@ from fastai.callback.schedule import ParamScheduler,SchedLin
 from fastai.callback.training import GradientAccumulation,ShortEpochCallback
 from fastai.learner import Callback,CancelBatchException,CancelStepException,Learner,defaults,load_learner
 from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import Adam,Lookahead,OptimWrapper
@@ -448,3 +449,20 @@ def test_an_optimizer_that_came_in_the_middle_keeps_its_own_rate():
     assert learn.lr==defaults.lr
     learn.fit(1)
     assert learn.opt.hypers[0]['lr']==defaults.lr
+
+
+@pytest.mark.parametrize('name,before', [('fit', (None,None)), ('fit_one_cycle', (None,25.,1e5,.25,None,None)), ('fit_flat_cos', (None,1e5,.75,None))])
+def test_callbacks_by_position_count_for_the_rate_of_a_run(name, before):
+    "Accumulation makes the training shorter in steps, so its rate is larger"
+    x,y = torch.randn(60,4),torch.randint(3, (60,))
+    seen = []
+    class Rates(Callback):
+        order = 99
+        def before_batch(self):
+            if self.training: seen[-1].append(self.opt.hypers[-1]['lr'])
+    for by_name in (True,False):
+        seen.append([])
+        learn = Learner(DataLoaders(*2*[DataLoader(list(zip(x, y)), bs=6)]), nn.Linear(4,3), CrossEntropyLossFlat(), opt_func=modern)
+        fit,cbs = getattr(learn, name),[GradientAccumulation(12),Rates()]
+        with learn.no_bar(),learn.no_logging(): fit(25, cbs=cbs) if by_name else fit(25, *before, cbs)
+    assert seen[0]==seen[1] and max(seen[0])>0.19

@@ -314,3 +314,19 @@ def test_a_loss_scale_divides_shared_memory_once(kwargs):
         return [opt.diags[p] for p in (a,b,c)]
     assert all(torch.equal(d, e) for d,e in zip(diags(1.), diags(1024.), strict=True))
     assert diags(1024.)[0].tolist()==diags(1024.)[1].tolist()==[2.]*3
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(curvature='ggn'), dict(hvp='auto'), dict(hessian_bs=6), dict(n_samples=2)], ids=str)
+def test_a_batch_norm_of_a_channel_that_hardly_varies(cpu_amp, kwargs):
+    "Behind a dead ReLU torch's second derivative overflows in float16: no estimate was finite, and no step was made"
+    def made():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(5,8,bias=False), nn.ReLU(), nn.BatchNorm1d(8), nn.Linear(8,3))
+        with torch.no_grad():
+            net[0].weight[2] = torch.tensor([-1.,0,0,0,0])
+            x,y = torch.randn(48,5),torch.randint(3, (48,))
+            x[:,0] = x[:,0].abs()
+        return learner(net, x, y, bs=12, probe=given(), **kwargs)
+    half,whole = fit(made().to_fp16(), 2),fit(made(), 2)
+    assert half.opt.n_dropped==half.opt.n_skipped==0 and half.opt.n_estimates==half.opt.n_steps==8
+    assert distance(half, whole)<5*FP16

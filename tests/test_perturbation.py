@@ -1,13 +1,13 @@
 "The forward pass at θ - ρm/‖m‖ or θ + ρg/‖g‖: a literal twin, and parameters that are never seen where they do not belong"
-import pickle,warnings
+import math,pickle,warnings
 import pytest,torch,torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
 from functools import partial
 from torch import nn
-from fastai.basics import DataLoaders,Learner
-from adahessian_fastai.all import AdaHessian,AdaHessianWrapper,m_sassha,sassha
+from fastai.basics import DataLoader,DataLoaders,Learner
+from adahessian_fastai.all import AdaHessian,AdaHessianWrapper,adahessian as modern,m_sassha,sassha
 from adahessian_fastai.steppers import Perturbation,perturbed
 from helpers_learner import HYPERS,ROUNDING,Noted,data,distance,fit,given,learner,mlp,one_loss,split,state_of
 from twin import Twin
@@ -465,3 +465,26 @@ def test_steps_of_sassha_equal_its_algorithm():
         m,h = 0.9*m+0.1*2*c*there,0.999*h+0.001*2*c.abs()
         w = w*(1-0.1*5e-4)-0.1*m/(1-0.9**t)/((h/(1-0.999**t)).sqrt()+1e-4)
     assert torch.allclose(learn.model.w.detach(), w, rtol=1e-10)
+
+
+@pytest.mark.parametrize('bad', [0,2])
+@pytest.mark.parametrize('opt_func', [sassha,m_sassha,modern,partial(sassha, hvp='forward')], ids=['sassha','m_sassha','adahessian','forward'])
+def test_a_batch_that_is_not_finite_moves_nothing(opt_func, bad):
+    "Neither in the first step, where each parameter is looked at for writes, nor in an embedding whose forward pass writes at each"
+    class Bounded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb,self.out = nn.Embedding(4, 3, max_norm=1.),nn.Linear(3, 1)
+        def forward(self, x): return self.out(self.emb(x[:,0].long())*x[:,1:])
+    torch.manual_seed(0)
+    x,y = torch.cat([torch.arange(16)[:,None]%4, torch.ones(16,1)], 1),torch.randn(16,1)
+    x[4*bad,1] = math.nan
+    class Seen(Callback):
+        kept = None
+        def before_batch(self):
+            if self.training and self.iter==bad: self.kept = [p.detach().clone() for p in self.model.out.parameters()]
+        def after_batch(self):
+            if self.training and self.iter==bad: self.same = all(torch.equal(p, o) for p,o in zip(self.model.out.parameters(), self.kept))
+    learn = Learner(DataLoaders(*2*[DataLoader(list(zip(x, y)), bs=4)]), Bounded(), nn.MSELoss(), opt_func=opt_func, cbs=(seen := Seen()))
+    with learn.no_bar(),learn.no_logging(),pytest.warns(UserWarning, match='step skipped'): learn.fit(1, 0.01)
+    assert seen.same and learn.opt.n_skipped==1 and learn.opt.n_steps==3 and all(p.isfinite().all() for p in learn.model.parameters())

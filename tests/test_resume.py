@@ -8,6 +8,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner,load_learner
 from fastai.optimizer import Adam
+from fastai.text.learner import TextLearner
 from functools import partial
 from torch import nn
 from adahessian_fastai.all import adahessian,adahessian_paper,hessian_free,sassha,sophia
@@ -642,3 +643,26 @@ def test_settings_of_a_state_are_finite_numbers(odd):
     opt = adahessian_paper([torch.nn.Parameter(torch.ones(2))])
     sd = opt.state_dict()
     with pytest.raises(ValueError, match='hyperparameters must be finite numbers'): opt.load_state_dict({**sd, 'hypers': [{**sd['hypers'][0], 'own': odd}]})
+
+
+def test_a_text_learner_loads_as_any_other(tmp_path):
+    "fastai's `TextLearner` has a `load` of its own, which swallowed what the optimizer refused and kept what was pending"
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb,self.out = nn.Embedding(9,4),nn.Linear(4,3)
+        def forward(self, x): return self.out((h := self.emb(x)).mean(1)),[h],[h]
+        def reset(self): pass
+    def made(opt_func):
+        torch.manual_seed(0)
+        items = list(zip(torch.randint(9, (24,6)), torch.randint(3, (24,))))
+        learn = TextLearner(DataLoaders(*2*[DataLoader(items, bs=6)]), Reads(), loss_func=nn.CrossEntropyLoss(), opt_func=opt_func, path=tmp_path)
+        with learn.no_bar(),learn.no_logging(): learn.fit(1, 0.1)
+        return learn
+    made(Adam).save('adam')
+    learn = made(partial(adahessian_paper, n_acc=3))
+    before = [p.detach().clone() for p in learn.model.parameters()]
+    with pytest.raises(ValueError, match='with_opt=False'): learn.load('adam')
+    assert all(map(torch.equal, before, learn.model.parameters())) and learn.opt.n_batches==1
+    learn.load('adam', with_opt=False)
+    assert learn.opt.n_batches==0 and not torch.equal(before[0], learn.model.emb.weight)
