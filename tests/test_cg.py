@@ -391,3 +391,26 @@ def test_a_product_of_other_shapes_is_named():
     for wrong in (lambda v: v[:1], lambda v: [o[:1] for o in v], lambda v: [o.reshape(-1,1) for o in v], lambda v: v[0]):
         with pytest.raises(ValueError, match='the product must be tensors of the shapes'): flat_product(wrong, ps)(torch.ones(3))
     assert flat_product(lambda v: [2*o for o in v], ps, damping=1.)(torch.ones(3)).tolist()==[3.]*3
+
+def test_the_way_through_a_saddle_ends_after_two_iterations():
+    "The best point of the span of Ab and A³b, which is not yet the solution"
+    d = torch.tensor([1.,-2.,4.])
+    K = torch.stack([d, d**3], 1)
+    want = K@torch.linalg.solve(K.T@(d[:,None]**2*K), K.T@d)
+    assert torch.allclose(through_saddle(lambda v: d*v, torch.ones(3)), want, rtol=1e-4) and not torch.allclose(want, 1/d, rtol=.1)
+
+def test_no_limit_and_what_to_do_at_negative_curvature_arrive():
+    "Twelve unknowns in single precision take more than twelve iterations; along the right-hand side the curvature is -1"
+    def reason(d, *args, **kwargs): return CG(*args, tol=1e-5, martens_eps=0, **kwargs).solve(lambda v: [d*v[0]], torch.ones_like(d), [d])[0].reason
+    steep,bent = torch.logspace(0, 4, 12),torch.tensor([1.,-2.])
+    assert (reason(steep, 12),reason(steep, None))==('max_iter','tolerance')
+    assert (reason(bent),reason(bent, 1, neg_curv='abs'))==('negative curvature','max_iter')
+
+def test_a_list_of_modules_is_several():
+    net = nn.ModuleList([nn.Linear(1, 1), nn.Linear(2, 2)])
+    for hidden,want in ((lambda m: m, [*net]), (lambda m: m[1], [net[1]])): assert Damping(structural=.1, hidden=hidden).states_of(net)==want
+
+@pytest.mark.parametrize('every', [1,5])
+def test_an_infinite_negative_curvature_moves_nothing_and_the_model_stays_zero(every):
+    res = cg(lambda v: v*-math.inf, torch.ones(2), check_every=every, max_iter=9)
+    assert (res.values,res.reason,res.x.tolist())==([0.,0.],'negative curvature',[0.,0.])

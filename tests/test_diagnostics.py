@@ -1530,3 +1530,39 @@ def test_a_summary_of_given_batches_is_that_of_their_mean():
     first,second = (learn.curvature_summary(batches=bs, **few).split('network')[1].split()[:3] for bs in ([b], [b,b]))
     assert [float(o) for o in first if o!='±']==pytest.approx([float(o) for o in second if o!='±'], rel=1e-3)
     assert '2 batches' in learn.curvature_summary(batches=[b,b], **few)
+
+def test_an_eigenvalue_within_its_rounding_is_no_curvature():
+    "Half of `up` times one square, less another: up=1e-7 is below the rounding of single precision beside -2"
+    class Point(nn.Module):
+        def __init__(self): self.w = super().__init__() or nn.Parameter(torch.ones(2))
+        def forward(self, x): return self.w*1
+    d = DataLoaders(*(TfmdDL(TensorDataset(torch.zeros(4, 1), torch.zeros(4)), bs=4, num_workers=0) for _ in range(2)))
+    def seen(up): return Learner(d, Point(), lambda p,y: up/2*p[0]**2-p[1]**2, opt_func=partial(SGD, mom=0.)).stability(1)
+    flat_one,curved = seen(1e-7),seen(.5)
+    assert 0<flat_one.lambda_max<=flat_one.bound and flat_one.limit==math.inf and curved.limit==pytest.approx(2/.5, rel=EIGEN)
+
+@pytest.mark.parametrize('kwargs', [dict(seed=7), dict(seed=7, max_iter=2)])
+def test_the_limit_in_the_summary_has_its_seed_and_its_steps(kwargs):
+    "Before training the scale of the steps comes from probes, so each seed and number of steps has a limit of its own"
+    learn = learner('no_dropout', adahessian)
+    said = repr(learn.stability(1, **kwargs))
+    assert said in learn.curvature_summary(n_samples=2, **kwargs) and said!=repr(learn.stability(1, **{**kwargs, 'seed': 42}))
+
+def test_the_rate_without_a_training_is_that_of_the_last_group():
+    learn = opted_out(SGD)
+    learn = Learner(learn.dls, learn.model, MSELossFlat(), opt_func=SGD, splitter=lambda m: [list(o.parameters()) for o in m])
+    learn.create_opt()
+    learn.opt.set_hyper('lr', slice(.01,.3))
+    assert [o['lr'] for o in learn.opt.hypers]==pytest.approx([.01,.3]) and trained_lr(learn)==pytest.approx(.3)
+
+def test_a_limit_knows_the_averages_that_are_there_beside_fresh_ones():
+    "The second layer joins after a training without it; larger averages of the first one make its steps shorter"
+    learn = opted_out(adahessian)
+    for p in learn.model[1].parameters(): p.requires_grad_(False)
+    with learn.no_bar(),learn.no_logging(): learn.fit(2, 1e-3)
+    for p in learn.model[1].parameters(): p.requires_grad_(True)
+    limits = []
+    for k in (1,1e8):
+        for p in learn.model[0].parameters(): learn.opt.state[p]['sqr_avg_diag_hessian'].mul_(k)
+        limits.append(learn.stability(1).limit)
+    assert 0<limits[0]<limits[1]/1.1

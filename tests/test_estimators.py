@@ -401,6 +401,14 @@ def test_noise_record_of_exact_estimates_and_of_single_samples():
         else: assert opt.noise_record[0][0]==0 and opt.noise_record[0][1][0]==float('inf') and opt.noise_record[0][1][1].isnan()
 
 
+def test_an_estimate_that_is_not_finite_leaves_no_record_of_its_noise():
+    p = nn.Parameter(torch.ones(3))
+    opt = adahessian([p], n_samples=2, probe=lambda p,g: torch.full_like(p, math.nan))
+    opt.differentiate((p**3).sum())
+    with pytest.warns(UserWarning, match='not finite for 1 of 1'): opt.step()
+    assert opt.n_dropped==1 and not opt.noise_record
+
+
 def test_pending_noise_is_accumulated_saved_and_forgotten():
     net,x,y = problem()
     ps = list(net.parameters())

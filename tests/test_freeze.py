@@ -321,3 +321,15 @@ def test_what_is_frozen_may_opt_out():
     opt = adahessian([*a.parameters(), *b.parameters()])
     opt.opt_out(a)
     assert [opt.state[p].get('do_hessian', True) for p in (*a.parameters(), *b.parameters())]==[False,False,True,True]
+
+
+def test_what_was_asked_for_in_vain_is_not_asked_for_alone_in_the_next_step():
+    "One estimate in two steps; p is not in the third batch, where one is due, and has it with the next one of q"
+    p,q = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    opt,n = adahessian([p,q], lr=1e-3, update_each=2, dense=0, rho=0),[]
+    for both in (True,True,False,True,True):
+        opt.differentiate((p**4).sum()+(q**4).sum() if both else (q**4).sum())
+        n.append((opt.n_estimates, p in opt.diags, q in opt.diags))
+        opt.step()
+        opt.zero_grad()
+    assert n==[(1,True,True), (1,False,False), (2,True,True), (2,False,False), (3,True,True)]

@@ -397,3 +397,19 @@ def test_a_function_whose_backward_pass_is_linear_on_both_sides_of_zero_only():
     share = torch.stack([torch.cat([x[:i+1].softmax(0), x.new_zeros(2-i)]) for i in range(3)]).detach()
     v = torch.tensor([1.,-2.,0.5], dtype=torch.double)
     assert torch.allclose(reverse_jvp([torch.logcumsumexp(x, 0)], [x])([v])[0], share@v, **EXACT)
+
+def test_outputs_in_which_the_loss_is_linear_are_outputs_all_the_same():
+    "Inputs 1 and 3: no curvature along z=x, and its squared gradients 1 and 9; those of y² at y=2x are 4² and 36²"
+    a,b = (torch.tensor([o], dtype=F64, requires_grad=True) for o in (1.,2.))
+    x,one = torch.tensor([1.,3.], dtype=F64),torch.ones(1, dtype=F64)
+    z,y = a*x,b*x
+    loss = (z+y**2).mean()
+    assert [o.item() for o in fisher_diagonal([z,y], loss, [a,b])]==[(1+9)/2,(16+1296)/2]
+    assert ggn_product([z,y], loss, [a,b])([one,one])==[0.,2*(1+9)/2] and ggn_product(z, z.mean(), [a])([one])==[0.]
+
+def test_squares_in_half_precision_are_added_up_in_single():
+    "320 samples with the gradient 1: bfloat16 would count to 256"
+    w = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    z = w*torch.ones(320, dtype=torch.bfloat16)
+    d, = fisher_diagonal(z, z.sum(), [w], reduction='sum')
+    assert d.dtype==torch.bfloat16 and d.item()==320

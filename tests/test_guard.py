@@ -213,6 +213,11 @@ def test_a_loss_has_grown_where_it_was_far_below_the_first():
     "Ten times its best, and above a tenth of the first one"
     assert len(said_of(1., *[0.001]*600, *[0.5]*60))==1
 
+def test_a_loss_that_is_still_far_below_the_first_has_not_grown():
+    "A hundred times its best, and a hundredth of where it began: nothing; then a tenth of that and more"
+    low = [1000.,*[0.1]*2000,*[10.]*300]
+    assert said_of(*low)==[] and len(said_of(*low, *[200.]*300))==1
+
 def test_of_a_loss_below_zero_nothing_is_said(): assert said_of(1., *[-5.]*20, *[0.9]*200)==[]
 
 def test_the_loss_of_a_step_is_the_mean_of_its_batches():

@@ -577,3 +577,30 @@ def test_a_wrong_third_derivative_of_torch_is_told():
     v = [randn(*p.shape, seed=i) for i,p in enumerate(ps)]
     right = by_differences(loss, ps, v)
     assert relative(hessian_product(loss, ps, 'finite_difference')(v), right)<1e-5<0.01<relative(unflat(wrong@flat(v), ps), right)
+
+
+def test_the_last_of_the_products_that_were_announced_frees_the_graph():
+    w = torch.ones(2, requires_grad=True)
+    def product(n): return graph_product(graph_gradient((w**3).sum(), [w]), [w], n)
+    for n in (1,3):
+        f = product(n)
+        assert all(f([w])[0].tolist()==[6.,6.] for _ in range(n))
+        with pytest.raises(RuntimeError, match='second time'): f([w])
+    f = product(None)
+    assert all(f([w])[0].tolist()==[6.,6.] for _ in range(5))
+
+
+def test_a_kink_between_two_steps_is_an_infinite_error():
+    "The product by the shorter step is zero, by the longer one it is not"
+    p = nn.Parameter(torch.zeros(1))
+    def loss(): return F.relu(p-1.5*torch.finfo(p.dtype).eps**.5).sum()
+    assert difference_product(loss, [p], [torch.zeros(1)])([torch.ones(1)])==[0.]
+    assert difference_error(loss, [p], [torch.ones(1)], [torch.zeros(1)])==math.inf
+
+
+def test_the_error_of_a_difference_by_hand():
+    "The gradient x³ at zero, where the product is zero: h² comes out, 4h² at twice the step, and a central difference divides by three"
+    p = nn.Parameter(torch.zeros(1, dtype=torch.double))
+    one,zero = torch.ones_like(p, requires_grad=False),torch.zeros_like(p, requires_grad=False)
+    errors = [difference_error(lambda: (p**4/4).sum(), [p], [one], grads) for grads in (None,[zero])]
+    assert errors==pytest.approx([1.,3.])

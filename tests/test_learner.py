@@ -415,6 +415,12 @@ def test_a_number_that_equals_the_default_is_given_all_the_same(tmp_path):
     assert top(learn)==top(copy.deepcopy(learn))==top(pickle.loads(pickle.dumps(learn)))==0.15
 
 
+def test_no_rate_in_a_partial_is_none_given():
+    learn = learner(partial(modern, lr=None))
+    learn.create_opt()
+    assert learn.lr==0.15 and [o['lr'] for o in learn.opt.hypers]==[0.15]*3
+
+
 def test_the_rate_of_a_length_with_loaders_of_pytorch():
     "112 steps of two batches each: 0.15√2"
     ds = torch.utils.data.TensorDataset(torch.randn(256,6), torch.randint(2, (256,)))

@@ -3,6 +3,7 @@ import math,warnings
 import pytest,torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
+from fastai.learner import Learner
 from fastai.callback.training import GradientAccumulation,GradientClip
 from torch import nn
 from adahessian_fastai.all import Problem,adahessian_paper,hessian_free,sophia
@@ -190,7 +191,7 @@ def test_the_scale_of_curvature_falls_until_the_estimate_is_finite(cpu_amp):
     x,y = data(16*12, (3,16,16), 10, dtype=torch.float)
     learn = learner(convnet().float(), x, y, bs=16, probe=given())
     learn.create_opt()
-    learn.opt.curvature_scale.c = 2.**8
+    learn.opt.curvature_scale.c,learn.opt.curvature_scale.size = 2.**8,2.**8
     with pytest.warns(UserWarning, match='estimate of the diagonal is not finite'): fit(learn.to_fp16())
     assert learn.opt.n_dropped>1 and learn.opt.curvature_scale.c==2.**(8-learn.opt.n_dropped)
     counts = [s['hess_step'] for s in learn.opt.opt.state.values() if 'hess_step' in s]
@@ -330,3 +331,30 @@ def test_a_batch_norm_of_a_channel_that_hardly_varies(cpu_amp, kwargs):
     half,whole = fit(made().to_fp16(), 2),fit(made(), 2)
     assert half.opt.n_dropped==half.opt.n_skipped==0 and half.opt.n_estimates==half.opt.n_steps==8
     assert distance(half, whole)<5*FP16
+
+
+def test_hessian_free_in_half_precision_keeps_the_loss_scale_out_of_its_products(cpu_amp):
+    "With large inputs curvature times a scale of 65536 overflows, and each step was skipped for good"
+    def train(half):
+        torch.manual_seed(0)
+        x,y = 30*torch.randn(32,5),torch.randint(3, (32,))
+        learn = learner(nn.Sequential(nn.Linear(5,8), nn.Tanh(), nn.Linear(8,3)), x, y, bs=32, opt_func=hessian_free, hypers={})
+        return fit(learn.to_fp16() if half else learn, 12)
+    half,whole = train(True),train(False)
+    assert half.opt.n_skipped==0 and half.recorder.losses[-1]<0.7*half.recorder.losses[0]
+    assert whole.recorder.losses[-1]<0.7*whole.recorder.losses[0]
+
+
+def test_a_backward_of_ones_own_in_a_learner_is_shown_the_way(cpu_amp):
+    "A loss alone knows neither the loss scale nor the batch; with the advice the training is the usual one"
+    class Own(Learner):
+        def _backward(self): self.opt.differentiate(self.loss_grad)
+    class Advised(Learner):
+        def _backward(self): self.opt.backward(self)
+    def run(cls):
+        torch.manual_seed(1)
+        learn = learner(mlp().float(), *data(24, dtype=torch.float), probe=given())
+        learn.__class__ = cls
+        return fit(learn.to_fp16()).model
+    with pytest.raises(ValueError, match=r"self\.opt\.backward\(self\)"): run(Own)
+    assert distance(run(Advised), run(Learner))==0

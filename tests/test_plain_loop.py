@@ -7,6 +7,8 @@ from functools import partial
 from torch import nn
 from torch.optim import lr_scheduler
 from adahessian_fastai.all import Problem,adahessian as ours,adahessian_paper as adahessian,hessian_free,m_sassha,perturbed,sassha,sophia
+from adahessian_fastai.estimators import Given
+from adahessian_fastai.schedule import Every
 from helpers_learner import HYPERS,ROUNDING,data,fit,given,learner,mlp,one_loss,split
 from twin import Twin
 
@@ -287,6 +289,28 @@ def test_an_infinite_loss_with_a_finite_gradient_is_skipped():
     assert p.grad.isfinite().all()
     with pytest.warns(UserWarning, match='step skipped'): opt.step()
     assert p.tolist()==[1.,1.]
+
+def test_a_finite_loss_with_a_gradient_that_is_not_is_skipped():
+    "The diagonal is given, so that the gradient alone speaks; half of it is finite"
+    p,q = (nn.Parameter(torch.ones(2)*o) for o in (0.,1.))
+    opt = adahessian([p,q], estimator=Given(lambda problem, params: [torch.ones_like(o) for o in params]))
+    opt.differentiate((p.sqrt()*0).sum()+(q**4).sum())
+    assert p.grad.isnan().all() and q.grad.isfinite().all()
+    with pytest.warns(UserWarning, match='its gradient is not finite: step skipped'): opt.step()
+    assert (opt.n_skipped,opt.n_steps,p.tolist(),q.tolist())==(1,0,[0.,0.],[1.,1.]) and not opt.state[q].get('hess_step')
+
+def test_a_schedule_hears_of_each_step_what_moved_in_it():
+    "The same parameters have the same key, a part of them another one; the second step has no estimate"
+    heard = []
+    class Noted(Every):
+        def tick(self, n_steps, part, key=None, **kwargs): heard.append((n_steps,part,key))
+    p,q = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    opt = adahessian([p,q], when=Noted(2))
+    for both in (True,True,False):
+        opt.differentiate((p**4).sum()+(q**4).sum() if both else (p**4).sum())
+        opt.step()
+        opt.zero_grad()
+    assert [o[:2] for o in heard]==[(1,None),(2,0),(3,None)] and heard[0][2]==heard[1][2]!=heard[2][2]
 
 def test_a_loop_after_a_learner_asks_the_schedule_anew():
     "Of the Learner's last batch, which had no estimate, nothing is left"

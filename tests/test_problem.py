@@ -1,9 +1,11 @@
 "A loss as a function of parameters: what a copy keeps, and means of several, by known answers"
-import pytest,torch
+import threading
+import pytest,torch,torch.autograd.forward_ad as fwAD
 from fastai.torch_core import TensorBase
 from torch import nn
 from adahessian_fastai.curvature import GaussNewton
 from adahessian_fastai.ggn import NoOutputs
+from adahessian_fastai.hvp import dual_thread,math_attention
 from adahessian_fastai.problem import *
 
 
@@ -128,3 +130,40 @@ def test_an_empty_batch_is_no_part_of_a_mean():
     p = nn.Parameter(torch.tensor(2.))
     both = MeanProblem([Problem([p], p**2, count=4), Problem([p], p*torch.nan, count=0)])
     assert (both.loss.item(),[g.item() for g in both.gradient()],both.weights)==(4.,[4.],[1.])
+
+
+def test_a_mean_in_half_precision_is_added_up_in_single():
+    "256 and eight ones: bfloat16 has no 257, and adding it up there would leave 256"
+    p = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    g, = MeanProblem([Problem([p], p.sum()*c) for c in (256.,*[1.]*8)], [1.]*9).gradient()
+    assert g.dtype==torch.bfloat16 and g.tolist()==[264.]*2
+
+
+def test_the_others_of_a_loss_are_those_beside_the_parameters():
+    p,o = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    assert Problem([p], (p*p).sum()).others()==[] and [id(t) for t in Problem([p], (p*o).sum()).others()]==[id(o)]
+
+
+def test_a_trial_under_autocast_sees_the_moved_weights():
+    "Autocast keeps copies of weights in half precision; the loss is the weight itself"
+    w,x = nn.Parameter(torch.ones(1, 1)),torch.ones(1, 1)
+    trial = Trial(lambda: nn.functional.linear(x, w).item(), [w])
+    with torch.autocast('cpu', torch.bfloat16): assert [trial(torch.ones(1), a) for a in (0.,1.)]==[1.,2.]
+
+
+def test_modes_end_with_an_error_but_for_dual_numbers_of_another_thread():
+    def switch(thread):
+        torch._C._set_grad_enabled(False)
+        torch.overrides.BaseTorchFunctionMode().__enter__()
+        math_attention.__enter__()
+        dual_thread[:] = [thread]
+        fwAD.enter_dual_level()
+        1/0
+    n = torch._C._len_torch_function_stack()
+    for thread,level in ((threading.get_ident(),-1), (-1,0)):
+        try:
+            with pytest.raises(ZeroDivisionError), modes_kept(): switch(thread)
+            assert torch.is_grad_enabled() and math_attention.held==0 and torch._C._len_torch_function_stack()==n and fwAD._current_level==level
+        finally:
+            while fwAD._current_level>=0: fwAD.exit_dual_level()
+            dual_thread.clear()

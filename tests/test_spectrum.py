@@ -436,3 +436,9 @@ def test_weights_that_add_up_to_nothing_are_named():
 
 def test_no_direction_is_left_beside_a_whole_basis():
     with pytest.raises(ValueError, match='no direction is left'): next(lanczos(lambda v: v, [torch.zeros(2)], against=list(torch.eye(2))))
+
+@pytest.mark.parametrize('which', ['largest','smallest'])
+def test_the_search_for_missed_eigenvalues_ends_at_the_first_copy(which):
+    "Five times the eigenvalue 3: a step and a product for the pair, and as many for its copy, whatever its rounding"
+    def n_products(seed): return extreme_eigenvalues(lambda v: [3*v[0]], [torch.ones(5)], which=which, generator=gen(seed)).n_products
+    assert {*map(n_products, range(20))}=={4}

@@ -1,5 +1,5 @@
 "Translation: masks, padding, tied words, decoding against brute force and recomputation, loss against a plain loop, batches, training"
-import gzip,itertools,math,random
+import gzip,itertools,math,random,re
 from functools import partial
 import pytest,torch
 from fastai.basics import Adam,set_seed
@@ -253,3 +253,20 @@ def test_the_longest_sentence_has_as_many_words_as_was_said():
     pairs = [('a b c','x y z'), ('a b c d','x'), ('a','x y z w')]*2
     dls = translation_dls(pairs, pairs, max_len=3, bs=2, min_freq=1, device='cpu')
     assert len(dls.train.dataset)==len(dls.valid.dataset)==2 and dls.tgt_vocab.words[4:]==['x','y','z']
+
+def test_a_padded_sentence_without_its_end_has_no_padding():
+    v = Vocab(['a b'], min_freq=1)
+    a,b = v.encode('a b')
+    assert v.decode([bos,a,pad,b,pad])==v.decode([a,b,eos,a,pad])=='a b'
+
+def test_adjectives_of_the_stand_in_agree_with_their_articles():
+    "As objects: den alten, and das alte, die alte"
+    targets = [o[1] for o in sentence_pairs('toy', n=300)]
+    for article,right,wrong in (('den','en','e'), ('das','e','en'), ('die','e','en')):
+        assert any(re.search(rf' {article} \w+{right} ', o) for o in targets) and not any(re.search(rf' {article} \w+{wrong} ', o) for o in targets)
+
+def test_positions_are_the_waves_of_the_paper():
+    "Sine and cosine of t/10000^(2i/d) in turn (Vaswani et al. 2017, section 3.5)"
+    d,pos = 8,TranslationTransformer(5, 5, d=8, heads=2, max_len=20).pos
+    want = [[f(t/10000**(2*i/d)) for i in range(d//2) for f in (math.sin,math.cos)] for t in range(20)]
+    assert torch.allclose(pos, torch.tensor(want), atol=1e-5)
