@@ -307,10 +307,8 @@ def parse_value(text:str):
     try: return ast.literal_eval(dict(true='True', false='False', none='None').get(text.lower(), text))
     except (ValueError,SyntaxError): return text
 
-def parse_opts(
-    names:str, # Names of `optimizers` separated by commas, with arguments behind a colon
-)->dict: # `opt_func` by name; raises `ValueError` for an unknown name and for arguments that an optimizer refuses
-    "The optimizers that `names` lists"
+def parse_opts(names:str)->dict: # `opt_func` by name; raises `ValueError` for an unknown name, and for arguments that an optimizer refuses
+    "The optimizers that `names` lists, separated by commas, with arguments behind a colon"
     found = {}
     for item in re.split(r',(?![^(\[{]*[)\]}])', names):
         if '=' in item and ':' not in item.split('=')[0] and found: found[f'{last},{item}'] = found.pop(last)+[item]

@@ -127,7 +127,8 @@ def _orthogonal(w, basis):
 
 def _direction(params, probe, generator, basis):
     "A random unit vector orthogonal to `basis`"
-    w = _orthogonal(flat([get_probe(probe)(p, generator) for p in params]), basis)
+    w = _orthogonal(z := flat([get_probe(probe)(p, generator) for p in params]), basis)
+    if basis and w.norm()<1e-3*z.norm(): return _direction(params, 'gaussian', generator, basis) # Vectors of signs may lie in `basis`
     w = w/w.norm()
     return _orthogonal(w, basis) if basis else w
 

@@ -442,3 +442,10 @@ def test_the_search_for_missed_eigenvalues_ends_at_the_first_copy(which):
     "Five times the eigenvalue 3: a step and a product for the pair, and as many for its copy, whatever its rounding"
     def n_products(seed): return extreme_eigenvalues(lambda v: [3*v[0]], [torch.ones(5)], which=which, generator=gen(seed)).n_products
     assert {*map(n_products, range(20))}=={4}
+
+
+def test_a_start_of_signs_in_the_span_of_the_others_is_drawn_anew():
+    "Beside (1,1) signs leave (1,-1) or nothing: rounding had been taken for a vector, and an eigenvalue of 1 for 2.5e-29"
+    for seed in range(6):
+        for Q,alpha,_ in lanczos(lambda v: [v[0]], [torch.ones(2)], 'rademacher', gen(seed), [torch.ones(2)/2**.5]): pass
+        assert Q[0].norm().item()==pytest.approx(1.) and alpha==pytest.approx([1.])
