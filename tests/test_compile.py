@@ -50,7 +50,7 @@ def test_compiled_models_equal_the_plain_loop(how, update_each):
 
 
 def test_without_the_context_it_is_the_error_of_all_others(monkeypatch):
-    monkeypatch.setattr(room, 'twice_differentiable', lambda *args: nullcontext())
+    monkeypatch.setattr(room, 'twice_differentiable', lambda *args, **kwargs: nullcontext())
     x,y = data(12)
     with pytest.raises(RuntimeError, match='double backward|donated'): fit(learner(torch.compile(mlp(), backend='aot_eager'), x, y))
 
