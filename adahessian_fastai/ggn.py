@@ -226,7 +226,7 @@ def fisher_diagonal(
     else: signs = torch.randint(0, 2, (n_probes,N), generator=generator, device=generator.device if generator else device).to(device)*2.-1
     ds = in_single([torch.zeros_like(p) for p in params])
     for s in signs:
-        rows = in_single(JT([g*s.to(g.dtype).view(-1, *[1]*(g.ndim-1)) for g in gs]))
+        rows = JT([g*s.to(g.dtype).view(-1, *[1]*(g.ndim-1)) for g in gs])
         for d,r in zip(ds, rows): d.addcmul_(r, r)
     scale = (N if reduction=='mean' else 1)/(n_probes or 1)
     return [(d*scale).to(p.dtype) for d,p in zip(ds, params)]

@@ -316,7 +316,7 @@ def graph_product(
     return product
 
 # %% ../nbs/00_hvp.ipynb #cda23127
-def _in_single(norm):
+def _norm_in_single(norm):
     "`norm` in single precision: `float16` overflows in its second derivative where a channel hardly varies"
     def f(x, *args, **kwargs):
         half = x.dtype==torch.half and not any(isinstance(o, Tensor) and o.dtype==torch.half for o in (*args, *kwargs.values()))
@@ -336,7 +336,7 @@ def _weight_norm(v, g, dim=0):
 def _linear_cross_entropy(*args, options=None, **kwargs): return F.linear_cross_entropy(*args, **kwargs)
 
 substitutes = {F.hardsigmoid: _hardsigmoid, torch._weight_norm: _weight_norm,
-    **{f: _in_single(f) for f in (F.batch_norm, F.instance_norm, F.layer_norm)}}
+    **{f: _norm_in_single(f) for f in (F.batch_norm, F.instance_norm, F.layer_norm)}}
 if hasattr(F, 'linear_cross_entropy'): substitutes[F.linear_cross_entropy] = _linear_cross_entropy
 
 # %% ../nbs/00_hvp.ipynb #8e18d607

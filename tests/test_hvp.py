@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from adahessian_fastai.adahessian import adahessian_paper as adahessian
 from adahessian_fastai.hvp import *
 from adahessian_fastai.hvp import dual_substitutes,substitutes
-from helpers_learner import Cube
+from helpers_learner import Cube,Once
 
 # Two exact products differ by rounding alone
 EXACT = 1e-10
@@ -535,22 +535,11 @@ def test_symmetry_of_complex_parameters_is_not_asked():
     with pytest.raises(ValueError, match='real parameters'): check_symmetric(lambda v: v, [torch.ones(2, dtype=torch.cfloat)])
 
 
-class CubedOnce(torch.autograd.Function):
-    "`x³`, whose gradient is marked as differentiable once"
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g): return 3*ctx.saved_tensors[0]**2*g
-
-
 def test_what_is_marked_as_differentiable_once_is_refused_and_not_zero():
     "Where it is the last function, autograd finds no second derivative and no fault; the way out has 6x"
     from adahessian_fastai.spectrum import dense_hessian,hessian_times_gradient
     p = torch.tensor([1.,2.], dtype=torch.double, requires_grad=True)
-    def loss(): return CubedOnce.apply(p).sum()
+    def loss(): return Once.apply(p).sum()
     for f in (lambda: hessian_product(loss, [p])([torch.ones_like(p)]), lambda: dense_hessian(loss, [p]), lambda: hessian_times_gradient(loss, [p])):
         with pytest.raises(RuntimeError, match="once_differentiable.*finite_difference"): f()
     assert (hessian_product(loss, [p], 'finite_difference')([torch.ones_like(p)])[0]-6*p).abs().max()<DIFFERENCE
