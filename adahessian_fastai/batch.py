@@ -28,6 +28,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.losses import LabelSmoothingCrossEntropy
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 from .hvp import (SettingError,check_checkpoints,check_choice,check_count,check_like,check_switch,grads_aside,hooks_disabled,loaded,
     shard_mesh,twice_differentiable,unflat,zero_tangents)
 from .losses import bare_loss,loss_count,losses,n_targets,smoothed_cross_entropy_rule
@@ -157,10 +158,7 @@ class CurvatureScale:
     def load_state_dict(self, sd): vars(self).update({k: sd[k] for k in self.rules})
 
 # %% ../nbs/12_batch.ipynb #8f7d0fd0
-def loss_weight(
-    learn:Learner, # In the middle of a batch
-    leave_out:tuple=(), # Classes of callbacks that have no part in the loss
-)->float: # 1. without accumulation
+def loss_weight(learn:Learner, leave_out:tuple=())->float: # 1. without accumulation; classes of callbacks that have no part
     "The weight that `GradientAccumulation` gives to the loss of this batch"
     cb = callback_of(learn, GradientAccumulation)
     return 1. if cb is None or isinstance(cb, leave_out) else find_bs(learn.yb)/cb.n_acc
@@ -225,7 +223,14 @@ class LearnerProblem(Problem):
         self.cbs = noted(learn) if start else ()
 
     half = cached_property(lambda self: in_half(self.learn))
-    n_items = property(lambda self: n_targets(self.learn.yb))
+    bs = property(lambda self: n_targets(self.learn.yb))
+    @property
+    def n_items(self):
+        "What the loss divides by; a class -100 of which it was not told counts too, since to look for it means to wait for the device"
+        f,_ = bare_loss(self.loss_func)
+        told = getattr(f, 'weight', None) is not None or getattr(f, 'ignore_index', -100)!=-100
+        return loss_count(self.loss_func, self.learn.yb) if told else self.bs
+
     def preserving(self): return batch_of(self.learn, self.start)
 
     @property
@@ -234,10 +239,11 @@ class LearnerProblem(Problem):
         if names := [type(cb).__name__ for cb in self.learn.cbs if takes_part(cb)]: return f"the callbacks {names} take part in the loss"
         return '' if self.learn.model is self.model else f"the model is wrapped in a {type(self.learn.model).__name__}"
 
-    def evaluate_again(self, twice=False):
+    def evaluate_again(self, twice=False, trained=False): # `trained`: with the modules' backward hooks, for the gradient of a step
         "Loss and outputs of the same batch at the present values of the parameters"
         learn,around = self.learn,partial(twice_differentiable, self.model, forward=True, half=self.half) if twice else nullcontext
-        with batch_of(learn, self.start, self.cbs),without_backward_hooks(self.model),around():
+        hooks = nullcontext() if trained else without_backward_hooks(self.model)
+        with batch_of(learn, self.start, self.cbs),hooks,around():
             evaluate_batch(learn, self.model if twice else unwrapped(learn.model, keep_compiled=True), self.leave_out)
             return learn.loss_grad.as_subclass(Tensor),learn.pred
 
@@ -250,7 +256,7 @@ class LearnerProblem(Problem):
         rng, # `device -> generator`, seeded like the one that the estimate will get
     ): # Yields a `LearnerProblem`; raises `ValueError` where rows have no loss of their own
         "Context with the problem of `n` random rows; leaves no trace"
-        learn,bs = self.learn,self.n_items
+        learn,bs = self.learn,self.bs
         check_rows_possible(learn, n, bs)
         idxs = torch.randperm(bs, generator=generator)[:n].sort().values # Rows may come in an order, such as the longest first
         if any(isinstance(m, loaded('fastai.text.models.core', 'SentenceEncoder')) for m in self.model.modules()): idxs[0] = 0
@@ -308,41 +314,28 @@ class Turn(NamedTuple):
         return cls(estimator, params, share, rows, start, aside, not (aside or twice))
 
     @classmethod
-    def of_loss(cls,
-        due, # A `Due` of the schedule; raises `ValueError` where it wants a part of the batch
-        estimator, # Any estimator
-        half:bool=False, # Is the loss in half precision?
-    ):
+    def of_loss(cls, due, estimator, loss): # A `Due` of the schedule; raises `ValueError` where it wants a part of the batch
         "The turn of a plain loop, where only the loss is known"
         params,share,n_samples = due
-        if params: notice(estimator, params, half)
+        if params: notice(estimator, params, isinstance(loss, Problem) and loss.half)
         if params and share not in (0,None):
             raise ValueError(f"hessian_bs takes rows of a Learner's batch, and a plain loop has a loss alone, got hessian_bs={share}")
         return cls(with_samples(estimator, n_samples), params, share, None if params else 0)
 
 # %% ../nbs/12_batch.ipynb #c6a83ecc
 @patch
-def surround(self:Turn,
-    learn:Learner, # At the start of a training batch
-    rng, # `device -> generator`, seeded like the one that the estimate will get
-): # A context
+def surround(self:Turn, learn:Learner, rng): # A context; `rng` is seeded like the one that the estimate will get
     "What the forward pass of the batch needs for the estimate"
     return self.estimator.surround(unwrapped(learn.model), self.due, rng, no_duals(learn)) if self.around else nullcontext()
 
 @patch
-def problem(self:Turn,
-    learn:Learner, # In the middle of a batch, with prediction and loss
-    params:list, # Parameters that are trained
-)->LearnerProblem:
+def problem(self:Turn, learn:Learner, params:list)->LearnerProblem: # In the middle of a batch, with prediction and loss
     "The batch, with the processes that it is averaged over"
     return LearnerProblem(learn, params, self.start).replace(group=sync_group(learn) or shard_group(params))
 
 @patch
 @contextmanager
-def evaluated(self:Turn,
-    problem, # The `Problem` of the batch
-    rng, # `stream -> (device -> generator)`
-): # Yields a `Problem`
+def evaluated(self:Turn, problem, rng): # Yields a `Problem`; `rng` is `stream -> (device -> generator)`
     "Context with what the estimate is taken on"
     if self.part is None: on = nullcontext(problem.again(twice=True) if self.aside else problem)
     else: on = problem.rows(self.part, rng(1)(torch.device('cpu')), self.estimator, self.due, rng(0))
@@ -506,10 +499,7 @@ def divided(product, scale): return product if scale==1. else lambda v: [o/scale
 
 @patch
 @contextmanager
-def recording(self:Batches,
-    learn, # At the start of a training batch
-    states_of # `model -> modules` whose outputs are hidden states
-):
+def recording(self:Batches, learn, states_of): # At the start of a training batch; `model -> modules` whose outputs are hidden states
     "Context of a training batch: remembers where it starts, has attention and RNNs build graphs that can be differentiated twice"
     check_model(learn.model)
     model = unwrapped(learn.model)
@@ -540,7 +530,8 @@ def add(self:Batches,
     for o in params if self.held else (): o.grad = torch.zeros_like(o)
     self.pending.append(p if self.keep_graph else p.without_graph())
     if first: check_gradients(params)
-    learn.pred,learn.loss,learn.loss_grad = to_detach((learn.pred, learn.loss, learn.loss_grad), cpu=False, gather=False)
+    detached = lambda o: o.detach() if isinstance(o, Tensor) else o
+    learn.pred,learn.loss,learn.loss_grad = tree_map(detached, (learn.pred, learn.loss, learn.loss_grad))
 
 # %% ../nbs/12_batch.ipynb #chkwhole1
 def check_whole_step(b, params):

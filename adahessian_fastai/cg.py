@@ -200,11 +200,7 @@ def armijo(
     return 0.,f0
 
 # %% ../nbs/04_cg.ipynb #0ec8743d
-def reduction_ratio(
-    f0:float, # Function at the start
-    f1:float, # Function after the step
-    m1:float # Quadratic model of the step, below 0
-)->float: # ρ; NaN if the model promises nothing
+def reduction_ratio(f0:float, f1:float, m1:float)->float: # ρ; NaN if the quadratic model `m1` promises nothing
     "Achieved over promised reduction"
     return (f1-f0)/m1 if m1<0 else math.nan
 

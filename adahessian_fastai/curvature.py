@@ -14,7 +14,7 @@ __all__ = ['hvp_ways', 'nonsmooth_modules', 'nonsmooth_functions', 'max_error', 
            'trial_probes', 'asymmetry_of', 'checked_reverse', 'exact_way', 'another_function', 'against_differences',
            'refuse_difference', 'is_finite', 'choose_way', 'Hessian', 'against_reverse', 'Ride', 'outputs_again',
            'PlainTensors', 'Evaluated', 'closed_hessian', 'NoProductError', 'AgreedError', 'FirstThatWorks',
-           'GaussNewton', 'agreed_costs', 'evaluated', 'way_product', 'OverBatches']
+           'GaussNewton', 'check_costs', 'agreed_costs', 'evaluated', 'way_product', 'OverBatches']
 
 # %% ../nbs/08_curvature.ipynb #4338fba8
 import math,re,time,warnings,weakref
@@ -28,8 +28,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from ._help import shown
-from .hvp import (asymmetry,check_checkpoints,check_choice,check_switch,check_twice,difference_error,difference_product,dual_gradient,
-    dual_numbers,graph_nodes,graph_product,needs_wrong_third,shard_mesh,switched,total_norm,all_bits,math_attention,twice_differentiable)
+from .hvp import (SettingError,asymmetry,check_checkpoints,check_choice,check_count,check_pair,check_switch,check_twice,
+    difference_error,difference_product,dual_gradient,dual_numbers,graph_nodes,graph_product,needs_wrong_third,shard_mesh,switched,
+    total_norm,all_bits,math_attention,twice_differentiable)
 from .hutchinson import draw_like,rademacher_like
 from adahessian_fastai.ggn import (NoOutputs,adjoint_error,best_jvp,dual_jvp,ggn_product,linear_jvp,model_forward,output_tensors,
     reverse_jvp)
@@ -338,11 +339,12 @@ class Hessian:
         if untried and not is_finite(problem): return Local(lambda v: [p.detach()*math.nan for p in params])
         if self.used is None:
             self.used,why = choose_way(problem, params)
+            self.trusted = problem.evaluate is not None and problem.scale==1 # Nothing was compared otherwise
             print(f"hvp='auto' is {self.used!r} here: {why}")
         if self.again and problem.scale!=1:
             raise ValueError(f"hvp={self.method!r} does not go with the loss scale of fp16: use hvp='reverse' (in hessian_free "
                 f"`Hessian('reverse')`)" + (', or bf16' if self.method=='forward' else ''))
-        if not self.trusted and self.method!='auto': return self.first(problem, params, n_products)
+        if not self.trusted and (self.method!='auto' or self.used=='reverse'): return self.first(problem, params, n_products)
         return hvp_ways[self.used](problem, params, n_products)
 
     def first(self, problem, params, n_products):
@@ -361,8 +363,11 @@ class Hessian:
 
     def __getstate__(self): return {**vars(self), 'known': set(), 'kinds': None}
     def state_dict(self): return dict(used=self.used, seen=self.seen)
-    def load_state_dict(self, sd):
-        self.used,self.seen = sd.get('used') if self.method=='auto' else self.used,tuple(sd.get('seen', self.seen))
+    def load_state_dict(self, sd): # Raises `ValueError`
+        if (used := sd.get('used')) is not None: check_choice('used', used, hvp_ways)
+        seen = sd.get('seen', self.seen)
+        if not isinstance(seen, (tuple,list)) or len(seen)!=2: raise SettingError('seen', 'a number and a switch', seen)
+        self.used,self.seen = used if self.method=='auto' else self.used,(check_count('seen', seen[0], 0),seen[1] is True)
 
 # %% ../nbs/08_curvature.ipynb #da6e6a1c
 @patch
@@ -420,7 +425,8 @@ class Ride:
         known = [[torch.zeros_like(d.primal) if d.tangent is None else d.tangent.detach().as_subclass(Tensor) for d in duals]]
         if not self.on or any('DifferentiableGraph' in o.name() for o in graph_nodes(zs)): known.clear() # Ended, or TorchScript drops them
         self.stack.close()
-        return lambda params: lambda v: known.pop() if known else reverse_jvp(zs, params)(v)
+        def same(params): return [*map(id, params)]==[*map(id, self.params)] # A callback may have frozen one since
+        return lambda params: lambda v: known.pop() if known and same(params) else reverse_jvp(zs, params)(v)
 
 # %% ../nbs/08_curvature.ipynb #6fc4539c
 def outputs_again(problem): # `() -> [outputs]`
@@ -577,7 +583,8 @@ class GaussNewton:
             f"is tried.", stacklevel=2)
 
     def state_dict(self): return dict(costs=self.costs.copy(), n_products=self.n_products) if self.again else {}
-    def load_state_dict(self, sd): self.costs,self.n_products = dict(sd.get('costs', {})),sd.get('n_products', 0)
+    def load_state_dict(self, sd): # Raises `ValueError`
+        self.costs,self.n_products = check_costs(sd.get('costs', {})),check_count('n_products', sd.get('n_products', 0), least=0)
 
 # %% ../nbs/08_curvature.ipynb #287316fb
 max_adjoint_error = dict(full=0.01, half=0.1) # Of a Jacobian product; convolutions on a GPU have 10 bits
@@ -586,6 +593,12 @@ def _clock(params, measured):
     "The time in seconds, once the device is done if this is `measured`"
     if measured and params[0].is_cuda: torch.cuda.synchronize()
     return time.perf_counter()
+
+def check_costs(costs)->dict: # Raises `SettingError` for anything but pairs of seconds by way
+    "A copy of `costs`"
+    if not isinstance(costs, dict): raise SettingError('costs', 'a dict', costs)
+    for k,v in costs.items(): check_pair(f'costs of {k}', v, least=0)
+    return dict(costs)
 
 def agreed_costs(
     costs:dict, # Pairs of seconds by way, of this process

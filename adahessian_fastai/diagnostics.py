@@ -23,7 +23,7 @@ from fastai.optimizer import debias
 from .hvp import check_count,check_like,check_number,check_switch,flat,in_single,is_part,param_list,tensor_list,unflat
 from .hutchinson import hutchinson_diag,hutchinson_samples
 from .spectrum import confidence_interval,extreme_eigenvalues,mean_product,spectral_density
-from .losses import n_targets
+from .losses import loss_count
 from .learner import by_parameter,is_sharded,trainable_params,unwrapped
 from .batch import problem_of,snapshot_of
 from .steppers import bounded,denominator
@@ -112,7 +112,7 @@ def curvature_product(self:Learner,
             v = check_like(v, params)
             with problem_of(self, b, params, train, start) as problem: return how(problem, params, 1).product(v)
         return product
-    return mean_product(product_of, batches, weight=lambda b: n_targets(tuple(b[getattr(self.dls, 'n_inp', -1):] or b)))
+    return mean_product(product_of, batches, weight=lambda b: loss_count(self.loss_func, tuple(b[getattr(self.dls, 'n_inp', -1):] or b)))
 
 # %% ../nbs/20_diagnostics.ipynb #d1250eb5
 class ProbeStats:

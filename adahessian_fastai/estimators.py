@@ -53,7 +53,7 @@ class Hutchinson:
         n_samples:int=1, # Probes for each estimate; raises `ValueError` below 1
         probe:Literal['rademacher','gaussian']='rademacher', # Or a callable `(p, generator) -> tensor like p`
     ):
-        if curvature is not None and (isinstance(curvature, type) or not callable(curvature)):
+        if curvature is not None and (isinstance(curvature, type) or not hasattr(curvature, 'surround')):
             raise SettingError('curvature', 'an object such as GaussNewton()', curvature)
         self.curvature,self.n_samples,self.probe = curvature or Hessian(),check_count('n_samples', n_samples),get_probe(probe)
         self.ahead = []
@@ -66,7 +66,7 @@ class Hutchinson:
         def drawn(p, _):
             z = self.probe(p, rng(p.device))
             if ahead: self.ahead.append(z)
-            return z if ahead or not self.ahead else self.ahead.pop(0)
+            return self.ahead.pop(0) if not ahead and self.ahead and self.ahead[0].shape==z.shape else z
         drawn.flat = getattr(self.probe, 'flat', False)
         return drawn
 
@@ -280,7 +280,7 @@ def _refuse_others(what, name, others):
 
 def _made_object(what, o, table, given):
     of_another_kind = tuple({*curvatures.values(), *estimators.values()}-{*table.values()})
-    if isinstance(o, (type,*of_another_kind)) or not callable(o):
+    if isinstance(o, (type,*of_another_kind)) or not callable(o) or what=='estimator' and not hasattr(o, 'surround'):
         raise SettingError(what, f"one of {list(table)}, or an object made by one of {[c.__name__ for c in table.values()]}", o)
     _refuse_others(what, o, given)
     return deepcopy(o) if isinstance(o, (Hessian,GaussNewton)) else o
@@ -332,4 +332,5 @@ def mean_curvature(
     ggn = isinstance(curvature, str) and curvature=='ggn'
     jvp = check_choice('jvp', jvp, ('auto',*jvp_ways))
     how = made('curvature', curvature, curvatures, jvp=jvp if ggn or jvp!='auto' else None, closed=ggn or None)
+    if not hasattr(how, 'state_dict'): raise SettingError('curvature', "'ggn', 'hessian' or an object such as `Hessian('forward')`", how)
     return how if isinstance(how, GaussNewton) else OverBatches(how)

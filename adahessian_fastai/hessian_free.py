@@ -10,8 +10,8 @@ Then it evaluates the loss to see how far to go. `lr` is no rate but a factor on
 
 # %% auto #0
 __all__ = ['own_rules', 'groups', 'HessianFree', 'hessian_free', 'count_skipped', 'hyper_of', 'descended', 'decay', 'scaled',
-           'adapt', 'warm_start', 'warm', 'present_state', 'skip_step', 'put_hypers', 'warn_of_batch_norm', 'progress',
-           'upgraded_state', 'check_own', 'grouped', 'made_group', 'flat_signature']
+           'adapt', 'warm_start', 'warm', 'warn_of_zero', 'present_state', 'skip_step', 'put_hypers',
+           'warn_of_batch_norm', 'progress', 'upgraded_state', 'check_own', 'grouped', 'made_group', 'flat_signature']
 
 # %% ../nbs/18_hessian_free.ipynb #9cc3f5b5
 import functools,inspect,math,time,warnings
@@ -53,10 +53,10 @@ class HessianFree(Optimizer):
 
 def hessian_free(
     params, # Parameters, or lists of them as groups
-    **kwargs # As for `HessianFree`
+    *args, **kwargs # As for `HessianFree`
 )->HessianFree:
     "Hessian-free optimizer, for `opt_func` of a `Learner`"
-    return HessianFree(params, **kwargs)
+    return HessianFree(params, *args, **kwargs)
 
 # %% ../nbs/18_hessian_free.ipynb #d1bd7f3b
 @patch
@@ -132,6 +132,12 @@ def warm(opt, ps, x):
     for p,o in zip(ps, unflat(x*opt.cg.x0_decay, ps)): opt.state[p]['x0'] = o
 
 # %% ../nbs/18_hessian_free.ipynb #2bf49632
+def warn_of_zero(product, b, ps): # `b` is a gradient
+    "Warn where the curvature along the gradient is zero"
+    if not any(o.any() for o in product(unflat(b, ps))): warnings.warn("the curvature along the gradient is zero, so steps go along it: if "
+        "the loss is linear in the outputs, as F.nll_loss is in log-probabilities, return logits and take F.cross_entropy, or take "
+        "curvature='hessian'", stacklevel=3)
+
 @patch
 def solve(self:HessianFree, ps, b, product=None, preconditioner=None):
     "CG on the damped curvature: `CGResult`, and a way through a saddle or `None`"
@@ -146,7 +152,9 @@ def solve(self:HessianFree, ps, b, product=None, preconditioner=None):
         elif self.preconditioner: M = self.preconditioner.inverse(curv, ps, lams, self.batches.reduction)
         del curv
         def run(product): return self.cg.solve(product, b, ps, lams, warm_start(self, ps), M, progress(self))
-        try: return run(product)
+        try:
+            if self.n_steps==1: warn_of_zero(product, b, ps)
+            return run(product)
         except NoProductError as e:
             if len(self.curvature.failed)>n_failed: warnings.warn(f"No product with the curvature works here ({e}): steps go along the "
                 f"gradient", stacklevel=2)
@@ -209,7 +217,8 @@ def step(self:HessianFree,
     if any(o is not None for o in (grad, product, preconditioner)):
         raise ValueError("grad, product and preconditioner go with a closure: step(closure, product=...)")
     if not b.pending and not b.rounds and any(p.grad is not None for p in ps):
-        raise ValueError("there is no batch to step on: in a plain loop give `step` a closure that returns loss and outputs")
+        raise ValueError("there is no batch to step on: in a plain loop give `step` a closure that returns loss and outputs, and in a "
+            "`_backward` of your own call `self.opt.backward(self)` in place of `self.loss_grad.backward()`")
     b.close(ps)
     if len(b.rounds)==b.n_acc: return self.update(partial(b.ready, ps))
 
@@ -333,19 +342,17 @@ def state_dict(self:HessianFree)->dict:
     return {**Optimizer.state_dict(self), 'hypers': [dict(o) for o in self.hypers], 'curvature': own}
 
 @patch
-def load_state_dict(self:HessianFree,
-    sd:dict # From `state_dict`; raises `ValueError` if it is of another model or optimizer
-):
+def load_state_dict(self:HessianFree, sd:dict): # From `state_dict`; raises `ValueError` if it is of another model or optimizer
     "Continue from `sd`; batches seen since the last step are forgotten"
     sd = upgraded_state(sd)
     (hypers,state),own = checked_steppers(self, sd, ('lr','wd','damping'), **own_rules),sd['curvature']
     check_own(own, state)
+    self.curvature.load_state_dict(own['products'])
     self.hypers,self.state = hypers,state
     self.zero_grad()
     self.forget()
     vars(self).update(own['counts'])
     self.record = deque(own['record'], maxlen=self.record.maxlen)
-    self.curvature.load_state_dict(own['products'])
     if self.preconditioner and own['generator'] is not None: self.preconditioner.generator.set_state(own['generator'].cpu())
 
 # %% ../nbs/18_hessian_free.ipynb #a46a9cea
@@ -361,10 +368,7 @@ own_rules = dict(counts=dict.fromkeys(('n_steps','n_skipped'), whole_number), pr
     record=(lambda v: isinstance(v, list) and all(isinstance(r, dict) and 'step' in r for r in v), 'a list of steps'))
 
 def check_own(own, state):
-    "Raise `ValueError` for impossible costs, generators or warm starts"
-    for k,v in own['products'].get('costs', {}).items():
-        if not (isinstance(v, (tuple,list)) and len(v)==2 and all(isinstance(o, (int,float)) and 0<=o<math.inf for o in v)):
-            raise SettingError(f'costs of {k}', 'two numbers >= 0', v)
+    "Raise `ValueError` for impossible generators or warm starts"
     if own['generator'] is not None: torch.Generator().set_state(own['generator'].cpu())
     odd = [x0 for s in state.values() if not isinstance(x0 := s.get('x0'), (Tensor,type(None)))]
     if odd: raise ValueError(f"x0 of a parameter must be a tensor, got {odd[0]!r}")

@@ -284,10 +284,10 @@ def missing_second_derivative():
     "Say what helps where PyTorch says that a function has no second derivative"
     try: yield
     except RuntimeError as e:
-        if not re.search('is not implemented|support double backward', str(e)): raise
+        if not re.search('is not implemented|support double backward|double backwards .* not supported', str(e)): raise
         raise RuntimeError(f"{str(e).splitlines()[0]}: outside a Learner compute attention, recurrent layers and compiled models inside "
-            "`with twice_differentiable(model):`. Else take, for adahessian, hvp='auto', which finds what works, or estimator='gnb' if the "
-            "table `losses` has the loss; for hessian_free curvature=Hessian('finite_difference') in a smooth network") from e
+            "`with twice_differentiable(model):`. Else take, for adahessian, hvp='auto' with curvature='hessian' in a Learner, or "
+            "estimator='gnb' if the table `losses` has the loss; for hessian_free Hessian('finite_difference') in a smooth network") from e
 
 # %% ../nbs/00_hvp.ipynb #41a7ed3c
 def check_like(v, like, name='v')->list: # Raises `ValueError`; what is `None` in `like` may have any shape
@@ -392,10 +392,7 @@ dual_substitutes = {**substitutes, F.mse_loss: _mse_loss, F.huber_loss: _huber_l
 dual_thread = [] # The thread that began the dual numbers; only one has them at a time
 
 @contextmanager
-def dual_numbers(
-    params:list, # Tensors, whose values stay as they are
-    v:list, # Tangents, a tensor or `None` for each of `params`
-):
+def dual_numbers(params:list, v:list): # Tensors, whose values stay as they are, and their tangents, tensors or `None`
     "Context in which `params` carry the tangents `v`"
     on,level = [(p,o) for p,o in zip(params, v, strict=True) if o is not None],fwAD._current_level
     if level<0: dual_thread[:] = [threading.get_ident()]
@@ -417,10 +414,7 @@ def _forward_is_wrong(node):
     scattered = node.name()=='ScatterReduceBackward0' and node._saved_reduce=='prod'
     return scattered or 'DifferentiableGraph' in node.name() or node.name() in ('TriangularSolveBackward0', _norm_twice)
 
-def dual_backward(
-    loss:Tensor, # With its graph, a dual number; raises `RuntimeError` where the forward derivative of the gradient is wrong
-    params:list, # Tensors to differentiate with respect to
-)->list: # Dual numbers, or `None` where `loss` does not depend on a parameter
+def dual_backward(loss:Tensor, params:list)->list: # Dual numbers, or `None`; raises `RuntimeError` where the forward derivative is wrong
     "Gradient of `loss` for each of `params`, with correct tangents"
     nodes = graph_nodes(loss)
     if wrong := [o.name() for o in nodes if _forward_is_wrong(o)]:

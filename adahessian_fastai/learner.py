@@ -319,10 +319,7 @@ def norms_of(tensors:list)->list: # A tensor with one number for each
     means, = cross_rank_mean([torch.stack([n.float() for n in norms]).square()], group)
     return [(m*(dist.get_world_size(group) if is_part(t) else 1)).sqrt() for m,t in zip(means, tensors)]
 
-def look(
-    losses:list, # Tensors with a number each
-    *lists, # Lists of tensors
-): # The losses as numbers, and a list of norms for each list; one host synchronisation where all is well
+def look(losses:list, *lists): # Losses as numbers, and a list of norms for each list; one host synchronisation where all is well
     "The `losses`, and the norm of each tensor: `nan` where an entry is infinite or `nan`"
     norms = norms_of([t for ts in lists for t in ts])
     row = [*(o.squeeze() for o in losses),*norms]
@@ -368,7 +365,7 @@ def check_groups(
     if len(sd['state'])!=n: raise ValueError(f"the state is for {len(sd['state'])} parameters, the model has {n}")
 
 # %% ../nbs/10_learner.ipynb #d409b2fb
-whole_number = (lambda v: isinstance(v, int) and not isinstance(v, bool) and v>=0, 'a whole number >= 0')
+whole_number = (lambda v: isinstance(v, int) and not isinstance(v, bool) and 0<=v<2**63, 'a whole number >= 0')
 
 def check_part(
     name:str, # Of a part of a state
@@ -457,8 +454,9 @@ class Counts:
         if not n or self.flat_told: return
         self.flat_told = True
         warnings.warn(f"{n} of {of} parameters have a gradient and a curvature of exactly zero, as under a loss of straight pieces (L1, "
-            f"hinge, quantile): their steps are as long as the bounds `clip` and `cap` let them be. Take a larger eps, such as 0.1, or a "
-            f"loss that is curved at your residuals, such as nn.SmoothL1Loss with a `beta` of their size", stacklevel=4)
+            "hinge, quantile) or, for curvature='ggn', F.nll_loss (take F.cross_entropy of logits): their steps are as long as the bounds "
+            "`clip` and `cap` let them be. Take a larger eps, such as 0.1, or a loss that is curved at your residuals, such as "
+            "nn.SmoothL1Loss with a `beta` of their size", stacklevel=4)
 
     def state_dict(self): return {k: vars(self)[k] for k in self.names}
     def load_state_dict(self, sd):

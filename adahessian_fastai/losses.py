@@ -237,11 +237,12 @@ def known_hessian(
 def _unknown(loss_func, outputs, targets):
     "The error for a loss without known noise"
     f,known,way = bare_loss(loss_func)[0],', '.join(o.__name__ for o in losses),"use estimator='hutchinson'"
+    name = repr(loss_func).partition('(\n')[0] # Of a module with parts the class alone
     if isinstance(f, MethodType): way += " (a method, as MixUp and CutMix put it in the place of the loss, has no class to be known by)"
     elif not isinstance(f, (FunctionType,BuiltinFunctionType,partial)) and losses.get(type(f), Rule()).noise is None:
         way += f", or enter the class in the table: `losses[{type(f).__name__}] = Rule(noise=...)`"
     return ValueError(f"estimator='gnb' draws labels, and knows how for a model with one output, one target and {known} (as modules, "
-        f"functions, or fastai's flattened losses), got {loss_func=} of {type(outputs).__name__} and {type(targets).__name__}: {way}")
+        f"functions, or fastai's flattened losses), got loss_func={name} of {type(outputs).__name__} and {type(targets).__name__}: {way}")
 
 def label_noise(
     loss_func, # The loss, see `bare_loss`; raises `ValueError` where `losses` has no noise for it

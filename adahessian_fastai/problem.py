@@ -141,10 +141,7 @@ class MeanProblem:
 class NothingCounts(ArithmeticError):
     "No batch has anything that its loss is a mean of"
 
-def weights_of(
-    counts, # What the mean of each loss divides by; raises `NothingCounts` where that is zero for all
-    reduction:str='mean' # 'mean': weights that add up to 1; 'sum': 1 each
-)->list: # Zero for a batch in which nothing counts
+def weights_of(counts, reduction:str='mean')->list: # Zero where nothing counts; raises `NothingCounts` where that is so for all
     "Weights of batches in a mean or sum"
     counts,_ = list(counts),check_choice('reduction', reduction, ('mean','sum'))
     total = sum(c for c in counts if c>0)

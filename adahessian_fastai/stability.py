@@ -52,7 +52,8 @@ def _estimator(opt):
     "An estimator like that of `opt` with random numbers and checks of its own, `None` for a first-order optimizer"
     est = getattr(opt, 'estimator', None)
     if not isinstance(est, Hutchinson): return deepcopy(est)
-    return Hutchinson(Hessian() if isinstance(est.curvature, Hessian) else deepcopy(est.curvature), est.n_samples, est.probe)
+    def new(c): return Hessian(c.method if c.method!='compiled' else 'reverse') if isinstance(c, Hessian) else deepcopy(c)
+    return Hutchinson(new(est.curvature), est.n_samples, est.probe)
 
 def _seen(learn, opt, params, b, est, rng):
     "Gradient, and its square or the diagonal (squared, where `opt` averages squares) on the batch `b`"

@@ -22,6 +22,7 @@ from .hvp import check_choice,check_number,check_real,copy_all,shard_mesh,total_
 from .averaging import average_all
 from .learner import by_parameter,check_entry,check_groups,check_part,cross_rank_mean,look,state_like,trainable_params,whole_number
 from .batch import plain_number
+from .schedule import is_wanted
 
 # %% ../nbs/14_steppers.ipynb #a39c5dfe
 def average_sqr_diag_hessian(
@@ -63,6 +64,8 @@ def average_diag_hessian(
 average_diag_hessian.defaults = dict(sqr_mom=0.999)
 
 # %% ../nbs/14_steppers.ipynb #bd138136
+def _least(eps, t): return max(eps, torch.finfo(t.dtype).tiny) # 1e-12 is 0 in `float16`
+
 def denominator(
     state:dict, # Of a parameter, or the keywords of a stepper
     hyper:dict, # Hyperparameters of its group
@@ -70,7 +73,7 @@ def denominator(
     "What the step of a parameter divides by"
     if state.get('avg_diag_hessian') is None and not state.get('hess_step'):
         raise ValueError("this step needs a diagonal: give `opt_func=adahessian` or `sophia`, or wrap it in `AdaHessianWrapper`")
-    if 'hessian_power' not in hyper: return state['avg_diag_hessian'].mul(hyper['rho']).clamp_(min=hyper['eps'])
+    if 'hessian_power' not in hyper: return (d := state['avg_diag_hessian']).mul(hyper['rho']).clamp_(min=_least(hyper['eps'], d))
     debias2,power = debias(hyper['sqr_mom'], 1-hyper['sqr_mom'], state['hess_step']),hyper['hessian_power']
     if state.get('sqr_avg_diag_hessian') is None: d = (state['avg_diag_hessian']/debias2).abs_().pow_(power)
     else: d = (state['sqr_avg_diag_hessian']/debias2).abs_().pow_(power/2)
@@ -197,7 +200,7 @@ def _lists_adahessian(b, signed=False):
 
 # %% ../nbs/14_steppers.ipynb #ffb412a5
 def _lists_sophia(b):
-    us = _quotients(b.ms, torch._foreach_clamp_min(b.vs, b.h.eps/b.h.rho))
+    us = _quotients(b.ms, torch._foreach_clamp_min(b.vs, _least(b.h.eps, b.vs[0])/b.h.rho))
     _clamp(us, b.h.rho)
     torch._foreach_add_(b.ps, us, alpha=-b.h.lr/b.h.rho)
 
@@ -335,17 +338,14 @@ class Perturbation:
         ms = [(known[p][0].get('grad_avg'), known[p][1]['lr']/most if most else 1) for p in ps]
         self.move(ps, [m if m is None or k==1 else m*k for m,k in ms], -1.)
 
-    def up(self,
-        problem, # The `LearnerProblem` of the batch, with `start`
-        twice:bool, # Will its graph be differentiated twice?
-    ): # A `Problem` at the other point; `problem` itself where nothing moves along the gradient
+    def up(self, problem, twice:bool): # Of a `LearnerProblem` with `start`; `problem` itself where nothing moves along the gradient
         "Move along the gradient, and evaluate the batch again there"
         self.asked = True
         if not self.twice: return problem
         grads = problem.gradient()
         self.move(problem.params, [None if g is None else g.detach() for g in grads], 1.)
-        there = problem.again(twice=twice)
-        return there.replace(loss=there.loss*problem.scale, scale=problem.scale)
+        there = problem.replace(evaluate=partial(problem.evaluate, trained=True)).again(twice=twice)
+        return there.replace(loss=there.loss*problem.scale, scale=problem.scale, evaluate=problem.evaluate)
 
 # %% ../nbs/14_steppers.ipynb #bcb7a4d6
 def _written(p): return p._version,getattr(p, '_local_tensor', p).data_ptr() # Another one after a write
@@ -490,10 +490,7 @@ class Pending:
 
 # %% ../nbs/14_steppers.ipynb #4e2b0e58
 @patch
-def signal_to_noise(self:Pending,
-    param_lists, # Lists of parameters
-    params, # Those whose estimates are finite
-)->Tensor: # A number for each list, `nan` for one without an estimate
+def signal_to_noise(self:Pending, param_lists, params)->Tensor: # `nan` for a list without an estimate that is finite, as in `params`
     "Signal-to-noise ratio of the estimates for each of `param_lists`"
     def ratio(ps):
         if not ps: return torch.tensor(math.nan)
@@ -540,9 +537,7 @@ def of_state(cls:Pending,
 class Work(dict):
     "The parameters that a step moves, with their states and hyperparameters"
     @classmethod
-    def of(cls,
-        opt:Optimizer, # Its parameters have their gradients; one that stands in several groups counts in the first
-    ):
+    def of(cls, opt:Optimizer): # Whose parameters have their gradients; one that stands in several groups counts in the first
         return cls({p: known for p,known in by_parameter(opt).items() if p.grad is not None and p.requires_grad})
 
 # %% ../nbs/14_steppers.ipynb #f90b5fa3
@@ -581,6 +576,16 @@ def note_age(state, d, weight): # `weight`: by age, that of an estimate `d` in t
     state['age'] = age+1
 
 @patch
+def in_step(self:Work, params, states, when): # Those that were estimated, and the schedule
+    "Give parameters that came along the age of the oldest that was due; note which of these took no part in the batch"
+    due = {p: states[p] for p in params if is_wanted(when, states[p])}
+    oldest = max((s.get('age', 0) for s in due.values() if not s.get('late')), default=0)
+    for p in params:
+        age = states[p].get('age', 0)
+        if p not in due and p in self: states[p]['age'] = max(age, oldest)
+        elif p in due and p not in self: states[p]['asked'] = age
+
+@patch
 def step(self:Work,
     diags:dict, # Finite estimates by parameter
     noises:dict, # Their noise by parameter
@@ -600,10 +605,7 @@ def step(self:Work,
     return [p for p,*_ in ready]
 
 # %% ../nbs/14_steppers.ipynb #8911dd1e
-def signed_average(
-    opt:Optimizer, # With a signed average of diagonals in its state
-    params:list, # Parameters to look up
-)->list: # Plain tensors like `params`, zeros before the first estimate
+def signed_average(opt:Optimizer, params:list)->list: # Plain tensors like `params`, zeros before the first estimate
     "The debiased signed average of the diagonal: a guess for a control variate"
     of = by_parameter(opt)
     def one(p, s, h):
@@ -612,18 +614,15 @@ def signed_average(
     return [one(p, *of[p]) for p in params]
 
 # %% ../nbs/14_steppers.ipynb #6df17a2a
-def check_averages(
-    cbs, # Stats and steppers
-    i:int, # Place of the parameter
-    s:dict, # Its state; raises `ValueError` where something is missing
-):
+def check_averages(cbs, i:int, s:dict): # Stats and steppers, place and state of a parameter; raises `ValueError`
     "Refuse a state without the averages that belong to its counts"
     need = [k for f,k in ((average_diag_hessian,'avg_diag_hessian'), (average_sqr_diag_hessian,'sqr_avg_diag_hessian')) if f in cbs]
     if not need or 'hess_step' not in s and not any(isinstance(v, Tensor) for v in s.values()): return
     counts = [k for k in ('step','hess_step','age') if k!='step' or step_stat in cbs]
     if lost := [k for k in counts if k not in s]: raise ValueError(f"the state of parameter {i} is incomplete, it has no {lost[0]}")
     if lost := [k for k in (*need, 'grad_avg') if not isinstance(s.get(k), Tensor)]:
-        raise ValueError(f"the state of parameter {i} is of another kind of average, it has no {lost[0]}")
+        raise ValueError(f"the state of parameter {i} is of another kind of average, it has no {lost[0]}: load the weights alone with "
+            "`with_opt=False`")
 
 def checked_steppers(
     opt:Optimizer, # The optimizer that is to take `sd`

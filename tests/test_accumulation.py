@@ -243,3 +243,23 @@ def test_pictures_count_equally_however_many_boxes_they_have():
 def test_pictures_count_equally_for_hessian_free():
     one,other = (detected(data(15)[1], ns, opt_func=hessian_free, hypers={}, n_acc=3) for ns in ([1]*15, [*range(15)]))
     assert distance(one, other)==0
+
+
+@pytest.mark.parametrize('loss_func', [nn.CrossEntropyLoss(weight=torch.tensor([.1,1.,3.]).double()), nn.CrossEntropyLoss(ignore_index=0)], ids=['weights','ignored'])
+def test_batches_count_by_what_their_loss_divides_by(loss_func):
+    "Thirds of a batch are one step on the whole, also where rows weigh differently or not at all"
+    x,y = data(36)
+    def run(bs, n_acc): return fit(learner(mlp(), x, y, bs, loss_func, n_acc=n_acc, probe=lambda p,_: torch.ones_like(p)))
+    thirds,whole = run(6, 3),run(18, 1)
+    assert distance(thirds.model, whole.model)<ROUNDING and distance(whole.model, mlp())>0.01
+    weights = [loss_func.weight[b].sum() if loss_func.weight is not None else (b!=0).sum() for b in y[:18].split(6)]
+    assert len({*map(float, weights)})==3 # So that equal weights would give other steps
+
+
+@pytest.mark.parametrize('loss_func', [nn.CrossEntropyLoss(weight=torch.tensor([.1,1.,3.]).double()), nn.CrossEntropyLoss(ignore_index=0)], ids=['weights','ignored'])
+def test_the_curvature_over_batches_is_that_of_the_loss_of_all_their_rows(loss_func):
+    x,y = data(18)
+    learn = learner(mlp(), x, y, loss_func=loss_func)
+    v = [torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(p) for p in learn.model.parameters()]
+    many,one = (learn.curvature_product(batches=bs)(v) for bs in (list(zip(x.split(6), y.split(6))), [(x,y)]))
+    for a,b in zip(many, one): assert torch.allclose(a, b, rtol=ROUNDING)

@@ -412,3 +412,14 @@ def test_what_a_budget_of_version_0_0_1_has_measured_is_taken():
     when = Budget(0.25)
     when.load_state_dict(dict(update_each=(12,8), hessian_bs=0.5, hvp_used='reverse', done=True))
     assert (when.update_each,when.hessian_bs,when.done)==((12,8),None,True)
+
+
+def test_a_dense_start_with_more_probes_does_not_pass_for_what_an_estimate_costs(capsys):
+    "A step takes a second, and each probe one more: four times at the start, once in what follows"
+    now = [0.]
+    b = Budget(.25, clock=lambda: now[0], dense=(5,4), least_seconds=0)
+    for n in range(40):
+        part = b.part(n)
+        now[0] += 1+(part!=0)*b.samples(n)
+        b.tick(n+1, part)
+    assert b.done and b.update_each[1]==4 and 'an estimate costs 1.00 steps' in capsys.readouterr().out

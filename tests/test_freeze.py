@@ -333,3 +333,23 @@ def test_what_was_asked_for_in_vain_is_not_asked_for_alone_in_the_next_step():
         opt.step()
         opt.zero_grad()
     assert n==[(1,True,True), (1,False,False), (2,True,True), (2,False,False), (3,True,True)]
+
+
+class Frozen(Callback):
+    "Freezes the first layer in the third batch, before the forward pass or after it"
+    def __init__(self, when): setattr(self, when, self.freeze)
+    def freeze(self):
+        if self.training and self.train_iter==2: self.model[0].requires_grad_(False)
+
+
+@pytest.mark.parametrize('kwargs', [dict(), dict(hvp='forward'), dict(hvp='finite_difference'), dict(curvature='ggn'), dict(curvature='ggn', hvp='forward'),
+    dict(estimator='gnb'), dict(hessian_bs=4), dict(n_samples=2, debiased=True), dict(opt_func=sassha), dict(opt_func=hessian_free)],
+    ids=lambda o: '-'.join(getattr(v, '__name__', str(v)) for v in o.values()) or 'default')
+def test_a_layer_that_is_frozen_between_the_passes_of_a_batch(kwargs):
+    "It keeps its weights from that batch on, and the others train as if it had been frozen before"
+    def run(when):
+        learn = learner(mlp(), *data(24), cbs=Frozen(when), **kwargs)
+        learn.train_bn = False
+        return fit(learn)
+    late,early = run('after_pred'),run('before_batch')
+    assert distance(late.model, early.model)<ROUNDING and distance(late.model, mlp())>0.01

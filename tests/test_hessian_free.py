@@ -2,6 +2,7 @@
 import functools, inspect, itertools, math, os, pickle, pytest, socket, time, warnings
 import torch, torch.distributed as dist, torch.multiprocessing as mp, torch.nn.functional as F
 import numpy as np
+from collections import namedtuple
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
@@ -1739,6 +1740,14 @@ def test_costs_of_a_state(costs, fits, old):
     else:
         with pytest.raises(ValueError, match='costs of dual'): opt.load_state_dict(sd)
 
+@pytest.mark.parametrize('key,odd', [('costs',None), ('costs',[1.]), ('n_products','a'), ('n_products',-1), ('n_products',None)], ids=str)
+def test_a_state_with_impossible_products_changes_nothing(key, odd):
+    (m,a),(_,b) = ((m, hessian_free(m.parameters(), lr=lr)) for m,lr in ((mlp(), 0.5), (mlp(), 1.)))
+    sd,before = a.state_dict(),deepcopy(b.state_dict())
+    sd['curvature'] = dict(sd['curvature'], products={'costs': {}, 'n_products': 0, key: odd})
+    with pytest.raises(ValueError, match=key): b.load_state_dict(sd)
+    assert b.state_dict()==before and b.hypers[0]['lr']==1.
+
 @pytest.mark.parametrize('row', [3,dict(loss=1.)], ids=str)
 def test_a_record_is_of_steps(row):
     opt = stepped_twice()
@@ -1800,3 +1809,52 @@ def test_a_gradient_of_ones_own_may_be_of_another_precision():
         hessian_free(m.parameters()).step(lambda: (F.cross_entropy(o := m(x), y), o), m, grad=g)
         assert all(p.grad.dtype==p.dtype for p in m.parameters())
     assert max((p-q).abs().max() for p,q in zip(*(m.parameters() for m in made)))<1e-4
+
+
+class LogProbs(nn.Module):
+    "A network that ends in log-probabilities, for F.nll_loss"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(5,7), nn.Tanh(), nn.Linear(7,3))
+    def forward(self, x): return F.log_softmax(self.net(x), 1)
+
+@pytest.mark.parametrize('logits', [False,True])
+def test_a_curvature_of_zero_is_warned_of_with_what_helps(logits, recwarn):
+    "The loss is linear in log-probabilities, so all curvature is in the model; the two ways out that are named have none of it"
+    x,y = torch.randn(12,5),torch.randint(3, (12,))
+    m = LogProbs()
+    f = (lambda: (F.cross_entropy(z := m.net(x), y),z)) if logits else (lambda: (F.nll_loss(z := m(x), y),z))
+    hessian_free(m.parameters()).step(f)
+    assert [('F.cross_entropy' in str(w.message)) for w in recwarn if 'along the gradient is zero' in str(w.message)]==[True]*(not logits)
+    if not logits:
+        recwarn.clear()
+        hessian_free(m.parameters(), curvature='hessian').step(f)
+        assert not [w for w in recwarn if 'is zero' in str(w.message)]
+
+
+Answer = namedtuple('Answer', 'logits hidden')
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body,self.head = nn.Linear(5,7),nn.Linear(7,3)
+    def forward(self, x):
+        h = self.body(x).tanh()
+        return Answer(self.head(h), h)
+
+class Alone(Named):
+    def forward(self, x): return super().forward(x).logits
+
+def test_a_model_may_return_a_named_tuple():
+    "It trains as one that returns the tensor of the loss"
+    x,y = torch.randn(24,5),torch.randint(3, (24,))
+    def run(m, loss_func):
+        dls = DataLoaders(*[[(x[i:i+8], y[i:i+8]) for i in (0,8,16)]]*2)
+        learn = Learner(dls, m, loss_func, opt_func=hessian_free)
+        with learn.no_bar(),learn.no_logging(): learn.fit(1)
+        return learn.model
+    a,b = run(Named(), lambda z,y: F.cross_entropy(z.logits, y)),run(Alone(), F.cross_entropy)
+    for p,q in zip(a.parameters(), b.parameters()): assert torch.allclose(p, q, atol=1e-5)
+    assert (a.head.weight-Named().head.weight).abs().max()>0.01

@@ -11,7 +11,7 @@ from fastai.callback.mixup import CutMix,MixUp
 from fastai.optimizer import Adam,OptimWrapper
 from functools import partial
 from torch import nn
-from adahessian_fastai.all import adahessian,hessian_free,sophia
+from adahessian_fastai.all import adahessian,adahessian_paper,hessian_free,m_sassha,sassha,sophia
 from helpers_learner import HYPERS,data,fit,given,learner,mlp
 
 # The same numbers in another order of sums, in float64
@@ -152,21 +152,32 @@ def one_step(opt, half, x, y):
     return n
 
 
-@pytest.mark.parametrize('turns', [[0,1],[0,0,1],[0,0,0,0,0,0,0,0,0,1]], ids=['in turn','two to one','ten to one'])
+@pytest.mark.parametrize('turns,n_estimates', [([0,1],11), ([0,0,1],11), ([0,0,0,0,0,0,0,0,0,1],15)], ids=['in turn','two to one','ten to one'])
 @pytest.mark.filterwarnings('ignore:No parameter moves')
-def test_each_half_has_an_estimate_for_each_ten_of_its_own_steps(turns):
-    "A half that was asked for an estimate while it did not train waits at its first step for the next one"
+def test_each_half_has_an_estimate_for_each_ten_of_its_own_steps(turns, n_estimates):
+    "Also where it was asked for one while it did not train; one that came along with the other's estimate waits ten steps from then on"
     halves,opt = two_halves(dict(update_each=10))
     x,y = data(8, (4,), dtype=torch.float)
-    steps = [0,0]
+    own = [[],[]] # For each half, in which of its own steps it had an estimate
     for i in range(60):
-        k = turns[i%len(turns)]
+        k,before = turns[i%len(turns)],[opt.state[next(h.parameters())].get('hess_step', 0) for h in halves]
         one_step(opt, halves[k], x, y)
-        steps[k] += 1
-    for m,n in zip(halves, steps):
-        for p in m.parameters():
-            age = opt.state[p]['age']
-            assert n-1<=age<=n and opt.state[p]['hess_step']==-(-age//10)
+        own[k].append(opt.state[next(halves[k].parameters())].get('hess_step', 0)>before[k])
+    for o in own: assert all(any(o[i:i+12]) for i in range(len(o)-12)) # Ten steps, one that shows that it was missed, and the next one
+    assert opt.n_estimates==n_estimates
+
+
+def test_layers_that_are_left_out_now_and_then_have_their_estimates_together():
+    "The period is kept by all: one that was left out comes along with the others' next estimate, and has their age from then on"
+    ps = [nn.Parameter(torch.ones(2)) for _ in range(12)]
+    opt,left_out = adahessian_paper(ps, lr=1e-4, update_each=10),torch.Generator().manual_seed(0)
+    for i in range(200):
+        on = [p for j,p in enumerate(ps) if j==0 or i%10==0 or torch.rand(1, generator=left_out)>0.2]
+        opt.differentiate(sum((p**4).sum() for p in on))
+        assert bool(opt.diags)==(i%10==0)
+        opt.step()
+        opt.zero_grad()
+    assert {opt.state[p]['hess_step'] for p in ps}=={20} and {opt.state[p]['age'] for p in ps}<={*range(191-9,201)}
 
 
 def test_generator_and_critic_of_a_learner_have_as_many_estimates():
@@ -343,3 +354,14 @@ def test_labels_that_cannot_be_drawn(opt, what):
     kwargs = dict(loss_func=FocalLossFlat()) if what=='focal' else dict(loss_func=CrossEntropyLossFlat(), cbs=[MixUp() if what=='mixup' else CutMix()], shape=(1,4,4))
     with pytest.raises(ValueError, match="use estimator='hutchinson'"): fit(built(opt_func=opt, **kwargs))
     fit(built(opt_func=partial(opt, estimator='hutchinson'), **kwargs))
+
+
+@pytest.mark.parametrize('kwargs', [dict(), dict(hvp='forward'), dict(estimator='gnb'), dict(hvp='finite_difference')], ids=str)
+@pytest.mark.parametrize('opt_func', [adahessian,m_sassha,sassha], ids=lambda f: f.__name__)
+def test_a_module_hook_that_stops_the_gradient_stops_it_for_all(opt_func, kwargs):
+    "The pass whose gradient is stepped with has the hooks of the modules, wherever the parameters are in it"
+    learn = learner(mlp(), *data(24), opt_func=opt_func, **kwargs)
+    learn.model[1].register_full_backward_hook(lambda m,gin,gout: tuple(g*0 for g in gin))
+    fit(learn)
+    first,(head,start) = learn.model[0].weight,(learn.model[3].weight,mlp())
+    assert torch.equal(first, start[0].weight) and (head-start[3].weight).abs().max()>0.01

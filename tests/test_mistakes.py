@@ -168,3 +168,34 @@ def test_one_odd_parameter_among_others_opts_nothing_out():
     opt = adahessian_paper([p])
     with pytest.raises(ValueError, match='got 1 of 2 that are none'): opt.opt_out([p,other])
     assert 'do_hessian' not in opt.state[p]
+
+
+def own(problem, params, n_products=None): return Hessian()(problem, params, n_products)
+
+@pytest.mark.parametrize('make', [lambda ps: adahessian(ps, curvature=own), lambda ps: adahessian(ps, estimator=Hutchinson(own)), lambda ps: adahessian(ps, estimator=own),
+    lambda ps: hessian_free(ps, curvature=own)], ids=['curvature','hutchinson','estimator','hessian_free'])
+def test_a_function_alone_is_no_part_of_an_optimizer(make):
+    "It says neither what the forward pass needs nor has a state to save; an object that has both is taken"
+    with pytest.raises(ValueError, match='(curvature|estimator) must be .*own'): make(mlp().parameters())
+    class Own(Hessian):
+        def __call__(self, *args): return own(*args)
+    assert adahessian(mlp().parameters(), curvature=Own()).estimator.curvature.__class__ is Own
+
+
+def test_arguments_of_hessian_free_go_by_place_too():
+    "As in fastai's own loops: `opt_func(params, lr)`"
+    assert hessian_free(mlp().parameters(), 0.5).hypers[0]['lr']==0.5
+
+
+def test_a_long_loss_does_not_hide_the_advice():
+    "A module of many parts is named by its class"
+    class Perceptual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(*[nn.Linear(2,2) for _ in range(9)])
+        def forward(self, z, y): return (self.net(z)-y).pow(2).mean()
+    x,y = torch.randn(6,5),torch.randn(6,2)
+    dls = DataLoaders(*[[(x,y)]]*2)
+    learn = Learner(dls, nn.Linear(5,2), Perceptual(), opt_func=partial(adahessian, estimator='gnb'))
+    with learn.no_bar(),learn.no_logging(),pytest.raises(ValueError, match="got loss_func=Perceptual of .*use estimator='hutchinson'") as e: learn.fit(1)
+    assert len(str(e.value))<700

@@ -9,7 +9,7 @@ from torch.optim import lr_scheduler
 from adahessian_fastai.all import Problem,adahessian as ours,adahessian_paper as adahessian,hessian_free,m_sassha,perturbed,sassha,sophia
 from adahessian_fastai.estimators import Given
 from adahessian_fastai.schedule import Every
-from helpers_learner import HYPERS,ROUNDING,data,fit,given,learner,mlp,one_loss,split
+from helpers_learner import HYPERS,ROUNDING,Cube,Once,data,fit,given,learner,mlp,one_loss,split
 from twin import Twin
 
 def stand_in(lr=0.1): return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
@@ -409,3 +409,40 @@ def test_autocast_around_a_whole_step_keeps_no_old_weights(hvp):
             losses.append(loss.item())
         return losses
     assert run(True)==pytest.approx(run(False), rel=1e-3) and len({*run(True)})==4
+
+
+def test_a_network_is_checked_once_and_a_state_holds_plain_values(tmp_path):
+    "A loss is a tensor, which has a method `half`; its answer is not asked for"
+    net,seen = mlp(),[]
+    opt = adahessian(net.parameters(), lr=0.05)
+    first = opt.estimator.curvature.first
+    opt.estimator.curvature.first = lambda *args: seen.append(1) or first(*args)
+    for i,(x,y) in enumerate(split(*data(), 12)):
+        opt.differentiate(F.cross_entropy(net(x), y))
+        opt.step()
+        opt.zero_grad()
+    assert opt.n_estimates==3 and len(seen)==1
+    torch.save(opt.state_dict(), tmp_path/'state.pth')
+    assert torch.load(tmp_path/'state.pth')['curvature']['estimator']==dict(used='reverse', seen=(6,False))
+
+
+def test_auto_on_a_loss_alone_checks_what_it_is_left_with(capsys):
+    "A function that is differentiable once is refused, as with hvp='reverse'; nothing is said twice"
+    x,y = data()
+    class Body(nn.Module):
+        def __init__(self, f):
+            super().__init__()
+            self.net,self.f = mlp(),f
+        def forward(self, x): return self.f(self.net(x))
+    for hvp in ('reverse','auto'):
+        net = Body(Once.apply)
+        opt = adahessian(net.parameters(), lr=0.05, hvp=hvp)
+        with pytest.raises(RuntimeError, match='once_differentiable'): opt.differentiate(F.cross_entropy(net(x), y))
+    net = Body(Cube.apply)
+    opt = adahessian(net.parameters(), lr=1e-4, hvp='auto')
+    capsys.readouterr()
+    for _ in range(3):
+        opt.differentiate(F.cross_entropy(net(x), y))
+        opt.step()
+        opt.zero_grad()
+    assert capsys.readouterr().out.count('a loss alone cannot be evaluated again')==1 and opt.estimator.curvature.trusted

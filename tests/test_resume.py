@@ -13,7 +13,7 @@ from functools import partial
 from torch import nn
 from adahessian_fastai.all import adahessian,adahessian_paper,hessian_free,sassha,sophia
 from helpers_learner import ROUNDING,data,fit,learner,mlp,state_of
-from adahessian_fastai.optimizer import upgraded
+from adahessian_fastai.optimizer import load_parts,upgraded
 
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')
 CASES = [dict(), dict(update_each=5), dict(n_acc=4), dict(n_acc=4, update_each=5), dict(n_samples=2, debiased=True, n_acc=3)]
@@ -169,6 +169,8 @@ SPOILT = [  # chkstyle: ignore-node
     ('hypers.0.mom', ('one',1.)), ('hypers.0.eps', ('zero',0.)),
     *[('curvature.scale.c', v) for v in dict(nan=math.nan, zero=0., text='a', none=None, gone=GONE).items()],
     *[('curvature.scale.n_good', v) for v in wholes.items()],
+    *[('curvature.estimator.seen', v) for v in dict(none=None, number=5, text='a', alone=(1,), none_in_it=(None,False)).items()],
+    *[('curvature.estimator.used', v) for v in dict(number=-1, text='a', list=[]).items()],
     *[(k, v) for k in ('curvature','state','hypers','state.0','hypers.0') for v in sections.items() if (k,v[0])!=('state.0','dict')],
     *[(f'curvature.{k}', v) for k in ('counts','scale','estimator','when') for v in sections.items()]]
 SPOILT_PENDING = [  # chkstyle: ignore-node
@@ -208,6 +210,21 @@ def test_a_spoilt_state_is_refused_and_changes_nothing(pending, at_rest, accumul
         except BaseException as e: raise AssertionError(f'{path} {name}') from e
     learn.opt.load_state_dict(source.opt.state_dict())
     assert state_of(learn)[1]==state_of(source)[1]
+
+
+def test_a_part_that_was_loaded_before_another_was_refused_is_as_it_was(at_rest):
+    "Also of an estimator of one's own, which refuses in its own way"
+    source,learn = at_rest
+    sd = copy.deepcopy(source.opt.state_dict())
+    sd['curvature']['when']['update_each'],sd['curvature']['estimator']['seen'] = 7,None
+    unchanged(learn, lambda: learn.opt.load_state_dict(sd), 'seen')
+    assert learn.opt.update_each==1
+    class Own(type(learn.opt.estimator)):
+        def load_state_dict(self, sd): raise KeyError('of its own')
+    parts = dict(when=learn.opt.when, estimator=Own())
+    with pytest.raises(KeyError, match='of its own'): load_parts(parts, sd['curvature'])
+    assert learn.opt.update_each==1
+
 
 
 @pytest.mark.parametrize('a,b', [('double','float'),('float','double'),('float','bfloat16'),('double','half')])

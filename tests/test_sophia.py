@@ -3,10 +3,11 @@ import copy,math
 
 import pytest,torch
 import torch.nn.functional as F
-from fastai.basics import CrossEntropyLossFlat,DataLoaders,Learner,nn,partial,set_seed
+from fastai.basics import CrossEntropyLossFlat,DataLoaders,L,Learner,nn,partial,set_seed
 from fastai.callback.all import GradientClip
 from adahessian_fastai.hutchinson import rademacher_like
 from adahessian_fastai.adahessian import AdaHessianWrapper
+from adahessian_fastai.estimators import Given
 from adahessian_fastai.learner import own_lr
 from adahessian_fastai.problem import Problem
 from adahessian_fastai.sophia import sophia,sophia_step,win_rate
@@ -207,3 +208,14 @@ def test_the_win_rate_is_that_of_each_group_with_averages():
     opt.step()
     first,second = win_rate(opt)
     assert first==0.5 and math.isnan(second)
+
+
+@pytest.mark.parametrize('foreach', [True,False])
+def test_a_model_in_float16_does_not_divide_by_nothing(foreach):
+    "`eps` of 1e-12 is zero there: an entry without gradient and curvature stays where it is"
+    w = nn.Parameter(torch.tensor([1.,2.]).half())
+    opt = sophia([w], lr=0.01, wd=0., estimator=Given(lambda problem,params: [torch.tensor([0.,1.]).half()]))
+    if not foreach: opt.opt.cbs = L(*opt.opt.cbs, lambda p, **kwargs: None)
+    opt.differentiate((w*torch.tensor([0.,1.]).half()).sum())
+    opt.step()
+    assert w[0]==1. and w[1]<2. and w.isfinite().all()
