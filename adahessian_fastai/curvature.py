@@ -305,7 +305,7 @@ def choose_way(problem, params:list)->tuple: # Name and reason; raises `RuntimeE
 # %% ../nbs/08_curvature.ipynb #615d830d
 class Hessian:
     "The Hessian of the loss"
-    __repr__ = shown
+    __repr__,say = shown,staticmethod(print) # What it says its choice with
     def __init__(self,
         method:Literal['reverse','forward','compiled','finite_difference','auto']='reverse', # How; raises `ValueError` for others
     ):
@@ -340,7 +340,7 @@ class Hessian:
         if self.used is None:
             self.used,why = choose_way(problem, params)
             self.trusted = problem.evaluate is not None and problem.scale==1 # Nothing was compared otherwise
-            print(f"hvp='auto' is {self.used!r} here: {why}")
+            self.say(f"hvp='auto' is {self.used!r} here: {why}")
         if self.again and problem.scale!=1:
             raise ValueError(f"hvp={self.method!r} does not go with the loss scale of fp16: use hvp='reverse' (in hessian_free "
                 f"`Hessian('reverse')`)" + (', or bf16' if self.method=='forward' else ''))

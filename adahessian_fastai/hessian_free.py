@@ -376,9 +376,7 @@ def check_own(own, state):
 # %% ../nbs/18_hessian_free.ipynb #5fe9cde7
 groups = dict(cg=CG, damping=Damping, line_search=LineSearch, precondition=Preconditioner, batches=Batches)
 
-def grouped(
-    kwargs:dict # Objects by name, or flat keywords; raises `TypeError` for unknown ones and `SettingError` for values that cannot work
-)->dict: # An object, or `None`, for each name
+def grouped(kwargs:dict)->dict: # Objects, or `None`, by name; raises `TypeError` for unknown ones and `SettingError` for impossible values
     "The settings objects that `kwargs` describe"
     kwargs = {k: v for k,v in kwargs.items() if v is not None or k not in ('cg','batches')} # `None` for these is the default
     res = {name: made_group(name, cls, kwargs) for name,cls in groups.items()}

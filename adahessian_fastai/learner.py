@@ -291,6 +291,8 @@ def load(self:(TextLearner,Learner), file, device=None, **kwargs): # The former 
     self.opt = SimpleNamespace(load_state_dict=sds.append)
     try:
         self._orig_load(file, device=device, **kwargs)
+        if sds and isinstance(opt, Lookahead) and not {'count','slow_weights'}<=set(sds[0]):
+            raise ValueError("not a state of Lookahead but of another optimizer: load the weights alone with `with_opt=False`")
         opt.load_state_dict(*sds) if sds and kwargs.get('with_opt')!=False else drop_pending(opt)
     except BaseException as e:
         self.model.load_state_dict(kept)

@@ -128,19 +128,12 @@ class Rule(NamedTuple):
     noise:object=None # -> `generator -> u` with that Hessian as covariance
     count:object=None # Without `outputs`: what the mean divides by
 
-def row_rule(
-    weights, # `(loss, outputs, targets, axis) -> s`, one weight for each row of logits
-    count=None, # `(loss, targets, axis) -> number`
-)->Rule:
+def row_rule(weights, count=None)->Rule: # `(loss, outputs, targets, axis) -> s` by row of logits, `(loss, targets, axis) -> number`
     "Rule of a cross-entropy, from its row weights"
     return Rule(lambda f,z,y,axis: softmax_hessian(z, weights(f, z, y, axis), axis),
         lambda f,z,y,axis: softmax_noise(z, weights(f, z, y, axis), axis), count)
 
-def entry_rule(
-    hessian, # `(outputs, s) -> (u -> Hu)`
-    noise, # `(outputs, s) -> (generator -> u)`
-    weights, # `(loss, outputs, targets) -> s`, a number or one weight for each entry
-)->Rule:
+def entry_rule(hessian, noise, weights)->Rule: # `(outputs, s) -> (u -> Hu)`, `(outputs, s) -> (generator -> u)`, `(loss, outputs, targets) -> s`
     "Rule of a loss that is a sum over the entries of the outputs"
     return Rule(lambda f,z,y,axis: hessian(z, weights(f, z, y)), lambda f,z,y,axis: noise(z, weights(f, z, y)), lambda f,y,axis: y.numel())
 

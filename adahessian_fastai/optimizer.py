@@ -191,6 +191,7 @@ _own_backward = "call `self.opt.backward(self)` in a `_backward` of your own, in
 
 def check_seen(opt, work):
     "Refuse gradients that bypassed `differentiate` where there is no average to step with; warn where an estimate was due"
+    if opt.n_batches and not work and not opt.n_steps: check_gradients(trainable_params(opt))
     if opt.n_batches or not any(p.grad.any() for p in work): return
     what = _own_backward if opt.turn else "call `opt.differentiate(loss)` in place of `loss.backward()`"
     if not all('hess_step' in s or not s.get('do_hessian', True) for s,_ in work.values()):

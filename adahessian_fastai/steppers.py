@@ -538,7 +538,10 @@ class Work(dict):
     "The parameters that a step moves, with their states and hyperparameters"
     @classmethod
     def of(cls, opt:Optimizer): # Whose parameters have their gradients; one that stands in several groups counts in the first
-        return cls({p: known for p,known in by_parameter(opt).items() if p.grad is not None and p.requires_grad})
+        of = {p: known for p,known in by_parameter(opt).items() if p.grad is not None}
+        if n := sum(not p.requires_grad for p in of): warnings.warn(f"{n} parameters were frozen after a batch of this step had given "
+            "them a gradient, which is dropped: where parts train in turn, as in a GAN, accumulate within a turn", stacklevel=4)
+        return cls({p: known for p,known in of.items() if p.requires_grad})
 
 # %% ../nbs/14_steppers.ipynb #f90b5fa3
 @patch

@@ -327,7 +327,10 @@ def test_a_period_that_no_budget_chose_is_not_taken_for_the_choice_of_one():
     assert b.update_each==(12,7) and b.done
 
 def test_a_debiased_average_of_an_estimator_without_samples_is_refused():
-    with pytest.raises(ValueError, match='n_samples'): default([nn.Parameter(torch.ones(2))], debiased=True, estimator=lambda *args: None)
+    class Own:
+        def __call__(self, *args): return None
+        def surround(self, *args): return None
+    with pytest.raises(ValueError, match='n_samples'): default([nn.Parameter(torch.ones(2))], debiased=True, estimator=Own())
 
 @pytest.mark.parametrize('name', ['clip','cap','spike'])
 def test_none_is_no_bound_wherever_it_is_set(name):

@@ -348,8 +348,27 @@ class Frozen(Callback):
 def test_a_layer_that_is_frozen_between_the_passes_of_a_batch(kwargs):
     "It keeps its weights from that batch on, and the others train as if it had been frozen before"
     def run(when):
-        learn = learner(mlp(), *data(24), cbs=Frozen(when), **kwargs)
+        hypers = dict(lr=1.) if kwargs.get('opt_func') is hessian_free else HYPERS
+        learn = learner(mlp(), *data(24), cbs=[Frozen(when)], hypers=hypers, **kwargs)
         learn.train_bn = False
         return fit(learn)
     late,early = run('after_pred'),run('before_batch')
     assert distance(late.model, early.model)<ROUNDING and distance(late.model, mlp())>0.01
+
+
+@pytest.mark.parametrize('n_acc', [1,2])
+def test_a_gradient_that_is_dropped_as_its_parameter_was_frozen_is_not_dropped_in_silence(n_acc, recwarn):
+    "Halves in turn: within a turn of as many batches as a step has, nothing is lost, which is what the warning advises"
+    def run(turn):
+        halves = nn.ModuleList([nn.Linear(5,3),nn.Linear(5,3)]).double()
+        start = copies(halves.parameters())
+        opt,(x,y) = adahessian_paper(halves.parameters(), n_acc=n_acc, lr=0.1),data(24)
+        for i,(a,b) in enumerate([*zip(x.split(6), y.split(6))]*2):
+            for j,h in enumerate(halves): h.requires_grad_(j==i//turn%2)
+            opt.differentiate(F.cross_entropy(halves[i//turn%2](a), b), n_items=len(b))
+            if opt.n_batches<n_acc: continue
+            opt.step()
+            opt.zero_grad()
+        return [not same([a], [p]) for a,p in zip(start, halves.parameters())]
+    assert run(n_acc)==[True]*4 and not [w for w in recwarn if 'were frozen' in str(w.message)]
+    if n_acc==2: assert run(1)==[False,False,True,True] and [w for w in recwarn if '2 parameters were frozen' in str(w.message)]

@@ -172,8 +172,8 @@ def test_one_odd_parameter_among_others_opts_nothing_out():
 
 def own(problem, params, n_products=None): return Hessian()(problem, params, n_products)
 
-@pytest.mark.parametrize('make', [lambda ps: adahessian(ps, curvature=own), lambda ps: adahessian(ps, estimator=Hutchinson(own)), lambda ps: adahessian(ps, estimator=own),
-    lambda ps: hessian_free(ps, curvature=own)], ids=['curvature','hutchinson','estimator','hessian_free'])
+@pytest.mark.parametrize('make', [lambda ps: adahessian(ps, curvature=own), lambda ps: adahessian(ps, estimator=Hutchinson(own)),
+    lambda ps: adahessian(ps, estimator=own), lambda ps: hessian_free(ps, curvature=own)], ids=['curvature','hutchinson','estimator','hessian_free'])
 def test_a_function_alone_is_no_part_of_an_optimizer(make):
     "It says neither what the forward pass needs nor has a state to save; an object that has both is taken"
     with pytest.raises(ValueError, match='(curvature|estimator) must be .*own'): make(mlp().parameters())

@@ -446,3 +446,11 @@ def test_auto_on_a_loss_alone_checks_what_it_is_left_with(capsys):
         opt.step()
         opt.zero_grad()
     assert capsys.readouterr().out.count('a loss alone cannot be evaluated again')==1 and opt.estimator.curvature.trusted
+
+
+def test_a_loss_of_another_model_is_refused_at_the_first_step():
+    "As in a Learner: nothing would move, in silence"
+    x,y = data()
+    opt,other = adahessian(mlp().parameters()),mlp()
+    opt.differentiate(F.cross_entropy(other(x), y))
+    with pytest.raises(ValueError, match='depends on no parameter of the optimizer'): opt.step()

@@ -7,7 +7,7 @@ from fastai.callback.tracker import SaveModelCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner,load_learner
-from fastai.optimizer import Adam
+from fastai.optimizer import Adam,Lookahead
 from fastai.text.learner import TextLearner
 from functools import partial
 from torch import nn
@@ -86,6 +86,18 @@ def test_the_state_of_adam_is_refused(tmp_path):
     learn = fit(made(tmp_path))
     unchanged(learn, lambda: learn.load('adam'), 'not a state of AdaHessianWrapper')
     learn.load('adam', with_opt=False)
+
+
+def test_the_state_of_a_bare_optimizer_is_none_of_lookahead(tmp_path):
+    "It is refused with what helps, and that helps"
+    bare = fit(made(tmp_path))
+    bare.save('bare')
+    learn = fit(made(tmp_path, opt_func=lambda ps,**kwargs: Lookahead(adahessian_paper(ps, **kwargs))), 2)
+    before = state_of(learn)[1]
+    with pytest.raises(ValueError, match='not a state of Lookahead.*with_opt=False'): learn.load('bare')
+    assert state_of(learn)[1]==before
+    learn.load('bare', with_opt=False)
+    fit(learn)
 
 
 @pytest.mark.parametrize('kwargs', [dict(signed=True), dict()])
