@@ -32,8 +32,8 @@ def sassha(
     *,
     update_each:int=10, # Estimate at steps 1, k+1, 2k+1, … and keep the average in between
     n_acc:int=1, # Batches accumulated before each step; each moves along a gradient of its own first
-    clip:float=0., # Largest entry of a tensor's step, in root mean squares of that step; 0 for no bound
-    cap:float=0., # Largest root mean square of a tensor's step before it is multiplied by `lr`; 0 for no bound
+    clip:float=3., # Largest entry of a tensor's step, in root mean squares of that step; 0 for no bound, as in the paper
+    cap:float=0.1, # Largest root mean square of a tensor's step before it is multiplied by `lr`; 0 for no bound, as in the paper
     spike:float=2., # Largest length of the gradient, in running means of that length; 0 for no bound, as in the paper
     along:Literal['gradient','momentum']='gradient', # Up another gradient, or against the momentum; raises `ValueError` for others
     estimator:Literal['hutchinson','control_variate','gnb']='hutchinson', # How the diagonal is estimated; or an object such as `GNB(2)`

@@ -389,7 +389,7 @@ def test_every_setting_of_sassha_arrives():
 def test_defaults_of_sassha_and_its_cheap_form():
     for f,rho,along in ((sassha,.2,'gradient'), (m_sassha,.1,'momentum')):
         opt = f([nn.Parameter(torch.ones(2))])
-        assert opt.hypers[0]==dict(lr=.15, mom=.9, sqr_mom=.999, eps=1e-4, wd=5e-4, hessian_power=.5, clip=0., cap=0., spike=2.)
+        assert opt.hypers[0]==dict(lr=.15, mom=.9, sqr_mom=.999, eps=1e-4, wd=5e-4, hessian_power=.5, clip=3., cap=.1, spike=2.)
         assert (opt.perturb.rho,opt.perturb.along,opt.when.update_each)==(rho,along,10) and repr(opt).startswith(f'{f.__name__}: ')
 
 def stepped(rho, inside):
@@ -458,7 +458,8 @@ class Squares(nn.Module):
 def test_steps_of_sassha_equal_its_algorithm():
     "Curvature at the moved point is a row times 2, and each probe gives it exactly; its average is one of absolute values"
     rows = torch.tensor([[1.,2.],[-3.,1.],[2.,-1.],[-1.,-4.]]).double()
-    learn = fit(learner(Squares(), rows, torch.zeros(4), bs=1, loss_func=lambda p,y: p.mean(), opt_func=sassha, hypers={}, lr=0.1, update_each=1))
+    learn = fit(learner(Squares(), rows, torch.zeros(4), bs=1, loss_func=lambda p,y: p.mean(), opt_func=sassha, hypers={}, lr=0.1, update_each=1,
+        clip=0, cap=0))
     w,m,h = torch.tensor([1.,-2.]).double(),0.,0.
     for t,c in enumerate(rows, 1):
         there = w+0.2*c*w/(c*w).norm()
