@@ -39,7 +39,10 @@ def graph_vjp(outputs:list, params:list): # `u -> Jᵀu`: from a list like `outp
     return graph_product(outputs, params)
 
 # %% ../nbs/05_ggn.ipynb #56d459e3
-def reverse_jvp(outputs:list, params:list): # `v -> Jv`: from a list like `params` to a list like `outputs`, which have their graph
+def reverse_jvp(
+    outputs:list, # Outputs with their graph
+    params:list # Tensors to differentiate with respect to
+): # `v -> Jv`: from a list like `params` to a list like `outputs`
     "Jacobian of `outputs`, by differentiating `Jᵀw` for `w`"
     ws = [torch.ones_like(o.detach().as_subclass(Tensor)).requires_grad_() for o in outputs] # Any: at 0 `logcumsumexp` has none
     JTw = gradient(outputs, params, create_graph=True, along=ws)
@@ -152,7 +155,10 @@ def loss_variables(
         "predictions and have the loss function compare them with the targets, or take curvature='hessian'")
 
 # %% ../nbs/05_ggn.ipynb #21688b9f
-def loss_hessian(loss:Tensor, outputs:list): # `u -> Hu`, both like `outputs`; raises `ValueError` where these are the loss itself
+def loss_hessian(
+    loss:Tensor, # Scalar loss with its graph
+    outputs:list # What the loss is differentiated with respect to; raises `ValueError` where they are the loss itself
+): # `u -> Hu` over lists like `outputs`
     "Hessian of `loss` for the `outputs`, from its graph"
     kept,gs = loss_variables(loss, outputs)
     product = graph_product(gs, zs := [outputs[i] for i in kept])

@@ -53,10 +53,11 @@ class HessianFree(Optimizer):
 
 def hessian_free(
     params, # Parameters, or lists of them as groups
-    *args, **kwargs # As for `HessianFree`
+    lr:float=1., # Factor on each step
+    **kwargs # As for `HessianFree`
 )->HessianFree:
     "Hessian-free optimizer, for `opt_func` of a `Learner`"
-    return HessianFree(params, *args, **kwargs)
+    return HessianFree(params, lr, **kwargs)
 
 # %% ../nbs/18_hessian_free.ipynb #d1bd7f3b
 @patch

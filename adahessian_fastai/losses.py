@@ -133,7 +133,7 @@ def row_rule(weights, count=None)->Rule: # `(loss, outputs, targets, axis) -> s`
     return Rule(lambda f,z,y,axis: softmax_hessian(z, weights(f, z, y, axis), axis),
         lambda f,z,y,axis: softmax_noise(z, weights(f, z, y, axis), axis), count)
 
-def entry_rule(hessian, noise, weights)->Rule: # `(outputs, s) -> (u -> Hu)`, `(outputs, s) -> (generator -> u)`, `(loss, outputs, targets) -> s`
+def entry_rule(hessian, noise, weights)->Rule: # `(outputs, s) -> (u -> Hu)` or `(generator -> u)`, `(loss, outputs, targets) -> s`
     "Rule of a loss that is a sum over the entries of the outputs"
     return Rule(lambda f,z,y,axis: hessian(z, weights(f, z, y)), lambda f,z,y,axis: noise(z, weights(f, z, y)), lambda f,y,axis: y.numel())
 

@@ -305,11 +305,7 @@ class Perturbation:
     def __getstate__(self): return {**vars(self), 'room': {}}
 
     @torch.no_grad()
-    def move(self,
-        params:list, # Changed in place
-        d:list, # Direction, like `params`
-        sign:float, # 1 along `d`, -1 against it
-    ):
+    def move(self, params:list, d:list, sign:float): # Changed in place, the direction, and 1 along it or -1 against it
         "Move by ρ along the direction `d`"
         on = [(p,o) for p,o in zip(params, d) if o is not None]
         if not on or self.kept: return
@@ -466,11 +462,7 @@ class Pending:
         if old*n_items: torch._foreach_mul_([p.grad for p in self.params if p.grad is not None]+self.tensors(), old/self.n_items)
         return n_items/self.n_items if self.n_items else 1.
 
-    def add(self,
-        params:list, # Parameters of the estimate
-        est, # An `Estimate`
-        weight:float, # Its weight in the means
-    ):
+    def add(self, params:list, est, weight:float): # Parameters of the estimate, an `Estimate`, and its weight in the means
         "Add an estimate, and take the mean over the processes"
         for pending,new in ((self.diags,est.diag), (self.noises,est.noise)):
             for p,d in zip(params, new):

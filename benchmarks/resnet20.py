@@ -97,8 +97,8 @@ def decoupled(opt_func, lr, **kwargs):
     return partial(opt_func, wd=5e-4/lr, **kwargs),lr
 
 ENTRIES = dict(SGD=(partial(SGD, mom=0.9, decouple_wd=False, wd=5e-4), 0.1), AdamW=decoupled(Adam, 0.01, mom=0.9, sqr_mom=0.999, eps=1e-8),
-    adahessian_paper=decoupled(adahessian_paper, 0.15), adahessian=decoupled(adahessian, 0.1), sassha=decoupled(sassha, 0.15),
-    m_sassha=decoupled(m_sassha, 0.15), sophia=(sophia, 1e-3))
+    adahessian_paper=decoupled(adahessian_paper, 0.15), adahessian=decoupled(adahessian, 0.1), sassha=decoupled(sassha, 0.15, clip=0, cap=0),
+    m_sassha=decoupled(m_sassha, 0.15, clip=0, cap=0), sophia=(sophia, 1e-3)) # Both as in their paper
 
 @dataclass
 class Form:

@@ -24,7 +24,7 @@ from adahessian_fastai.sassha import sassha
 from adahessian_fastai.sophia import sophia
 
 ENTRIES = {'Adam': (Adam, -2), 'adahessian': (adahessian, -0.75), 'adahessian, update_each=1': (partial(adahessian, update_each=1), -0.75),
-    'sophia': (sophia, -2.5), 'sassha': (sassha, -0.75)} # The decimal logarithm of the rate to begin at
+    'sophia': (sophia, -2.5), 'sassha': (partial(sassha, clip=0, cap=0), -0.75)} # The decimal logarithm of the rate to begin at; sassha as in its paper
 REACH,STEP = 4,0.25 # Rates on each side of the best, and their distance in decades
 
 def problem(name):

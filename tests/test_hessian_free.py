@@ -1656,13 +1656,14 @@ def test_a_skipped_step_without_words_has_the_name_of_the_exception():
     with pytest.warns(UserWarning, match='was skipped: RuntimeError'): opt.step(f)
     assert opt.record[0]['reason']=='skipped: RuntimeError'
 
-def test_a_warning_that_is_an_error_leaves_nothing_of_the_step():
+@pytest.mark.parametrize('curved,match', [(1.,'no length of the line search'), (0.,'along the gradient is zero')])
+def test_a_warning_that_is_an_error_leaves_nothing_of_the_step(curved, match):
     "Neither where CG would start nor the damping, with the parameters"
     w,n = weight(1.),itertools.count()
     opt = hessian_free([w])
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        with pytest.raises(UserWarning, match='no length of the line search'): opt.step(lambda: (w.square().sum()*0 + w.sum() + next(n), w))
+        with pytest.raises(UserWarning, match=match): opt.step(lambda: (w.square().sum()*curved + w.sum() + 10*next(n), w))
     assert w.item()==1. and 'x0' not in opt.state[w] and (opt.n_steps,opt.hypers[0]['damping'],len(opt.record))==(0,1.,0)
 
 def test_no_start_is_kept_where_none_is_wanted():
