@@ -94,11 +94,7 @@ def shard_group(params:list): # A process group, `None` where they are whole
     "The processes that hold parts of `params`"
     return mesh.get_group() if (mesh := shard_mesh(params)) else None
 
-def check_shards(
-    params:list, # Trained parameters
-    first_order:bool, # Is nothing differentiated twice?
-    scale:float=1., # Loss scale
-): # Raises `ValueError`
+def check_shards(params:list, first_order:bool, scale:float=1.): # Raises `ValueError`; `first_order`: is nothing differentiated twice?
     "Refuse what sharded parameters cannot give"
     if (mesh := shard_mesh(params)) is None: return
     way = "use estimator='gnb' or, where the model is smooth, hvp='finite_difference'"

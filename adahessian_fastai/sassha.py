@@ -32,7 +32,7 @@ def sassha(
     *,
     update_each:int=10, # Estimate at steps 1, k+1, 2k+1, … and keep the average in between
     n_acc:int=1, # Batches accumulated before each step; each moves along a gradient of its own first
-    clip:float=3., # Largest entry of a tensor's step, in root mean squares of that step; 0 for no bound, as in the paper
+    clip:float=0., # Largest entry of a tensor's step, in root mean squares of that step; 0 for no bound
     cap:float=0.1, # Largest root mean square of a tensor's step before it is multiplied by `lr`; 0 for no bound, as in the paper
     spike:float=2., # Largest length of the gradient, in running means of that length; 0 for no bound, as in the paper
     along:Literal['gradient','momentum']='gradient', # Up another gradient, or against the momentum; raises `ValueError` for others
@@ -51,16 +51,17 @@ def sassha(
     steppers.name = 'sassha'
     return CurvatureOptimizer(steppers, est, when, torch.abs, n_acc, perturb=Perturbation(rho, along))
 
-@delegates(sassha, but=['along'])
+@delegates(sassha, but=['along','clip'])
 def m_sassha(
     params:Tensor|Iterable, # Model parameters, or lists of them as groups
     lr:float|slice=0.15, # Learning rate, η
     rho:float=0.1, # Distance to the point where loss and curvature are taken, ρ
+    clip:float=3., # Largest entry of a tensor's step, in root mean squares of that step; 0 for no bound, as in the paper
     along:Literal['momentum','gradient']='momentum', # As for `sassha`
     **kwargs
 )->CurvatureOptimizer:
     "M-Sassha as `opt_func` of a `Learner`: Sassha that moves against the momentum"
     check_names(m_sassha, kwargs)
-    opt = sassha(params, lr, rho=rho, along=along, **kwargs)
+    opt = sassha(params, lr, rho=rho, clip=clip, along=along, **kwargs)
     opt.opt.name = 'm_sassha'
     return opt

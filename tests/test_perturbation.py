@@ -387,9 +387,9 @@ def test_every_setting_of_sassha_arrives():
 
 
 def test_defaults_of_sassha_and_its_cheap_form():
-    for f,rho,along in ((sassha,.2,'gradient'), (m_sassha,.1,'momentum')):
+    for f,rho,clip,along in ((sassha,.2,0.,'gradient'), (m_sassha,.1,3.,'momentum')):
         opt = f([nn.Parameter(torch.ones(2))])
-        assert opt.hypers[0]==dict(lr=.15, mom=.9, sqr_mom=.999, eps=1e-4, wd=5e-4, hessian_power=.5, clip=3., cap=.1, spike=2.)
+        assert opt.hypers[0]==dict(lr=.15, mom=.9, sqr_mom=.999, eps=1e-4, wd=5e-4, hessian_power=.5, clip=clip, cap=.1, spike=2.)
         assert (opt.perturb.rho,opt.perturb.along,opt.when.update_each)==(rho,along,10) and repr(opt).startswith(f'{f.__name__}: ')
 
 def stepped(rho, inside):
