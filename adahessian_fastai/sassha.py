@@ -56,8 +56,8 @@ def m_sassha(
     params:Tensor|Iterable, # Model parameters, or lists of them as groups
     lr:float|slice=0.15, # Learning rate, η
     rho:float=0.1, # Distance to the point where loss and curvature are taken, ρ
-    clip:float=3., # Largest entry of a tensor's step, in root mean squares of that step; 0 for no bound, as in the paper
     along:Literal['momentum','gradient']='momentum', # As for `sassha`
+    clip:float=3., # Largest entry of a tensor's step, in root mean squares of that step; 0 for no bound, as in the paper
     **kwargs
 )->CurvatureOptimizer:
     "M-Sassha as `opt_func` of a `Learner`: Sassha that moves against the momentum"
