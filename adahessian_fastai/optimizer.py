@@ -169,8 +169,8 @@ def differentiate(self:CurvatureOptimizer,
     "Add the gradient of `loss` to `p.grad` and, when one is due, an estimate of the diagonal to what is pending"
     if self.turn and isinstance(loss, Tensor): raise ValueError(f"a loss alone is not all of a Learner's batch: {_own_backward}")
     turn = self.turn or Turn.of_loss(due(self), self.estimator, loss)
-    problem = turn.trained(loss, ps := trainable_params(self), scale, group)
-    turn = turn._replace(due=[p for p in turn.due if p in {*ps}]) # A callback may have frozen one since
+    problem = turn.trained(loss, trainable_params(self), scale, group)
+    turn = turn._replace(due=[p for p in turn.due if p.requires_grad]) # A callback may have frozen one since
     with whole_or_none(self):
         weight = self.pending.weigh(problem, n_items, self.n_acc)
         half = problem.scale!=1 and self.estimator.second_order

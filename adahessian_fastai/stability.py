@@ -52,10 +52,10 @@ def _estimator(opt):
     "An estimator like that of `opt` with random numbers and checks of its own, `None` for a first-order optimizer"
     est = getattr(opt, 'estimator', None)
     if not isinstance(est, Hutchinson): return deepcopy(est)
-    how = est.curvature
-    if own := isinstance(how, Hessian): how = Hessian(how.method if how.method!='compiled' else 'reverse')
+    own,method = isinstance(est.curvature, Hessian),getattr(est.curvature, 'method', '')
+    how = Hessian(method if method!='compiled' else 'reverse') if own else deepcopy(est.curvature)
     if own: how.say = noop
-    return Hutchinson(how if own else deepcopy(how), est.n_samples, est.probe)
+    return Hutchinson(how, est.n_samples, est.probe)
 
 def _seen(learn, opt, params, b, est, rng):
     "Gradient, and its square or the diagonal (squared, where `opt` averages squares) on the batch `b`"
