@@ -110,7 +110,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'adahessian_fastai/batch.py'),
                                          'adahessian_fastai.batch.closure_problem': ( 'batch.html#closure_problem',
                                                                                       'adahessian_fastai/batch.py'),
-                                         'adahessian_fastai.batch.divided': ('batch.html#divided', 'adahessian_fastai/batch.py'),
                                          'adahessian_fastai.batch.evaluate_batch': ( 'batch.html#evaluate_batch',
                                                                                      'adahessian_fastai/batch.py'),
                                          'adahessian_fastai.batch.in_half': ('batch.html#in_half', 'adahessian_fastai/batch.py'),

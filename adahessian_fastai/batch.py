@@ -10,8 +10,8 @@ and diagnostics all use it, so they all mean the same function."""
 # %% auto #0
 __all__ = ['send', 'autocast_of', 'takes_part', 'evaluate_batch', 'snapshot_of', 'noted', 'batch_of', 'loss_scale',
            'CurvatureScale', 'loss_weight', 'plain_number', 'n_rows', 'take_rows', 'check_rows_possible', 'in_half',
-           'LearnerProblem', 'no_duals', 'notice', 'Turn', 'problem_of', 'Batches', 'versions', 'divided',
-           'check_whole_step', 'check_trained', 'pairs', 'closure_problem', 'check_grad', 'DataBatch', 'accumulate']
+           'LearnerProblem', 'no_duals', 'notice', 'Turn', 'problem_of', 'Batches', 'versions', 'check_whole_step',
+           'check_trained', 'pairs', 'closure_problem', 'check_grad', 'DataBatch', 'accumulate']
 
 # %% ../nbs/12_batch.ipynb #d4f4fa69
 import math,warnings
@@ -495,8 +495,6 @@ def structured(self:Batches,
     raise NoOutputs(f"structural damping needs hidden states, and {why} hidden=lambda model: [model.cell]")
 
 # %% ../nbs/12_batch.ipynb #dbcc7b98
-def divided(product, scale): return product if scale==1. else lambda v: [o/scale for o in product(v)]
-
 @patch
 @contextmanager
 def recording(self:Batches, learn, states_of): # At the start of a training batch; `model -> modules` whose outputs are hidden states
@@ -524,9 +522,9 @@ def add(self:Batches,
     if [*map(id, before)]!=[*map(id, params)]: self.drop(params) # Half a step of other parameters
     p = LearnerProblem(learn, params, self.now.start)
     p = p.replace(loss=p.loss.clone().as_subclass(Tensor), count=loss_count(learn.loss_func, learn.yb), states=list(self.now.states),
-        versions=versions(p.model), rescaled=partial(divided, scale=p.scale))
+        versions=versions(p.model))
     if not self.held: p.backward(retain_graph=self.keep_graph)
-    if p.scale!=1: p = p.replace(loss=p.loss/p.scale, scale=1., rescaled=noop) # Products would overflow under the loss scale
+    if p.scale!=1: p = p.replace(loss=p.loss/p.scale, scale=1.) # Products would overflow under the loss scale
     for o in params if self.held else (): o.grad = torch.zeros_like(o)
     self.pending.append(p if self.keep_graph else p.without_graph())
     if first: check_gradients(params)
