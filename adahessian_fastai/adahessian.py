@@ -148,8 +148,8 @@ def AdaHessian(
     spike:float=0., # Largest length of the gradient, in running means of that length; 0 or `None` for no bound
 )->Optimizer: # Raises `ValueError` for a value outside its range
     "An `Optimizer` of AdaHessian's steppers, to be wrapped by `AdaHessianWrapper`"
-    bounds = {k: ifnone(v, 0.) for k,v in dict(clip=clip, cap=cap, spike=spike).items()}
     signed,decouple_wd = check_switch('signed', signed),check_switch('decouple_wd', decouple_wd)
     cbs = [weight_decay if decouple_wd else l2_reg, partial(average_grad, dampening=True), step_stat]
     cbs += [average_diag_hessian if signed else average_sqr_diag_hessian, adahessian_step]
-    return made_steppers(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, hessian_power=hessian_power, **bounds)
+    return made_steppers(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, hessian_power=hessian_power, clip=clip, cap=cap,
+        spike=spike)
