@@ -11,7 +11,7 @@ and diagnostics all use it, so they all mean the same function."""
 __all__ = ['send', 'autocast_of', 'takes_part', 'evaluate_batch', 'snapshot_of', 'noted', 'batch_of', 'loss_scale',
            'CurvatureScale', 'loss_weight', 'plain_number', 'n_rows', 'take_rows', 'check_rows_possible', 'in_half',
            'LearnerProblem', 'no_duals', 'notice', 'Turn', 'problem_of', 'Batches', 'versions', 'check_whole_step',
-           'check_trained', 'pairs', 'closure_problem', 'check_grad', 'DataBatch', 'accumulate']
+           'check_trained', 'pairs', 'closure_problem', 'given_grad', 'DataBatch', 'accumulate']
 
 # %% ../nbs/12_batch.ipynb #d4f4fa69
 import math,warnings
@@ -569,9 +569,8 @@ def closure_problem(
     with hidden_states(modules) as states: loss,outputs = pair()
     return Problem(params, loss, outputs, evaluate=evaluate, model=module, **kwargs).replace(states=list(states), versions=versions(module))
 
-def check_grad(grad, params): # A list like `params`, or `None`
-    "Refuse a gradient of one's own, a list or one vector, that is not like `params`"
-    if grad is None: return
+def given_grad(grad, params): # A list, or one vector; raises `ValueError` where it is not like `params`
+    "A gradient of one's own as a list"
     if isinstance(grad, Tensor) and grad.numel()==sum(p.numel() for p in params): return unflat(grad.reshape(-1), params)
     return [g.to(p) for g,p in zip(check_like(grad, params, 'grad, if it is not one vector for all trained parameters,'), params)]
 
@@ -596,8 +595,8 @@ def of_closure(self:Batches,
             self.drop(params)
             raise ValueError("the closure must not call `backward`: return the loss, and the optimizer differentiates it as often as it "
                 "needs")
-        given = check_grad(grad, params)
-        for o,g in zip(params, p.gradient(retain_graph=self.keep_graph) if grad is None else given, strict=True): o.grad = g
+        gs = p.gradient(retain_graph=self.keep_graph) if grad is None else given_grad(grad, params)
+        for o,g in zip(params, gs, strict=True): o.grad = g
         plain = p.without_graph()
         self.curv,self.trial = (MeanProblem([o], [1.]) for o in (p if self.keep_graph and not own else plain, plain))
         del p
