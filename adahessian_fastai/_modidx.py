@@ -830,8 +830,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'adahessian_fastai/learner.py'),
                                            'adahessian_fastai.learner.LossGuard.__init__': ( 'learner.html#lossguard.__init__',
                                                                                              'adahessian_fastai/learner.py'),
-                                           'adahessian_fastai.learner.LossGuard.reset': ( 'learner.html#lossguard.reset',
-                                                                                          'adahessian_fastai/learner.py'),
                                            'adahessian_fastai.learner.Ranks': ('learner.html#ranks', 'adahessian_fastai/learner.py'),
                                            'adahessian_fastai.learner.Ranks.__call__': ( 'learner.html#ranks.__call__',
                                                                                          'adahessian_fastai/learner.py'),

@@ -408,8 +408,7 @@ def state_like(o, p:Tensor): # A copy of a tensor on the device of `p`, in parts
 class LossGuard:
     "Says once that the average loss has grown far above its best"
     factor,beta = 10.,0.98 # How far is far, and the average's weight of the past
-    def __init__(self): self.reset()
-    def reset(self): self.n,self.sum,self.first,self.best,self.told = 0,0.,None,math.inf,False
+    def __init__(self): self.n,self.sum,self.first,self.best,self.told = 0,0.,None,math.inf,False
 
     def __call__(self, loss:float): # Text of a warning, or `None`; `loss` is finite
         "Look at one more loss"
@@ -427,8 +426,7 @@ def warn_rarely(n:int, text:str): # How often it has happened, and what; the cou
 
 class Counts:
     "What an optimizer counts"
-    names = ('seed','n_steps','n_estimates','n_dropped','n_skipped')
-    rules = dict.fromkeys(names, whole_number)
+    rules = dict.fromkeys(('seed','n_steps','n_estimates','n_dropped','n_skipped'), whole_number)
     def __init__(self):
         self.seed,self.n_steps,self.n_estimates,self.n_dropped,self.n_skipped = peek_seed(),0,0,0,0
         self.noise_record,self.guard,self.flat_told = deque(maxlen=10_000),LossGuard(),False
@@ -456,8 +454,8 @@ class Counts:
             "`clip` and `cap` let them be. Take a larger eps, such as 0.1, or a loss that is curved at your residuals, such as "
             "nn.SmoothL1Loss with a `beta` of their size", stacklevel=4)
 
-    def state_dict(self): return {k: vars(self)[k] for k in self.names}
+    def state_dict(self): return {k: vars(self)[k] for k in self.rules}
     def load_state_dict(self, sd):
-        vars(self).update({k: sd[k] for k in self.names})
+        vars(self).update({k: sd[k] for k in self.rules})
         self.noise_record = deque((o for o in self.noise_record if o[0]<self.n_steps), self.noise_record.maxlen) # Others are undone
-        self.guard.reset()
+        self.guard = LossGuard()

@@ -262,7 +262,7 @@ def upgraded(sd:dict)->dict:
     own = sd['wrapper']
     m,pending = own.get('measured', {}),{k: own.get(k) for k in ('n_batches','n_items','scaled','grads','diags','noises')}
     scale = own.get('curvature_scale') or dict(c=1., n_good=0)
-    new = dict(counts={k: own[k] for k in Counts.names if k in own}, scale=scale, estimator=dict(used=m.get('hvp_used')), when=m)
+    new = dict(counts={k: own[k] for k in Counts.rules if k in own}, scale=scale, estimator=dict(used=m.get('hvp_used')), when=m)
     if own.get('n_batches'): new['pending'] = dict(pending, share=None, losses=[math.nan] if own.get('bad_loss') else [])
     age = lambda s: dict(age=s.get('step', own.get('n_steps', 0))) if 'hess_step' in s else {}
     state = [{**{k: v for k,v in s.items() if k!='asked'}, **age(s)} for s in sd['state']]
