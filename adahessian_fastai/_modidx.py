@@ -784,6 +784,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'adahessian_fastai.hvp.substituted': ('hvp.html#substituted', 'adahessian_fastai/hvp.py'),
                                        'adahessian_fastai.hvp.switched': ('hvp.html#switched', 'adahessian_fastai/hvp.py'),
                                        'adahessian_fastai.hvp.tensor_list': ('hvp.html#tensor_list', 'adahessian_fastai/hvp.py'),
+                                       'adahessian_fastai.hvp.tensors_in': ('hvp.html#tensors_in', 'adahessian_fastai/hvp.py'),
                                        'adahessian_fastai.hvp.total_norm': ('hvp.html#total_norm', 'adahessian_fastai/hvp.py'),
                                        'adahessian_fastai.hvp.twice_differentiable': ( 'hvp.html#twice_differentiable',
                                                                                        'adahessian_fastai/hvp.py'),

@@ -20,7 +20,8 @@ from contextlib import contextmanager
 from typing import Literal
 from torch import Tensor, nn
 from torch.func import functional_call, grad as func_grad, jvp as func_jvp, linearize, vjp as func_vjp
-from .hvp import SettingError,check_choice,check_count,check_twice,dual_numbers,gradient,graph_product,in_single,param_list,tensor_list
+from .hvp import SettingError,check_choice,check_count,check_twice,dual_numbers,gradient,graph_product,in_single
+from .hvp import param_list,tensor_list,tensors_in
 
 # %% ../nbs/05_ggn.ipynb #c2844aa2
 def output_tensors(
@@ -28,9 +29,7 @@ def output_tensors(
     graph:bool=True # Only those that carry a graph? All of floating point otherwise
 )->list: # In order
     "The differentiable tensors among `outputs`"
-    if isinstance(outputs, Tensor): return [outputs] if (outputs.requires_grad if graph else outputs.is_floating_point()) else []
-    if isinstance(outputs, dict): outputs = list(outputs.values())
-    return [t for o in outputs for t in output_tensors(o, graph)] if isinstance(outputs, (tuple,list)) else []
+    return [t for t in tensors_in(outputs) if (t.requires_grad if graph else t.is_floating_point())]
 
 def _dense(gs, like): return [torch.zeros_like(p).as_subclass(Tensor) if g is None else g.as_subclass(Tensor) for g,p in zip(gs, like)]
 

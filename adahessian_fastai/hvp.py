@@ -7,8 +7,8 @@ A *product* is a callable `v -> Hv`. `v` and `Hv` are lists of tensors shaped li
 
 # %% auto #0
 __all__ = ['substitutes', 'dual_substitutes', 'dual_thread', 'hvp_methods', 'math_attention', 'plain_rnn', 'plain_cpu_rnn',
-           'eager', 'all_bits', 'check_real', 'AsComplex', 'real_parameters', 'tensor_list', 'param_list', 'in_single',
-           'flat', 'unflat', 'SettingError', 'check_count', 'check_number', 'check_choice', 'check_switch',
+           'eager', 'all_bits', 'check_real', 'AsComplex', 'real_parameters', 'tensor_list', 'tensors_in', 'param_list',
+           'in_single', 'flat', 'unflat', 'SettingError', 'check_count', 'check_number', 'check_choice', 'check_switch',
            'check_pair', 'loaded', 'is_part', 'shard_mesh', 'whole', 'sharded_like', 'switched', 'grads_aside',
            'sharded_gradient', 'gradient', 'graph_nodes', 'check_twice', 'graph_gradient', 'check_checkpoints',
            'needs_wrong_third', 'hooks_disabled', 'missing_second_derivative', 'check_like', 'graph_product',
@@ -64,6 +64,12 @@ def tensor_list(params)->list: # Raises `ValueError` for a single tensor, which 
     if odd := {type(o).__name__ for o in ts if not isinstance(o, Tensor)}:
         raise ValueError(f"params must be tensors, such as `list(model.parameters())`, got {', '.join(sorted(odd))}")
     return ts
+
+def tensors_in(o)->list: # In order; empty for what is none
+    "The tensors of which `o` consists: one, or those in tuples, lists and dicts"
+    if isinstance(o, Tensor): return [o]
+    if isinstance(o, dict): o = list(o.values())
+    return [t for part in o for t in tensors_in(part)] if isinstance(o, (tuple,list)) else []
 
 def param_list(params)->list: # Raises `ValueError` for complex ones, and for one that stands there twice
     "Tensors to differentiate with respect to, as a list"

@@ -25,7 +25,7 @@ from torch import Tensor,nn
 from types import BuiltinFunctionType,FunctionType,MethodType
 from typing import Literal,NamedTuple
 from fastcore.basics import ifnone
-from .hvp import check_count,gradient,in_single,shard_mesh,tensor_list
+from .hvp import check_count,gradient,in_single,shard_mesh,tensor_list,tensors_in
 
 # %% ../nbs/06_losses.ipynb #f7cfb6bd
 def cross_entropy_weights(
@@ -251,11 +251,7 @@ def label_noise(
     return lambda generator=None: draw(generator).to(dtype)
 
 # %% ../nbs/06_losses.ipynb #499ddbce
-def _first(xs):
-    "The first tensor in `xs`, tensors in tuples, lists and dicts; `None` if there is none"
-    if isinstance(xs, dict): xs = list(xs.values())
-    if not isinstance(xs, (tuple,list)): return xs if isinstance(xs, Tensor) else None
-    return next((o for o in map(_first, xs) if o is not None), None)
+def _first(xs): return next(iter(tensors_in(xs)), None)
 
 def n_targets(targets)->int: # Length of a list of dicts (as for detectors) or of strings; else rows of the first tensor
     "Items in the targets of a batch"
