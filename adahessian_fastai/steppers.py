@@ -20,7 +20,8 @@ from fastai.optimizer import Optimizer,average_grad,debias,l2_reg,step_stat,weig
 from fastai.torch_basics import *
 from .hvp import check_choice,check_number,check_real,copy_all,shard_mesh,total_norm,whole
 from .averaging import average_all
-from .learner import by_parameter,check_entry,check_groups,check_part,cross_rank_mean,look,state_like,trainable_params,whole_number
+from .learner import by_parameter,check_entry,check_groups,check_part,cross_rank_mean,finite_number,look,state_like
+from .learner import trainable_params,whole_number
 from .batch import plain_number
 from .schedule import is_wanted
 
@@ -492,8 +493,7 @@ def signal_to_noise(self:Pending, param_lists, params)->Tensor: # `nan` for a li
     return torch.stack([r.to(ratios[0].device) for r in ratios])
 
 # %% ../nbs/14_steppers.ipynb #80695abd
-_number = (lambda v: isinstance(v, (int,float)) and not isinstance(v, bool) and 0<=v<math.inf, 'a number >= 0')
-_rules = dict(n_batches=whole_number, n_items=_number, scaled=(lambda v: isinstance(v, bool), 'True or False'),
+_rules = dict(n_batches=whole_number, n_items=finite_number, scaled=(lambda v: isinstance(v, bool), 'True or False'),
     share=(lambda v: v is None or isinstance(v, (int,float)) and v>=0, '`None` or a number >= 0'),
     losses=(lambda v: isinstance(v, list) and all(isinstance(o, (int,float)) for o in v), 'a list of numbers'),
     **dict.fromkeys(('grads','diags','noises'), (lambda v: isinstance(v, list), 'a list')))
