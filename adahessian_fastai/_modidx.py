@@ -382,8 +382,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'adahessian_fastai/curvature.py'),
                                              'adahessian_fastai.curvature.outputs_again': ( 'curvature.html#outputs_again',
                                                                                             'adahessian_fastai/curvature.py'),
-                                             'adahessian_fastai.curvature.refuse_difference': ( 'curvature.html#refuse_difference',
-                                                                                                'adahessian_fastai/curvature.py'),
                                              'adahessian_fastai.curvature.relative_error': ( 'curvature.html#relative_error',
                                                                                              'adahessian_fastai/curvature.py'),
                                              'adahessian_fastai.curvature.reverse': ( 'curvature.html#reverse',

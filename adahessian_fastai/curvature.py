@@ -12,9 +12,9 @@ __all__ = ['hvp_ways', 'nonsmooth_modules', 'nonsmooth_functions', 'max_error', 
            'reverse', 'without_padding', 'forward', 'finite_difference', 'same_state', 'batch_statistics',
            'ModelWithLoss', 'compile_product', 'compiled', 'nonsmooth', 'nonsmooth_graph', 'relative_error',
            'trial_probes', 'asymmetry_of', 'checked_reverse', 'exact_way', 'another_function', 'against_differences',
-           'refuse_difference', 'is_finite', 'choose_way', 'Hessian', 'against_reverse', 'Ride', 'outputs_again',
-           'PlainTensors', 'Evaluated', 'closed_hessian', 'NoProductError', 'AgreedError', 'FirstThatWorks',
-           'GaussNewton', 'check_costs', 'agreed_costs', 'evaluated', 'way_product', 'OverBatches']
+           'is_finite', 'choose_way', 'Hessian', 'against_reverse', 'Ride', 'outputs_again', 'PlainTensors',
+           'Evaluated', 'closed_hessian', 'NoProductError', 'AgreedError', 'FirstThatWorks', 'GaussNewton',
+           'check_costs', 'agreed_costs', 'evaluated', 'way_product', 'OverBatches']
 
 # %% ../nbs/08_curvature.ipynb #4338fba8
 import math,re,time,warnings,weakref
@@ -277,13 +277,6 @@ def against_differences(
         with all_bits: error = difference_error(loss, params, v, near)
     return '' if error<=max_error else f"a finite difference was off by {error:.2g} on the first batch"
 
-def refuse_difference(reason:str):
-    "Refuse finite differences, with the alternatives"
-    if reason:
-        raise ValueError(f"hvp='finite_difference' is meaningless here: {reason}. Use hvp='reverse' or 'forward' (in hessian_free "
-            "`Hessian('reverse')`), which are exact for any activation, or estimator='gnb', which needs no second derivative, or a "
-            "smooth activation such as nn.GELU and nn.AvgPool2d for pooling")
-
 # %% ../nbs/08_curvature.ipynb #4f386b34
 def is_finite(problem)->bool: # Always `True` where several processes would have to agree
     "Are the loss and its gradient finite?"
@@ -374,7 +367,10 @@ class Hessian:
 def first_again(self:Hessian, problem, params, n_products):
     "The first product of a way that evaluates the loss again, checked by an exact one"
     way,exact = exact_way(problem, params)
-    if self.used=='finite_difference': refuse_difference(against_differences(problem, params, exact))
+    if self.used=='finite_difference' and (reason := against_differences(problem, params, exact)):
+        raise ValueError(f"hvp='finite_difference' is meaningless here: {reason}. Use hvp='reverse' or 'forward' (in hessian_free "
+            "`Hessian('reverse')`), which are exact for any activation, or estimator='gnb', which needs no second derivative, or a "
+            "smooth activation such as nn.GELU and nn.AvgPool2d for pooling")
     local = hvp_ways[self.used](problem, params, n_products)
     if self.used=='finite_difference' or problem.half or way=='forward': return local
     try: error = against_reverse(problem, local, exact, params)
