@@ -475,26 +475,25 @@ class FirstThatWorks:
     def __init__(self,
         ways:list, # Names, the preferred one first
         build, # `way -> (v -> Bv)`
-        check=lambda way: '', # `way -> reason`, empty where the product is right; asked after its first use
+        check=lambda way: '', # `way -> reason`, empty where the product is right; asked after each use
         failed=noop, # Called with a way and the reason, when it is given up
         reduce=noop, # `tensors -> tensors`: mean over the processes, in place
     ):
         self.ways,self.build,self.check,self.failed,self.reduce = list(ways),build,check,failed,reduce
-        self.product,self.right = None,False
+        self.product = None
 
     def attempt(self, v):
         "Product of this process by the present way"
         if self.product is None: self.product = self.build(self.ways[0])
         Bv = self.product(v)
-        if not self.right and (reason := self.check(self.ways[0])): raise RuntimeError(reason)
-        self.right = True
+        if reason := self.check(self.ways[0]): raise RuntimeError(reason)
         return Bv
 
     def give_up(self, code, error):
         "Turn to the next way, or raise"
         if code>1: raise AgreedError(code, str(error)) from error
         self.failed(self.ways.pop(0), str(error) or type(error).__name__)
-        self.product,self.right = None,False
+        self.product = None
         if not self.ways: raise NoProductError(str(error)) from error
 
     def __call__(self, v):
