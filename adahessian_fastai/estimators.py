@@ -20,7 +20,7 @@ from functools import cache
 from typing import Literal,NamedTuple
 from fastcore.basics import ifnone
 from ._help import shown
-from .hvp import SettingError,check_choice,check_count,check_number,check_switch,flat,gradient,twice_differentiable
+from .hvp import SettingError,check_choice,check_count,check_like,check_number,check_switch,flat,gradient,twice_differentiable
 from .hutchinson import control_variate_samples,draw_like,get_probe,hutchinson_samples,mean_and_noise,sample_mean
 from .cg import diag_preconditioner
 from .ggn import NoOutputs,fisher_diagonal,output_tensors
@@ -198,9 +198,7 @@ class Given:
         center=None, # Not used
     )->Estimate: # Raises `ValueError` for another number of tensors, or other shapes
         "The diagonal as it is"
-        found = list(self.diagonal(problem, params))
-        if [d.shape for d in found]!=[p.shape for p in params]:
-            raise ValueError(f"the diagonal must be like the parameters, got the shapes {[tuple(d.shape) for d in found]}")
+        found = check_like(self.diagonal(problem, params), params, 'the diagonal')
         return Estimate([d.detach().to(p, copy=True) for d,p in zip(found, params)], [], None)
 
     def state_dict(self): return {}

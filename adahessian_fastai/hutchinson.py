@@ -14,7 +14,7 @@ import math,torch
 from functools import cache
 from typing import Literal
 from torch import Tensor
-from .hvp import check_count,check_real,in_single,shard_mesh,tensor_list,unflat
+from .hvp import check_count,check_like,check_real,in_single,shard_mesh,tensor_list,unflat
 
 # %% ../nbs/01_hutchinson.ipynb #b6decdbb
 @cache
@@ -126,9 +126,8 @@ def control_variate_samples(
     generator:torch.Generator=None, # Randomness of the probes
 ): # Yields `n_samples` lists of tensors
     "Single-probe estimates `z ⊙ (H - diag(c))z + c` of the diagonal, one list for each probe"
-    params,center = tensor_list(params),tensor_list(center)
-    shapes = [[tuple(o.shape) for o in ts] for ts in (center, params)]
-    if shapes[0]!=shapes[1]: raise ValueError(f"center must be shaped like params, got {shapes[0]} for {shapes[1]}")
+    params = tensor_list(params)
+    center = check_like(center, params, 'center')
     rest = lambda v: [h.addcmul(c, o, value=-1) for h,c,o in zip(product(v), center, v)]
     return ([o.add_(c) for o,c in zip(s, center)] for s in hutchinson_samples(rest, params, n_samples, probe, generator))
 

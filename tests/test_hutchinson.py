@@ -206,7 +206,7 @@ def test_a_wrong_number_of_samples_is_named_at_once(f, n):
 
 @pytest.mark.parametrize('center', [[], P[:1], P[::-1], [torch.zeros(2), torch.zeros(3)]])
 def test_a_center_of_another_shape_is_refused_and_not_broadcast(center):
-    with pytest.raises(ValueError, match='center must be shaped like params'): control_variate_samples(same, P, center)
+    with pytest.raises(ValueError, match='center must be tensors of the shapes'): control_variate_samples(same, P, center)
 
 
 def test_products_and_probes_of_another_shape_are_refused():
