@@ -350,8 +350,7 @@ def load_state_dict(self:HessianFree, sd:dict): # From `state_dict`; raises `Val
     check_own(own, state)
     self.curvature.load_state_dict(own['products'])
     self.hypers,self.state = hypers,state
-    self.zero_grad()
-    self.forget()
+    self.batches.drop(self.all_params().itemgot(0))
     vars(self).update(own['counts'])
     self.record = deque(own['record'], maxlen=self.record.maxlen)
     if self.preconditioner and own['generator'] is not None: self.preconditioner.generator.set_state(own['generator'].cpu())
