@@ -776,7 +776,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'adahessian_fastai.hvp.real_parameters': ('hvp.html#real_parameters', 'adahessian_fastai/hvp.py'),
                                        'adahessian_fastai.hvp.rounding': ('hvp.html#rounding', 'adahessian_fastai/hvp.py'),
                                        'adahessian_fastai.hvp.shard_mesh': ('hvp.html#shard_mesh', 'adahessian_fastai/hvp.py'),
-                                       'adahessian_fastai.hvp.sharded_gradient': ('hvp.html#sharded_gradient', 'adahessian_fastai/hvp.py'),
                                        'adahessian_fastai.hvp.sharded_like': ('hvp.html#sharded_like', 'adahessian_fastai/hvp.py'),
                                        'adahessian_fastai.hvp.step_size': ('hvp.html#step_size', 'adahessian_fastai/hvp.py'),
                                        'adahessian_fastai.hvp.substituted': ('hvp.html#substituted', 'adahessian_fastai/hvp.py'),

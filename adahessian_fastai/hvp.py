@@ -10,12 +10,12 @@ __all__ = ['substitutes', 'dual_substitutes', 'dual_thread', 'hvp_methods', 'mat
            'eager', 'all_bits', 'check_real', 'AsComplex', 'real_parameters', 'tensor_list', 'tensors_in', 'param_list',
            'in_single', 'flat', 'unflat', 'SettingError', 'check_count', 'check_number', 'check_choice', 'check_switch',
            'check_pair', 'loaded', 'is_part', 'shard_mesh', 'whole', 'sharded_like', 'switched', 'grads_aside',
-           'sharded_gradient', 'gradient', 'graph_nodes', 'check_twice', 'graph_gradient', 'check_checkpoints',
-           'needs_wrong_third', 'hooks_disabled', 'missing_second_derivative', 'check_like', 'graph_product',
-           'Substituted', 'substituted', 'zero_tangents', 'dual_numbers', 'dual_backward', 'dual_gradient',
-           'total_norm', 'rounding', 'step_size', 'copy_all', 'moved', 'difference_product', 'difference_error',
-           'hessian_product', 'SharedContext', 'half_autocast', 'needs_substitutes', 'has_rnn', 'own_statistics',
-           'twice_differentiable', 'asymmetry', 'check_symmetric']
+           'gradient', 'graph_nodes', 'check_twice', 'graph_gradient', 'check_checkpoints', 'needs_wrong_third',
+           'hooks_disabled', 'missing_second_derivative', 'check_like', 'graph_product', 'Substituted', 'substituted',
+           'zero_tangents', 'dual_numbers', 'dual_backward', 'dual_gradient', 'total_norm', 'rounding', 'step_size',
+           'copy_all', 'moved', 'difference_product', 'difference_error', 'hessian_product', 'SharedContext',
+           'half_autocast', 'needs_substitutes', 'has_rnn', 'own_statistics', 'twice_differentiable', 'asymmetry',
+           'check_symmetric']
 
 # %% ../nbs/00_hvp.ipynb #23113829
 import math,operator,re,sys,threading,warnings
@@ -202,21 +202,6 @@ def grads_aside(params:list):
     "Context that begins without gradients in `p.grad`, and puts them back"
     return switched(*params, grad=None)
 
-def sharded_gradient(
-    loss:Tensor, # With its graph
-    params:list, # Sharded parameters
-    create_graph:bool=False, # Raises `ValueError` if true
-    retain_graph:bool=None, # Keep the graph of `loss`?
-    along:Tensor=None, # Weights of the entries of `loss`, where it is not a scalar: shaped like it
-)->list: # Sharded like `params`
-    "Gradient by a backward pass, which works under FSDP"
-    if create_graph:
-        raise ValueError("sharded parameters have no second derivative: use estimator='gnb', or hvp='finite_difference' in a smooth "
-            "network")
-    with grads_aside(params):
-        torch.autograd.backward(loss, along, retain_graph=retain_graph)
-        return [p.grad for p in params]
-
 # %% ../nbs/00_hvp.ipynb #b1a28e31
 def gradient(
     loss:Tensor, # Scalar loss with its graph
@@ -226,7 +211,13 @@ def gradient(
     along:Tensor=None, # Weights of the entries of `loss`, where it is not a scalar: shaped like it
 )->list: # A plain tensor or `None` for each of `params`, sharded for a sharded one; raises `ValueError` where one is sparse
     "Gradient of `loss` for each of `params`, `None` where `loss` does not depend on one"
-    if shard_mesh(params := tensor_list(params)): return sharded_gradient(loss, params, create_graph, retain_graph, along)
+    if shard_mesh(params := tensor_list(params)): # FSDP works with backward passes alone
+        if create_graph:
+            raise ValueError("sharded parameters have no second derivative: use estimator='gnb', or hvp='finite_difference' in a smooth "
+                "network")
+        with grads_aside(params):
+            torch.autograd.backward(loss, along, retain_graph=retain_graph)
+            return [p.grad for p in params]
     gs = torch.autograd.grad(loss, params, along, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True)
     if any(g is not None and g.layout!=torch.strided for g in gs):
         raise ValueError("curvature needs dense gradients: make the `nn.Embedding` with `sparse=False`")
