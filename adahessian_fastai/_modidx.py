@@ -344,8 +344,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'adahessian_fastai/curvature.py'),
                                              'adahessian_fastai.curvature.against_differences': ( 'curvature.html#against_differences',
                                                                                                   'adahessian_fastai/curvature.py'),
-                                             'adahessian_fastai.curvature.against_reverse': ( 'curvature.html#against_reverse',
-                                                                                              'adahessian_fastai/curvature.py'),
                                              'adahessian_fastai.curvature.agreed_costs': ( 'curvature.html#agreed_costs',
                                                                                            'adahessian_fastai/curvature.py'),
                                              'adahessian_fastai.curvature.another_function': ( 'curvature.html#another_function',

@@ -12,9 +12,9 @@ __all__ = ['hvp_ways', 'nonsmooth_modules', 'nonsmooth_functions', 'max_error', 
            'reverse', 'without_padding', 'forward', 'finite_difference', 'same_state', 'batch_statistics',
            'ModelWithLoss', 'compile_product', 'compiled', 'nonsmooth', 'nonsmooth_graph', 'relative_error',
            'trial_probes', 'asymmetry_of', 'checked_reverse', 'exact_way', 'another_function', 'against_differences',
-           'is_finite', 'choose_way', 'Hessian', 'against_reverse', 'Ride', 'outputs_again', 'PlainTensors',
-           'Evaluated', 'closed_hessian', 'NoProductError', 'AgreedError', 'FirstThatWorks', 'GaussNewton',
-           'check_costs', 'agreed_costs', 'evaluated', 'way_product', 'OverBatches']
+           'is_finite', 'choose_way', 'Hessian', 'Ride', 'outputs_again', 'PlainTensors', 'Evaluated', 'closed_hessian',
+           'NoProductError', 'AgreedError', 'FirstThatWorks', 'GaussNewton', 'check_costs', 'agreed_costs', 'evaluated',
+           'way_product', 'OverBatches']
 
 # %% ../nbs/08_curvature.ipynb #4338fba8
 import math,re,time,warnings,weakref
@@ -373,11 +373,15 @@ def first_again(self:Hessian, problem, params, n_products):
             "smooth activation such as nn.GELU and nn.AvgPool2d for pooling")
     local = hvp_ways[self.used](problem, params, n_products)
     if self.used=='finite_difference' or problem.half or way=='forward': return local
-    try: error = against_reverse(problem, local, exact, params)
+    v, = trial_probes(params, 1)
+    try: hv = local.product(v)
     except NotImplementedError as e:
         raise ValueError(f"hvp={self.used!r} is not possible here, use {way or 'auto'!r} or estimator='gnb': {e}".split('\n')[0]) from e
-    if error: raise ValueError(f"hvp={self.used!r} is wrong here: {error}. Use hvp='reverse'")
-    return local
+    if exact is None or another_function(problem, local): return local
+    error = relative_error(hv, exact.product(v))
+    if error<=max_error: return local
+    raise ValueError(f"hvp={self.used!r} is wrong here: it is off by {error:.2g} from the double backward on the first batch. "
+        "Use hvp='reverse'")
 
 @patch
 def notice(self:Hessian, params, half, model=None):
@@ -387,19 +391,6 @@ def notice(self:Hessian, params, half, model=None):
     (n,before),self.seen = self.seen,(max(self.seen[0], len(self.known)),half)
     same = (len(self.known),half)==(n,before) and old in (None, self.kinds)
     if n and not same: self.trusted,self.used = False,None if self.method=='auto' else self.used
-
-def against_reverse(
-    problem, # The `Problem`, with its graph
-    local:Local, # With the product to check
-    exact:Local, # By double backward, `None` where there is none
-    params:list, # Tensors that give the shapes
-)->str: # Empty where they agree, and where they cannot be compared
-    "How far the product of `local` is from the double backward"
-    v, = trial_probes(params, 1)
-    hv = local.product(v)
-    if exact is None or another_function(problem, local): return ''
-    error = relative_error(hv, exact.product(v))
-    return '' if error<=max_error else f"it is off by {error:.2g} from the double backward on the first batch"
 
 # %% ../nbs/08_curvature.ipynb #27f1638d
 class Ride:
