@@ -440,9 +440,7 @@ def dual_gradient(
 # %% ../nbs/00_hvp.ipynb #9e294c93
 def total_norm(tensors:list)->Tensor: # A number, 0 for no tensors; norms of half precision are summed in single
     "Norm of all `tensors` as one vector"
-    if not tensors: return torch.zeros(())
-    ns = torch._foreach_norm(in_single(tensors))
-    return whole(torch.stack([n.to(ns[0].device) for n in ns]).norm())
+    return whole(nn.utils.get_total_norm(in_single(tensors)))
 
 def rounding(tensors:list)->float: # 0 for no tensors
     "Distance from 1 to the next number in the coarsest type of `tensors`"
