@@ -358,7 +358,7 @@ def trained(self:Turn,
     if group is None and not own and dist.is_initialized() and dist.get_world_size()>1:
         warnings.warn("the estimate of this process stays its own, so the processes drift apart: give "
             "`opt.differentiate(loss, group=torch.distributed.group.WORLD)`", stacklevel=3)
-    return problem if group is problem.group else problem.replace(group=group)
+    return problem.replace(group=group)
 
 # %% ../nbs/12_batch.ipynb #b69a3015
 @contextmanager
