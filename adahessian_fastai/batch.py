@@ -629,7 +629,7 @@ def accumulate(b, params, trial, grads, curv):
             if g is not None: p.grad = g*w if p.grad is None else p.grad.add_(g*w)
     for o in dict.fromkeys([*trial, *curv]):
         if o.problem is None: o.first(b.keep_graph and o in curv)
-    b.curv,b.trial = (MeanProblem([o.problem for w,o in zip(ws, os) if w], [w for w in ws if w]) for ws,os in ((wc,curv), (wt,trial)))
+    b.curv,b.trial = (MeanProblem([o.problem for o in os], ws) for ws,os in ((wc,curv), (wt,trial)))
     b.trial = b.trial.map(lambda p: p.without_graph())
 
 @patch

@@ -155,8 +155,7 @@ def mean_of(
 )->MeanProblem:
     "Mean or sum of all problems in `rounds`"
     ws = weights_of([sum(p.count for p in r) for r in rounds], reduction)
-    pairs = [(w,p) for w,r in zip(ws, rounds) for p in r if w]
-    return MeanProblem([p for _,p in pairs], [w for w,_ in pairs], reduce)
+    return MeanProblem([p for r in rounds for p in r], [w for w,r in zip(ws, rounds) for _ in r], reduce)
 
 # %% ../nbs/07_problem.ipynb #modekep2
 @contextmanager
