@@ -631,8 +631,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                           'adahessian_fastai/hessian_free.py'),
                                                 'adahessian_fastai.hessian_free.adapt': ( 'hessian_free.html#adapt',
                                                                                           'adahessian_fastai/hessian_free.py'),
-                                                'adahessian_fastai.hessian_free.check_own': ( 'hessian_free.html#check_own',
-                                                                                              'adahessian_fastai/hessian_free.py'),
                                                 'adahessian_fastai.hessian_free.count_skipped': ( 'hessian_free.html#count_skipped',
                                                                                                   'adahessian_fastai/hessian_free.py'),
                                                 'adahessian_fastai.hessian_free.decay': ( 'hessian_free.html#decay',

@@ -11,7 +11,7 @@ Then it evaluates the loss to see how far to go. `lr` is no rate but a factor on
 # %% auto #0
 __all__ = ['own_rules', 'groups', 'HessianFree', 'hessian_free', 'count_skipped', 'hyper_of', 'descended', 'decay', 'scaled',
            'adapt', 'warm_start', 'warm', 'warn_of_zero', 'present_state', 'skip_step', 'put_hypers',
-           'warn_of_batch_norm', 'progress', 'upgraded_state', 'check_own', 'grouped', 'made_group', 'flat_signature']
+           'warn_of_batch_norm', 'progress', 'upgraded_state', 'grouped', 'made_group', 'flat_signature']
 
 # %% ../nbs/18_hessian_free.ipynb #9cc3f5b5
 import functools,inspect,math,time,warnings
@@ -347,7 +347,9 @@ def load_state_dict(self:HessianFree, sd:dict): # From `state_dict`; raises `Val
     "Continue from `sd`; batches seen since the last step are forgotten"
     sd = upgraded_state(sd)
     (hypers,state),own = checked_steppers(self, sd, ('lr','wd','damping'), **own_rules),sd['curvature']
-    check_own(own, state)
+    if own['generator'] is not None: torch.Generator().set_state(own['generator'].cpu()) # Raises an error for an impossible one
+    odd = [x0 for s in state.values() if not isinstance(x0 := s.get('x0'), (Tensor,type(None)))]
+    if odd: raise ValueError(f"x0 of a parameter must be a tensor, got {odd[0]!r}")
     self.curvature.load_state_dict(own['products'])
     self.hypers,self.state = hypers,state
     self.batches.drop(self.all_params().itemgot(0))
@@ -366,12 +368,6 @@ def upgraded_state(sd):
 _random = (lambda v: v is None or isinstance(v, Tensor) and v.shape==torch.Generator().get_state().shape, "`None` or a generator's state")
 own_rules = dict(counts=dict.fromkeys(('n_steps','n_skipped'), whole_number), products={}, generator=_random,
     record=(lambda v: isinstance(v, list) and all(isinstance(r, dict) and 'step' in r for r in v), 'a list of steps'))
-
-def check_own(own, state):
-    "Raise `ValueError` for impossible generators or warm starts"
-    if own['generator'] is not None: torch.Generator().set_state(own['generator'].cpu())
-    odd = [x0 for s in state.values() if not isinstance(x0 := s.get('x0'), (Tensor,type(None)))]
-    if odd: raise ValueError(f"x0 of a parameter must be a tensor, got {odd[0]!r}")
 
 # %% ../nbs/18_hessian_free.ipynb #5fe9cde7
 groups = dict(cg=CG, damping=Damping, line_search=LineSearch, precondition=Preconditioner, batches=Batches)
