@@ -408,8 +408,7 @@ class Ride:
     def read(self, outputs): # `params -> (v -> Jv)`; its first `v` has to be the probe where this is called inside the context
         "Take `Jz` from `outputs`, and end the dual numbers"
         zs = output_tensors(outputs)
-        duals = [fwAD.unpack_dual(o) for o in zs]
-        known = [[torch.zeros_like(d.primal) if d.tangent is None else d.tangent.detach().as_subclass(Tensor) for d in duals]]
+        known = [[torch.zeros_like(z) if t is None else t.detach().as_subclass(Tensor) for z,t in map(fwAD.unpack_dual, zs)]]
         if not self.on or any('DifferentiableGraph' in o.name() for o in graph_nodes(zs)): known.clear() # Ended, or TorchScript drops them
         self.stack.close()
         def same(params): return [*map(id, params)]==[*map(id, self.params)] # A callback may have frozen one since

@@ -432,10 +432,9 @@ def dual_gradient(
     params,v = tensor_list(params),list(v)
     check_like(v, [o if o is None else p for o,p in zip(v, params)]+params[len(v):])
     with dual_numbers(params, v):
-        duals = [None if g is None else fwAD.unpack_dual(g) for g in dual_backward(loss(), params)]
-        tangents = [None if d is None or d.tangent is None else d.tangent.detach().as_subclass(Tensor) for d in duals]
-        hs = [torch.zeros_like(p, requires_grad=False) if t is None else t for t,p in zip(tangents, params)]
-        return [None if d is None else d.primal.detach() for d in duals],hs
+        duals = [(None,None) if g is None else fwAD.unpack_dual(g) for g in dual_backward(loss(), params)]
+        hs = [torch.zeros_like(p, requires_grad=False) if t is None else t.detach().as_subclass(Tensor) for (_,t),p in zip(duals, params)]
+        return [g if g is None else g.detach() for g,_ in duals],hs
 
 # %% ../nbs/00_hvp.ipynb #9e294c93
 def total_norm(tensors:list)->Tensor: # A number, 0 for no tensors; norms of half precision are summed in single
