@@ -783,7 +783,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'adahessian_fastai/hvp.py'),
                                        'adahessian_fastai.hvp.unflat': ('hvp.html#unflat', 'adahessian_fastai/hvp.py'),
                                        'adahessian_fastai.hvp.whole': ('hvp.html#whole', 'adahessian_fastai/hvp.py'),
-                                       'adahessian_fastai.hvp.zero_tangents': ('hvp.html#zero_tangents', 'adahessian_fastai/hvp.py')},
+                                       'adahessian_fastai.hvp.zero_tangent': ('hvp.html#zero_tangent', 'adahessian_fastai/hvp.py')},
             'adahessian_fastai.learner': { 'adahessian_fastai.learner.(TextLearner, Learner).load': ( 'learner.html#(textlearner, '
                                                                                                       'learner).load',
                                                                                                       'adahessian_fastai/learner.py'),

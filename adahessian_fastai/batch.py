@@ -30,7 +30,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 from .hvp import (SettingError,check_checkpoints,check_choice,check_count,check_like,check_switch,grads_aside,hooks_disabled,loaded,
-    shard_mesh,twice_differentiable,unflat,zero_tangents)
+    shard_mesh,twice_differentiable,unflat,zero_tangent)
 from .losses import bare_loss,loss_count,losses,n_targets,smoothed_cross_entropy_rule
 from .ggn import NoOutputs
 from .problem import MeanProblem,Problem,hidden_states,mean_of,modes_kept,weights_of,with_states
@@ -73,8 +73,8 @@ def evaluate_batch(
     with nullcontext() if MixedPrecision in leave_out else autocast_of(learn):
         learn.pred = model(*learn.xb)
         send(learn, 'after_pred', leave_out)
-        def fixed(o): return zero_tangents([o])[0] if isinstance(o, Tensor) else o # Forward mode wants to be told
-        learn.loss_grad = learn.loss_func(learn.pred, *(learn.yb if fwAD._current_level<0 else apply(fixed, learn.yb)))
+        ys = learn.yb if fwAD._current_level<0 else apply(zero_tangent, learn.yb) # Forward mode wants to be told
+        learn.loss_grad = learn.loss_func(learn.pred, *ys)
         learn.loss = learn.loss_grad.clone()
         send(learn, 'after_loss', leave_out)
     if not learn.training: return

@@ -12,7 +12,7 @@ __all__ = ['substitutes', 'dual_substitutes', 'dual_thread', 'hvp_methods', 'mat
            'check_pair', 'loaded', 'is_part', 'shard_mesh', 'whole', 'sharded_like', 'switched', 'grads_aside',
            'gradient', 'graph_nodes', 'check_twice', 'graph_gradient', 'check_checkpoints', 'needs_wrong_third',
            'hooks_disabled', 'missing_second_derivative', 'check_like', 'graph_product', 'Substituted', 'substituted',
-           'zero_tangents', 'dual_numbers', 'dual_backward', 'dual_gradient', 'total_norm', 'rounding', 'step_size',
+           'zero_tangent', 'dual_numbers', 'dual_backward', 'dual_gradient', 'total_norm', 'rounding', 'step_size',
            'copy_all', 'moved', 'difference_product', 'difference_error', 'hessian_product', 'SharedContext',
            'half_autocast', 'needs_substitutes', 'has_rnn', 'own_statistics', 'twice_differentiable', 'asymmetry',
            'check_symmetric']
@@ -366,13 +366,13 @@ def _primal(o):
     dual = fwAD.unpack_dual(o) if isinstance(o, Tensor) else None
     return o if dual is None or dual.tangent is None else dual.primal
 
-def zero_tangents(tensors)->list: # Those of floating point without a tangent now have one of zeros
-    "`tensors`, each with a tangent"
-    bare = lambda t: t.is_floating_point() and fwAD.unpack_dual(t).tangent is None
-    return [fwAD.make_dual(t, torch.zeros_like(t)) if bare(t) else t for t in tensors]
+def zero_tangent(o): # Anything but a tensor of floating point comes back as it is
+    "`o`, with a tangent of zeros where it has none"
+    bare = isinstance(o, Tensor) and o.is_floating_point() and fwAD.unpack_dual(o).tangent is None
+    return fwAD.make_dual(o, torch.zeros_like(o)) if bare else o
 
 # %% ../nbs/00_hvp.ipynb #d1916081
-def _mse_loss(input, target, *args, **kwargs): return F.mse_loss(*zero_tangents([input, target]), *args, **kwargs)
+def _mse_loss(input, target, *args, **kwargs): return F.mse_loss(zero_tangent(input), zero_tangent(target), *args, **kwargs)
 
 def _huber_loss(input, target, reduction='mean', delta=1., weight=None):
     if weight is not None: return F.huber_loss(input, target, reduction, delta, weight)
