@@ -32,13 +32,13 @@ from .sassha import m_sassha,sassha
 
 # %% ../nbs/22_compare.ipynb #c1cc5fbb
 @contextmanager
-def muted(fd:int=2):
-    "Context in which nothing arrives at the file descriptor `fd`, from libraries in C either"
-    kept,null = os.dup(fd),os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, fd)
+def muted():
+    "Context in which nothing arrives at standard error, from libraries in C either"
+    kept,null = os.dup(2),os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
     try: yield
     finally:
-        os.dup2(kept, fd)
+        os.dup2(kept, 2)
         for o in (kept,null): os.close(o)
 
 @contextmanager
