@@ -257,8 +257,9 @@ def foreach_step(
 ):
     "The step of `cbs` for all parameters in `work`"
     name,groups,hypers = 'avg_diag_hessian' if average_diag_hessian in cbs else 'sqr_avg_diag_hessian',defaultdict(list),{}
+    count = step_stat in cbs
     for p,state,hyper,d,e in work:
-        _remember(p, state, d, name, step_stat in cbs)
+        _remember(p, state, d, name, count)
         get = state.get
         key = id(hyper),get('step'),get('hess_step', 0),get('hess_weight', 1),get('do_wd', True),d is None,e is None,p.dtype,p.device
         hypers[id(hyper)] = hyper
@@ -530,10 +531,11 @@ class Work(dict):
     "The parameters that a step moves, with their states and hyperparameters"
     @classmethod
     def of(cls, opt:Optimizer): # Whose parameters have their gradients; one that stands in several groups counts in the first
-        of = {p: known for p,known in by_parameter(opt).items() if p.grad is not None}
-        if n := sum(not p.requires_grad for p in of): warnings.warn(f"{n} parameters were frozen after a batch of this step had given "
+        found = [(p,known) for p,known in by_parameter(opt).items() if p.grad is not None]
+        work = cls((p,known) for p,known in found if p.requires_grad)
+        if n := len(found)-len(work): warnings.warn(f"{n} parameters were frozen after a batch of this step had given "
             "them a gradient, which is dropped: where parts train in turn, as in a GAN, accumulate within a turn", stacklevel=4)
-        return cls({p: known for p,known in of.items() if p.requires_grad})
+        return work
 
 # %% ../nbs/14_steppers.ipynb #f90b5fa3
 @patch
@@ -543,9 +545,9 @@ def flat_ones(self:Work,
     diags:list, # Norms of their estimates
 )->tuple: # How many have a gradient and no curvature, and how many were estimated
     "Count the parameters that the loss is linear in, where `eps` is too small for that"
-    of = dict(zip(self, norms))
     def small(p): return 'hessian_power' in self[p][1] and self[p][1]['eps']<0.01
-    return sum(d==0 and of.get(p, 0)>0 and small(p) for p,d in zip(due, diags)),len(diags)
+    flat = {p for p,d in zip(due, diags) if d==0}
+    return sum(n>0 and p in flat and small(p) for p,n in zip(self, norms if flat else ())),len(diags)
 
 # %% ../nbs/14_steppers.ipynb #692bf135
 @patch
@@ -592,10 +594,14 @@ def step(self:Work,
     weight = getattr(when, 'weight', lambda age: 1)
     known = [[p for p in ds if p in self] for ds in (diags,noises)]
     diags,noises = (dict(zip(ps, average_all([ds[p] for p in ps], smooth))) for ps,ds in zip(known, (diags,noises)))
-    own = {p: diags.get(p) if s.get('do_hessian', True) else p.grad.abs() for p,(s,_) in self.items()}
-    waiting = {p for p,d in own.items() if d is None and 'hess_step' not in self[p][0]}
-    for p,(s,_) in self.items(): s.update(late=True) if p in waiting else note_age(s, own[p], weight)
-    ready = [(p, s, h, own[p], noises.get(p)) for p,(s,h) in self.items() if p not in waiting]
+    ready = []
+    for p,(s,h) in self.items():
+        d = diags.get(p) if s.get('do_hessian', True) else p.grad.abs()
+        if d is None and 'hess_step' not in s:
+            s['late'] = True
+            continue
+        note_age(s, d, weight)
+        ready.append((p, s, h, d, noises.get(p)))
     update(ready, cbs)
     return [p for p,*_ in ready]
 
