@@ -37,7 +37,7 @@ from .problem import MeanProblem,Problem,hidden_states,mean_of,modes_kept,weight
 from .estimators import is_first_order,with_samples
 from .learner import Ranks,callback_of,check_gradients,check_model,check_shards,reshard
 from .learner import shard_group,sync_group,unwrapped,whole_number
-from .replay import backward_hooks,preserving,restored,snapshot,without_backward_hooks
+from .replay import backward_hooks,fresh,preserving,restored,snapshot,weights_kept,without_backward_hooks
 
 # %% ../nbs/12_batch.ipynb #e3297adb
 _asked = set() # Callbacks that are handling an event
@@ -87,7 +87,7 @@ _batch_attrs = ('xb','yb','pred','loss_grad','loss','training')
 def snapshot_of(learn:Learner)->tuple: # To be given to `batch_of`
     "Random states, what model, loss function and the callbacks that take part remember, and the batch, which these may exchange"
     memory = snapshot(unwrapped(learn.model), learn.loss_func, *filter(takes_part, learn.cbs))
-    return memory,{k: v for k,v in vars(learn).items() if k in ('xb','yb')}
+    return memory,fresh({k: v for k,v in vars(learn).items() if k in ('xb','yb')})
 
 def noted(learn): return [(cb,vars(cb).copy()) for cb in learn.cbs]
 
@@ -106,7 +106,7 @@ def batch_of(
             vars(cb).clear()
             vars(cb).update(d)
     try:
-        put(batch, cbs)
+        put(fresh(batch), cbs)
         with restored(memory),grads_aside(learn.model.parameters()): yield # A callback may have a backward pass of its own
     finally:
         for k in _batch_attrs: vars(learn).pop(k, None)
@@ -224,12 +224,7 @@ class LearnerProblem(Problem):
 
     half = cached_property(lambda self: in_half(self.learn))
     bs = property(lambda self: n_targets(self.learn.yb))
-    @property
-    def n_items(self):
-        "What the loss divides by; a class -100 of which it was not told counts too, since to look for it means to wait for the device"
-        f,_ = bare_loss(self.loss_func)
-        told = getattr(f, 'weight', None) is not None or getattr(f, 'ignore_index', -100)!=-100
-        return loss_count(self.loss_func, self.learn.yb) if told else self.bs
+    n_items = property(lambda self: loss_count(self.loss_func, self.learn.yb, look=False))
 
     def preserving(self): return batch_of(self.learn, self.start)
 
@@ -340,7 +335,8 @@ def evaluated(self:Turn, problem, rng): # Yields a `Problem`; `rng` is `stream -
     if self.part is None: on = nullcontext(problem.again(twice=True) if self.aside else problem)
     else: on = problem.rows(self.part, rng(1)(torch.device('cpu')), self.estimator, self.due, rng(0))
     room = partial(grads_aside, problem.params) if shard_mesh(problem.params) else nullcontext
-    with on as p,hooks_disabled(problem.params),room(): yield p
+    kept = weights_kept(problem.params) if self.aside or self.estimator.again else nullcontext()
+    with kept,on as p,hooks_disabled(problem.params),room(): yield p
 
 # %% ../nbs/12_batch.ipynb #17c38f44
 @patch
@@ -372,11 +368,12 @@ def problem_of(
     "Context with the problem of the batch `b` in full precision, whose graph can be differentiated twice"
     model,leave_out = unwrapped(learn.model),(MixedPrecision,GradientAccumulation)
     full_precision = torch.autocast(params[0].device.type, enabled=False)
-    with modes_kept(),batch_of(learn, start),without_backward_hooks(model),torch.enable_grad(),full_precision:
+    kept = weights_kept(model.parameters())
+    with modes_kept(),kept,batch_of(learn, start),without_backward_hooks(model),torch.enable_grad(),full_precision:
         if b is not None:
             model.train(train)
             learn.training = train
-            learn._split(learn._set_device(b))
+            learn._split(fresh(learn._set_device(b)))
         start = snapshot_of(learn)
         with twice_differentiable(model): evaluate_batch(learn, model, leave_out)
         if not learn.loss_grad.requires_grad:
@@ -607,8 +604,8 @@ class DataBatch:
     "A batch of data that is evaluated once, as in training, when it is first needed"
     def __init__(self, model, loss_func, params, modules, known, xb, yb):
         def closure():
-            out = model(*tuplify(xb))
-            return loss_func(out, *tuplify(yb)), out
+            xs,ys = fresh((tuplify(xb), tuplify(yb)))
+            return loss_func(out := model(*xs), *ys),out
         self.count,self.problem = loss_count(loss_func, tuplify(yb)),None
         known = dict(targets=yb, loss_func=loss_func) if known else {}
         self.make = lambda: closure_problem(closure, model, params, modules, loss_func, count=self.count, **known)

@@ -9,7 +9,7 @@ another evaluation of the batch (`again`), a context around the forward pass (`s
 
 # %% auto #0
 __all__ = ['hvp_ways', 'nonsmooth_modules', 'nonsmooth_functions', 'max_error', 'jvp_ways', 'max_adjoint_error', 'Local',
-           'reverse', 'without_padding', 'forward', 'finite_difference', 'same_state', 'batch_statistics',
+           'reverse', 'without_padding', 'padded', 'forward', 'finite_difference', 'same_state', 'batch_statistics',
            'ModelWithLoss', 'compile_product', 'compiled', 'nonsmooth', 'nonsmooth_graph', 'relative_error',
            'trial_probes', 'asymmetry_of', 'checked_reverse', 'exact_way', 'another_function', 'against_differences',
            'is_finite', 'choose_way', 'Hessian', 'Ride', 'outputs_again', 'PlainTensors', 'Evaluated', 'closed_hessian',
@@ -70,6 +70,10 @@ def without_padding(
     shared = lambda w: sum(p is w for m in mods for p in m.parameters(recurse=False))>1
     rows = {w: torch.tensor([i], device=w.device) for w,i in rows.items() if not shared(w)}
     return [o.index_fill(0, rows[p], 0) if p in rows else o for p,o in zip(params, v)]
+
+def padded(problem, params, J): # `v -> Jv`
+    "`J` in which the padding of an embedding is a constant, as it is for gradients"
+    return lambda v: J(without_padding(problem.model, params, v))
 
 # %% ../nbs/08_curvature.ipynb #68f2a251
 def _spread(problem, params, v):
@@ -440,8 +444,8 @@ class Evaluated(nn.Module):
         with PlainTensors(): return self.outputs()
 
 jvp_ways = dict(reverse=lambda problem,params: reverse_jvp(output_tensors(problem.outputs), params),
-    dual=lambda problem,params: dual_jvp(lambda _: outputs_again(problem)(), params),
-    linearize=lambda problem,params: linear_jvp(model_forward(Evaluated(problem), params), params))
+    dual=lambda problem,params: padded(problem, params, dual_jvp(lambda _: outputs_again(problem)(), params)),
+    linearize=lambda problem,params: padded(problem, params, linear_jvp(model_forward(Evaluated(problem), params), params)))
 
 # %% ../nbs/08_curvature.ipynb #f48d140a
 def closed_hessian(problem): # `u -> Hu` at the outputs, or `None`
@@ -522,7 +526,7 @@ class GaussNewton:
     ): # A context for the forward pass
         "What the graph of the loss needs, and dual numbers"
         along,self.ride = self.jvp=='along',None
-        ride = Ride(params, draw(params)) if along and not half else nullcontext()
+        ride = Ride(params, without_padding(model, params, draw(params))) if along and not half else nullcontext()
         try:
             with twice_differentiable(model, forward=along, half=half),ride as self.ride: yield
         except NotImplementedError as e:

@@ -80,6 +80,11 @@ class Problem:
         own = set(map(id, self.params))
         return [o.variable for o in graph_nodes(self.loss) if hasattr(o, 'variable') and id(o.variable) not in own]
 
+    def reaches(self, params:list)->bool:
+        "Does the graph of the loss hold any of `params`?"
+        some = set(map(id, params))
+        return any(id(o.variable) in some for o in graph_nodes(self.loss) if hasattr(o, 'variable'))
+
     def backward(self,
         weight:float=1., # Of the gradient
         grads:list=None, # The gradient like `params`, where it is known already

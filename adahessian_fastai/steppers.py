@@ -314,14 +314,14 @@ class Perturbation:
         ps,ds = zip(*on)
         olds,norm = self.copies(ps),total_norm(list(ds))
         size = torch.where(norm>0, sign*self.rho/norm, 0.)
-        self.kept = [(p, old, _written(p), d, size) for p,old,d in zip(ps, olds, ds)]
+        self.kept = [(p, old, None if self.twice else _written(p), d, size) for p,old,d in zip(ps, olds, ds)]
         torch._foreach_addcmul_([p.data for p in ps], ds, [size]*len(ds)) # A change of `data` autograd does not count
         torch.clear_autocast_cache()
 
     @torch.no_grad()
     def back(self):
         "Put the parameters back; of those that are `new`, remember what was written into them"
-        self.new.update({p: p-torch.addcmul(old, d, size) for p,old,_,d,size in self.kept if p not in self.known})
+        self.new.update({p: p-torch.addcmul(old, d, size) for p,old,at,d,size in self.kept if at and p not in self.known})
         copy_all([p.data for p,*_ in self.kept], [_home(*o, self.known.get(o[0], True)) for o in self.kept])
         self.kept = []
 
@@ -350,7 +350,7 @@ def _written(p): return p._version,getattr(p, '_local_tensor', p).data_ptr() # A
 
 def _home(p, old, written, d, size, look):
     "`old`, with what was written into `p` after the move, as an embedding with `max_norm` does"
-    if not look and _written(p)==written: return old
+    if not written or not look and _written(p)==written: return old # Along the gradient the batch has written at home before
     moved = torch.addcmul(old, d, size)
     return torch.where((p==moved)|moved.isnan(), old, p-moved+old) # The direction of a batch that is not finite is none
 

@@ -7,13 +7,16 @@ from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation,GradientClip
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
+from fastai.learner import Learner
+from functools import partial
 from adahessian_fastai.adahessian import adahessian_paper as adahessian
 from adahessian_fastai.all import hessian_free
 from adahessian_fastai.estimators import Estimate
 from adahessian_fastai.learner import steps_of_run
 from adahessian_fastai.problem import Problem
 from adahessian_fastai.steppers import Pending
-from helpers_learner import ROUNDING,InTurn,Noted,data,distance,fit,given,learner,mlp,plain,split,state_of
+from helpers_learner import HYPERS,ROUNDING,InTurn,Noted,data,distance,fit,given,learner,mlp,plain,split,state_of
+from twin import Twin
 
 
 def grouped(batches, n): return [batches[i:i+n] for i in range(0, len(batches), n)]
@@ -263,3 +266,40 @@ def test_the_curvature_over_batches_is_that_of_the_loss_of_all_their_rows(loss_f
     v = [torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(p) for p in learn.model.parameters()]
     many,one = (learn.curvature_product(batches=bs)(v) for bs in (list(zip(x.split(6), y.split(6))), [(x,y)]))
     for a,b in zip(many, one): assert torch.allclose(a, b, rtol=ROUNDING)
+
+
+class Words(nn.Module):
+    "A class for each word of a sentence"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.emb,self.out = nn.Embedding(10, 5).double(),nn.Linear(5, 4).double()
+    def forward(self, x): return self.out(self.emb(x).tanh()).transpose(1, 2)
+
+def sentences(): # Of different lengths
+    g = torch.Generator().manual_seed(0)
+    return [tuple(torch.randint(k, (4,n), generator=g) for k in (10,4)) for n in (3,9,5,2,7,7,1,10)]
+
+def ones(p, generator=None): return torch.ones_like(p)
+
+class InFloat(Callback):
+    "The Recorder wants a float32 loss"
+    def after_loss(self): self.learn.loss = self.loss.float()
+
+def on_sentences(loss_func, func, **kwargs):
+    dl = torch.utils.data.DataLoader(sentences(), batch_size=None)
+    return fit(Learner(DataLoaders(dl, dl), Words(), loss_func, opt_func=partial(func, n_acc=2, **kwargs), cbs=InFloat())).model
+
+def test_sentences_count_by_their_words():
+    "Two batches are a step on all of their words, as in a plain loop, and as with an ignored class that there is none of"
+    got = on_sentences(nn.CrossEntropyLoss(), adahessian, probe=ones, **HYPERS)
+    want = Words()
+    twin = Twin([dict(params=list(want.parameters()), **HYPERS)], ones)
+    def loss(batches): return sum(F.cross_entropy(want(x), y, reduction='sum') for x,y in batches)/sum(y.numel() for _,y in batches)
+    for batches in grouped(sentences(), 2): twin.step([partial(loss, batches)])
+    assert distance(got, want)<ROUNDING and distance(want, Words())>1e-3
+    assert distance(got, on_sentences(nn.CrossEntropyLoss(ignore_index=9), adahessian, probe=ones, **HYPERS))<ROUNDING
+
+def test_sentences_count_by_their_words_for_hessian_free():
+    loose,told = (on_sentences(f, hessian_free) for f in (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(ignore_index=9)))
+    assert distance(loose, told)<ROUNDING and distance(told, Words())>1e-3

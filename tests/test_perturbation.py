@@ -358,6 +358,22 @@ def test_what_the_forward_pass_writes_into_weights_stays(how):
     if how=='max_norm': assert all(torch.equal(o, last[0]) for o in last) # The row that no batch has
 
 
+@pytest.mark.parametrize('rows', [None,.5])
+@pytest.mark.parametrize('opt_func', [modern,m_sassha,sassha])
+def test_what_the_forward_pass_does_to_weights_it_does_once_a_batch(opt_func, rows):
+    "It takes 3 % of the weights in each of six batches, at a rate of 0, and at a point that is a little off"
+    class Decays(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+        def forward(self, x):
+            if self.training: self.net[0].weight.data.mul_(.97)
+            return self.net(x)
+    learn = fit(learner(Decays(), *data(36), opt_func=opt_func, hypers={}, lr=0., wd=0., hessian_bs=rows), lr=0.)
+    n_times = (learn.model.net[0].weight/mlp()[0].weight).log()/math.log(.97)
+    assert learn.opt.n_steps==6 and n_times.median().item()==pytest.approx(6, abs=0.05)
+
+
 calls = [] # In a method of a class it is not put back
 
 class Counting(nn.Module):

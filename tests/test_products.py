@@ -1,5 +1,5 @@
 "The products of the room `hvp` and how the optimizers use them"
-import math,pytest,torch,torch.nn.functional as F
+import math,pytest,warnings,torch,torch.nn.functional as F
 from fastai.basics import Callback,CrossEntropyLossFlat,DataLoaders,L1LossFlat,Learner,partial,set_seed
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
@@ -11,8 +11,9 @@ from adahessian_fastai.hvp import difference_product,dual_gradient,gradient,hess
 from adahessian_fastai.curvature import hvp_ways,nonsmooth,nonsmooth_graph,twice_differentiable,without_padding
 from adahessian_fastai.adahessian import AdaHessianWrapper
 from adahessian_fastai.problem import Problem
-from adahessian_fastai.curvature import Hessian
+from adahessian_fastai.curvature import GaussNewton,Hessian
 from adahessian_fastai.estimators import Hutchinson
+from adahessian_fastai.hessian_free import hessian_free
 
 EXACT = 1e-10 # Relative, double precision: a dozen layers of rounding
 CENTRAL = 1e-7 # Relative, double precision: the square of the step size 1e-6 times a third derivative
@@ -461,6 +462,27 @@ def test_padding_is_a_constant_in_each_way(way):
     assert (got[0][0]==0).all() and v[0][0].abs().min()>0
     shared = Padded(shared=True)
     assert all(a is b for a,b in zip(without_padding(shared, list(shared.parameters()), v[:2]), v))
+
+@pytest.mark.parametrize('jvp', ['dual','linearize','along'])
+def test_padding_is_a_constant_in_products_of_gauss_and_newton(jvp):
+    "Also where dual numbers ride with the forward pass, for a probe that would move it"
+    model,x,y = Padded(),torch.arange(30).reshape(6,5)%6,torch.arange(6)
+    ps = list(model.parameters())
+    v = [torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(1)) for p in ps]
+    def product(jvp):
+        gn = GaussNewton(jvp)
+        with gn.surround(model, ps, lambda params: v):
+            def evaluate(twice=False): return F.cross_entropy(out := model(x), y),out
+            problem = Problem(ps, *evaluate(), targets=y, loss_func=F.cross_entropy, evaluate=evaluate, model=model)
+            return gn(problem, ps).product(v)
+    for a,b in zip(product(jvp), product('reverse')): assert torch.allclose(a, b, rtol=1e-10, atol=1e-14)
+    assert v[0][0].abs().min()>0
+
+def test_a_padded_model_keeps_the_fast_products_of_hessian_free():
+    model,x = Padded(),torch.arange(30).reshape(6,5)%6
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        hessian_free(model.parameters(), jvp='dual').acc_step(model, F.cross_entropy, [(x,torch.arange(6))])
 
 class Single(nn.Module):
     "A loss that is computed in single precision, as fastai's flattened ones are"

@@ -7,10 +7,10 @@ from fastai.callback.core import Callback,CancelBackwardException
 from functools import partial
 from torch import nn
 from types import SimpleNamespace
-from adahessian_fastai.all import CurvatureRecorder,adahessian_paper as adahessian,hessian_free
+from adahessian_fastai.all import CurvatureRecorder,adahessian_paper as adahessian,hessian_free,sassha
 from helpers_learner import Cube,HYPERS,InTurn,ROUNDING,data,distance,fit,given,learner,mlp,state_of
 from adahessian_fastai.curvature import NoProductError,FirstThatWorks,batch_statistics
-from adahessian_fastai.replay import backward_hooks,preserving,restored,snapshot,without_backward_hooks
+from adahessian_fastai.replay import backward_hooks,fresh,preserving,restored,snapshot,without_backward_hooks
 
 SETTINGS = dict(  # chkstyle: ignore-node
     whole={}, rows=dict(hessian_bs=0.5), rows4=dict(hessian_bs=4), rows_changed=dict(hessian_bs=(3,0.5)), each=dict(update_each=2), samples=dict(n_samples=2),
@@ -469,3 +469,56 @@ def test_what_a_function_counts_is_there_again():
     f,n = counting()
     with preserving(f): f()
     assert n()==0
+
+
+class InPlace(nn.Module):
+    "Writes into its inputs, or into a copy of them"
+    def __init__(self, of_its_own):
+        super().__init__()
+        self.net,self.of_its_own = mlp(),of_its_own
+    def forward(self, x):
+        if self.of_its_own: x = x.clone()
+        return self.net(x.sub_(.5).div_(2.))
+
+def written_loss(pred, y): return (pred-y.mul_(.5)).square().mean()
+
+@pytest.mark.parametrize('opt_func', [adahessian,sassha,partial(adahessian, hessian_bs=.5),partial(adahessian, hvp='forward'),
+    partial(adahessian, curvature='ggn', hvp='forward'),hessian_free], ids=['default','sassha','rows','forward','ggn','hessian_free'])
+def test_a_model_may_write_into_its_inputs(opt_func):
+    "Each evaluation of a batch begins with the batch as it came"
+    def run(of_its_own): return fit(learner(InPlace(of_its_own), *data(36), opt_func=opt_func, hypers={}))
+    own,shared = run(True),run(False)
+    assert distance(own.model, shared.model)==0 and distance(own.model, InPlace(True))>1e-3
+
+def test_a_loss_may_write_into_its_targets():
+    y = data(36)[0][:,:3].clone()
+    def run(loss): return fit(learner(mlp(), data(36)[0], y.clone(), loss_func=loss, opt_func=sassha, hypers={}))
+    assert distance(run(written_loss).model, run(lambda pred,y: written_loss(pred, y.clone())).model)==0
+
+def test_measurements_leave_the_batches_of_the_user_alone():
+    x,y = data(12)
+    def products(of_its_own, x):
+        learn = learner(InPlace(of_its_own), *data(12))
+        hv = learn.curvature_product(batches=[(x,y)])
+        return [hv([torch.ones_like(p) for p in learn.model.parameters()]) for _ in range(3)]
+    mine,want = x.clone(),products(True, x.clone())
+    for got in products(False, mine): assert all(torch.equal(a, b) for a,b in zip(got, want[0]))
+    assert torch.equal(mine, x)
+
+def test_steps_on_given_batches_leave_these_alone():
+    x,y = data(12)
+    def run(of_its_own):
+        model,mine = InPlace(of_its_own),x.clone()
+        opt = hessian_free(model.parameters())
+        for _ in range(3): opt.acc_step(model, F.cross_entropy, [(mine,y)])
+        return model,mine
+    (own,_),(shared,mine) = run(True),run(False)
+    assert distance(own, shared)==0 and torch.equal(mine, x)
+
+def test_one_tensor_as_inputs_and_targets_is_one_in_each_evaluation():
+    "The second evaluation too compares the prediction with what the model wrote"
+    x = torch.randn(6, 5)
+    a,(b,c) = fresh((x,(x,x.clone())))
+    assert a is b and a is not x and c is not a and torch.equal(a, x)
+    w = nn.Parameter(x)
+    assert fresh([w,w*2])[0] is w and fresh({'x': (z := w*2)})['x'] is z
