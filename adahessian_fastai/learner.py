@@ -15,7 +15,7 @@ __all__ = ['whole_number', 'finite_number', 'callback_of', 'unwrapped', 'is_shar
            'Counts']
 
 # %% ../nbs/10_learner.ipynb #d25dec26
-import inspect,itertools,math,numbers,pickle,traceback,warnings,zipfile
+import inspect,math,numbers,pickle,traceback,warnings,zipfile
 from collections import deque
 from contextlib import contextmanager,nullcontext
 from functools import wraps
@@ -320,15 +320,11 @@ def norms_of(tensors:list)->list: # A tensor with one number for each
 
 def look(losses:list, *lists): # Losses as numbers, and a list of norms for each list; one host synchronisation where all is well
     "The `losses`, and the norm of each tensor: `nan` where an entry is infinite or `nan`"
-    tensors = [t for ts in lists for t in ts]
-    row = [*(o.squeeze() for o in losses),*norms_of(tensors)]
+    row = [*(o.squeeze() for o in losses),*norms_of([t for ts in lists for t in ts])]
     if len({o.device for o in row})>1: row = [o.to(row[0].device) for o in row]
-    values = torch.stack(row).float().tolist() if row else []
-    values,norms = values[:len(losses)],values[len(losses):]
-    if not all(map(math.isfinite, norms)):
-        norms = [n if math.isfinite(n) or t.isfinite().all().item() else math.nan for n,t in zip(norms, tensors)]
-    norms = iter(norms)
-    return values,*([*itertools.islice(norms, len(ts))] for ts in lists)
+    values = iter(torch.stack(row).float().tolist() if row else [])
+    def sure(t, n): return n if math.isfinite(n) or t.isfinite().all().item() else math.nan
+    return [next(values) for _ in losses],*([sure(t, n) for t,n in zip(ts, values)] for ts in lists)
 
 # %% ../nbs/10_learner.ipynb #e5fc839c
 def trainable_params(opt)->list: # Each once

@@ -261,13 +261,13 @@ def n_targets(targets)->int: # Length of a list of dicts (as for detectors) or o
 def loss_count(
     loss_func, # The loss, see `bare_loss`
     targets, # A tensor, or a tuple of them, whose first one counts
-    look:bool=True, # Look for the class -100 where the loss was told of none to ignore? That waits for the device
+    look:bool=True, # In a vector of classes, look for -100 where the loss was told of none to ignore? That waits for the device
 )->float: # Rows of the targets where the loss is not known; 1 without targets
     "What the mean of `loss_func` over `targets` divides by"
     (f,axis),y = bare_loss(loss_func),_first(targets)
     if y is None or not y.ndim: return 1.
     told = getattr(f, 'weight', None) is not None or getattr(f, 'ignore_index', None)!=-100
-    if not (look or told or y.is_floating_point()): return float(y.numel())
+    if not (look or told or y.ndim>1 or y.is_floating_point()): return float(len(y))
     count = losses.get(type(f), Rule()).count
     return float(n_targets(targets) if count is None else count(f, y.detach().as_subclass(Tensor), axis))
 

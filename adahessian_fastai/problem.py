@@ -75,15 +75,14 @@ class Problem:
         "This problem with its loss as a plain number, without scale, which frees the graph"
         return self.replace(loss=self.loss.detach()/self.scale, outputs=None, scale=1., rescaled=noop)
 
-    def others(self)->list:
-        "Tensors that get a gradient and are not among `params`, such as those of another optimizer"
-        own = set(map(id, self.params))
-        return [o.variable for o in graph_nodes(self.loss) if hasattr(o, 'variable') and id(o.variable) not in own]
+    def leaves(self)->dict: # By `id`
+        "Tensors that get a gradient"
+        return {id(o.variable): o.variable for o in graph_nodes(self.loss) if hasattr(o, 'variable')}
 
-    def reaches(self, params:list)->bool:
-        "Does the graph of the loss hold any of `params`?"
-        some = set(map(id, params))
-        return any(id(o.variable) in some for o in graph_nodes(self.loss) if hasattr(o, 'variable'))
+    def others(self)->list:
+        "Those that are not among `params`, such as those of another optimizer"
+        own = set(map(id, self.params))
+        return [o for k,o in self.leaves().items() if k not in own]
 
     def backward(self,
         weight:float=1., # Of the gradient

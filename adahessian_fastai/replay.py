@@ -17,8 +17,7 @@ from dataclasses import is_dataclass
 from types import CellType,FunctionType,MethodType
 
 from fastai.basics import *
-from torch.utils._pytree import tree_map
-from .hvp import is_part
+from .hvp import is_part,tensors_in
 
 # %% ../nbs/11_replay.ipynb #73b0ddd1
 _hooks = tuple(k for k in vars(nn.Module()) if k.endswith(('_hooks', '_with_kwargs', '_always_called')))
@@ -159,7 +158,5 @@ def weights_kept(params):
         for p,old in kept: p.data.copy_(old)
 
 def fresh(batch): # A tensor that stands there twice is one again
-    "Copies of the tensors in `batch`; those with a graph stay themselves"
-    seen = {}
-    def one(o): return seen.setdefault(id(o), o.clone()) if isinstance(o, Tensor) and not o.requires_grad else o
-    return tree_map(one, batch)
+    "`batch` with copies of its tensors, but for those with a graph"
+    return _copied(batch, {id(o): o for o in tensors_in(batch) if o.requires_grad})

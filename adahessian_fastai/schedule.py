@@ -8,7 +8,7 @@ every `k`-th step. `Budget(0.25)` is given the overhead that curvature may have,
 
 # %% auto #0
 __all__ = ['least_part', 'check_period', 'is_due', 'check_rows', 'rows_due', 'Every', 'Budget', 'made_schedule', 'Due',
-           'is_wanted', 'due_now']
+           'is_asking', 'due_now']
 
 # %% ../nbs/13_schedule.ipynb #132d79e8
 import math,statistics,time
@@ -246,16 +246,16 @@ class Due(NamedTuple):
     share:object=0 # On what part of the batch, see `Every.part`; 0 without an estimate
     n_samples:int=1 # With how many samples at least
 
-def is_wanted(when, state)->bool: # By the schedule `when`
-    "Is an estimate for the parameter with `state` due, so that it does not just come along?"
-    return bool(state.get('late')) or when.part(state.get('age', 0))!=0
+def is_asking(state)->bool: # Unlike those that come along, and those that took no part where they were asked
+    "Does the parameter with `state`, if it is wanted, ask for an estimate?"
+    return bool(state.get('late')) or state.get('asked')!=state.get('age', 0)
 
 def due_now(when, states:dict)->Due:
     "For which parameters, with their `states`, an estimate of the schedule `when` is due"
     of = {p: (s, s.get('age', 0)) for p,s in states.items() if s.get('do_hessian', True)}
     parts = {age: when.part(age) for age in {age for _,age in of.values()}}
     due = [p for p,(s,age) in of.items() if s.get('late') or parts[age]!=0]
-    if not any(of[p][0].get('late') or of[p][0].get('asked')!=of[p][1] for p in due): return Due()
+    if not any(is_asking(states[p]) for p in due): return Due()
     ages = [of[p][1] for p in due]
     oldest,asks = max((o for o in ages if parts[o]!=0), default=0),getattr(when, 'samples', lambda age: 1)
     due = [p for p,(s,age) in of.items() if s.get('late') or parts[age]!=0 or 0<age<oldest]

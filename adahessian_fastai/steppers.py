@@ -9,7 +9,7 @@ receive the estimate of the Hessian's diagonal as `diag_hessian`, or `None` on a
 __all__ = ['cpu_portion', 'forms', 'average_sqr_diag_hessian', 'average_diag_hessian', 'denominator', 'bounded',
            'adahessian_step', 'sophia_step', 'Portion', 'list_forms', 'portions', 'foreach_step', 'loop_step', 'update',
            'Perturbation', 'perturbed', 'check_hypers', 'put_hyper', 'plain_params', 'made_steppers', 'Pending', 'Work',
-           'note_age', 'signed_average', 'check_averages', 'checked_steppers']
+           'is_wanted', 'note_age', 'signed_average', 'check_averages', 'checked_steppers']
 
 # %% ../nbs/14_steppers.ipynb #bc6ee5b2
 import itertools,math
@@ -22,8 +22,8 @@ from .hvp import check_choice,check_number,check_real,copy_all,shard_mesh,total_
 from .averaging import average_all
 from .learner import by_parameter,check_entry,check_groups,check_part,cross_rank_mean,finite_number,look,state_like
 from .learner import trainable_params,whole_number
-from .batch import plain_number
-from .schedule import is_wanted
+from .batch import Turn,plain_number
+from .schedule import is_asking
 
 # %% ../nbs/14_steppers.ipynb #a39c5dfe
 def average_sqr_diag_hessian(
@@ -562,6 +562,19 @@ def bound(self:Work, norms:list):
         if norm>c*mean: torch._foreach_mul_([p.grad for p,(_,h) in self.items() if h.get('spike')==c], c*mean/norm)
     if math.isfinite(short := min(norm, max(spikes)*mean)): state.update(norm_step=n+1, norm_avg=0.9*total+0.1*short)
 
+# %% ../nbs/14_steppers.ipynb #ofgrcd01
+def is_wanted(when, state)->bool: # By the schedule `when`
+    "Is an estimate for the parameter with `state` due, so that it does not just come along?"
+    return bool(state.get('late')) or when.part(state.get('age', 0))!=0
+
+@patch
+def of_graph(self:Turn, problem, states): # The batch, after its forward pass, and what is known of each parameter
+    "The turn without parameters that were frozen since; nothing is due where all that ask are late and take no part in the batch"
+    due = [p for p in self.due if p.requires_grad]
+    asking = [p for p in due if is_asking(states[p])]
+    late = problem.group is None and all(states[p].get('late') for p in asking)
+    return self._replace(due=[] if late and not problem.leaves().keys() & {*map(id, asking)} else due)
+
 # %% ../nbs/14_steppers.ipynb #ddfefd8b
 def note_age(state, d, weight): # `weight`: by age, that of an estimate `d` in the average
     "Count a step of the parameter with `state`, which has what it waited for where there is an estimate"
@@ -597,11 +610,10 @@ def step(self:Work,
     ready = []
     for p,(s,h) in self.items():
         d = diags.get(p) if s.get('do_hessian', True) else p.grad.abs()
-        if d is None and 'hess_step' not in s:
-            s['late'] = True
-            continue
-        note_age(s, d, weight)
-        ready.append((p, s, h, d, noises.get(p)))
+        if d is None and 'hess_step' not in s: s['late'] = True
+        else:
+            note_age(s, d, weight)
+            ready.append((p, s, h, d, noises.get(p)))
     update(ready, cbs)
     return [p for p,*_ in ready]
 

@@ -276,9 +276,10 @@ class Words(nn.Module):
         self.emb,self.out = nn.Embedding(10, 5).double(),nn.Linear(5, 4).double()
     def forward(self, x): return self.out(self.emb(x).tanh()).transpose(1, 2)
 
-def sentences(): # Of different lengths
+def sentences(padded=False): # Of different lengths, maybe with classes -100 behind their ends
     g = torch.Generator().manual_seed(0)
-    return [tuple(torch.randint(k, (4,n), generator=g) for k in (10,4)) for n in (3,9,5,2,7,7,1,10)]
+    found = [tuple(torch.randint(k, (4,n), generator=g) for k in (10,4)) for n in (3,9,5,2,7,7,1,10)]
+    return [(x,y.masked_fill(torch.arange(y.shape[1])>torch.arange(4)[:,None]+1, -100)) for x,y in found] if padded else found
 
 def ones(p, generator=None): return torch.ones_like(p)
 
@@ -286,18 +287,20 @@ class InFloat(Callback):
     "The Recorder wants a float32 loss"
     def after_loss(self): self.learn.loss = self.loss.float()
 
-def on_sentences(loss_func, func, **kwargs):
-    dl = torch.utils.data.DataLoader(sentences(), batch_size=None)
+def on_sentences(loss_func, func, padded=False, **kwargs):
+    dl = torch.utils.data.DataLoader(sentences(padded), batch_size=None)
     return fit(Learner(DataLoaders(dl, dl), Words(), loss_func, opt_func=partial(func, n_acc=2, **kwargs), cbs=InFloat())).model
 
-def test_sentences_count_by_their_words():
+@pytest.mark.parametrize('padded', [False,True])
+def test_sentences_count_by_their_words(padded):
     "Two batches are a step on all of their words, as in a plain loop, and as with an ignored class that there is none of"
-    got = on_sentences(nn.CrossEntropyLoss(), adahessian, probe=ones, **HYPERS)
+    got = on_sentences(nn.CrossEntropyLoss(), adahessian, padded, probe=ones, **HYPERS)
     want = Words()
     twin = Twin([dict(params=list(want.parameters()), **HYPERS)], ones)
-    def loss(batches): return sum(F.cross_entropy(want(x), y, reduction='sum') for x,y in batches)/sum(y.numel() for _,y in batches)
-    for batches in grouped(sentences(), 2): twin.step([partial(loss, batches)])
+    def loss(batches): return sum(F.cross_entropy(want(x), y, reduction='sum') for x,y in batches)/sum((y>=0).sum() for _,y in batches)
+    for batches in grouped(sentences(padded), 2): twin.step([partial(loss, batches)])
     assert distance(got, want)<ROUNDING and distance(want, Words())>1e-3
+    if padded: return
     assert distance(got, on_sentences(nn.CrossEntropyLoss(ignore_index=9), adahessian, probe=ones, **HYPERS))<ROUNDING
 
 def test_sentences_count_by_their_words_for_hessian_free():

@@ -164,7 +164,7 @@ def test_parameters_that_some_batches_do_not_use(update_each):
     assert not torch.equal(extra.notes[-1], extra.notes[0])
     moved = [not torch.equal(a,b) for a,b in zip(extra.notes, extra.notes[1:])]
     assert moved==[update_each==1, False, True, False, True]
-    assert learn.opt.n_estimates=={1: 6, 2: 4, 3: 3}[update_each]
+    assert learn.opt.n_estimates=={1: 6, 2: 4, 3: 2}[update_each]
 
 
 def test_unused_in_some_batches_equals_the_plain_loop():

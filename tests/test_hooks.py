@@ -1,5 +1,5 @@
 "Hooks see what they would see with Adam, whatever is evaluated beside; what trains only now and then has an age of its own"
-import pytest,torch,torch.nn.functional as F
+import random,pytest,torch,torch.nn.functional as F
 import torch.utils.checkpoint as checkpoints
 from fastai.callback.core import Callback
 from fastai.callback.hook import ActivationStats,HookCallback
@@ -176,6 +176,22 @@ def test_a_part_that_waits_for_an_estimate_asks_for_none_where_it_is_absent(dens
         for i in range(100): one_step(opt, halves[i==at], x, y)
         return opt.n_estimates
     assert run(33)==run(None)=={0: 10, 20: 28}[dense]
+
+
+def test_experts_that_are_rarely_chosen_cost_an_estimate_or_two_a_choice():
+    "Four that are chosen at 2 % of the steps had one at four of five steps"
+    torch.manual_seed(0)
+    experts,out = nn.ModuleList(nn.Linear(4,5) for _ in range(8)),nn.Linear(5,3)
+    opt = adahessian([*experts.parameters(), *out.parameters()], **{**HYPERS, 'lr': 1e-3, 'dense': 20, 'update_each': 10})
+    x,y = data(8, (4,), dtype=torch.float)
+    g,n_choices,choices = random.Random(1),0,[.02]*4+[.5]*4
+    for i in range(400):
+        chosen = [j for j,p in enumerate(choices) if g.random()<p] or [4]
+        n_choices += sum(j<4 for j in chosen)
+        opt.differentiate(F.cross_entropy(out(sum(experts[j](x).tanh() for j in chosen)), y))
+        opt.step()
+        opt.zero_grad()
+    assert 20<n_choices<50 and opt.n_estimates<20+38+2*n_choices+20 # Their own, and for the others in their dense starts
 
 
 def test_layers_that_are_left_out_now_and_then_have_their_estimates_together():
