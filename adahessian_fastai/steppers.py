@@ -572,7 +572,7 @@ def of_graph(self:Turn, problem, states): # The batch, after its forward pass, a
     "The turn without parameters that were frozen since; nothing is due where all that ask are late and take no part in the batch"
     due = [p for p in self.due if p.requires_grad]
     asking = [p for p in due if is_asking(states[p])]
-    late = problem.group is None and all(states[p].get('late') for p in asking)
+    late = asking and problem.group is None and all(states[p].get('late') for p in asking)
     return self._replace(due=[] if late and not problem.leaves().keys() & {*map(id, asking)} else due)
 
 # %% ../nbs/14_steppers.ipynb #ddfefd8b
