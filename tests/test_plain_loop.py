@@ -454,3 +454,16 @@ def test_a_loss_of_another_model_is_refused_at_the_first_step():
     opt,other = adahessian(mlp().parameters()),mlp()
     opt.differentiate(F.cross_entropy(other(x), y))
     with pytest.raises(ValueError, match='depends on no parameter of the optimizer'): opt.step()
+
+
+def test_only_an_estimate_looks_through_the_graph(monkeypatch):
+    "A walk through it takes Python's time, at each step"
+    walks,leaves = [],Problem.leaves
+    monkeypatch.setattr(Problem, 'leaves', lambda self: walks.append(1) or leaves(self))
+    net,(x,y) = mlp(),data(6)
+    opt = adahessian(net.parameters(), lr=1e-4, update_each=10)
+    for _ in range(30):
+        opt.differentiate(F.cross_entropy(net(x), y))
+        opt.step()
+        opt.zero_grad()
+    assert len(walks)==opt.n_estimates==3
