@@ -26,7 +26,9 @@ _structure = {*vars(nn.Module()), 'forward'} - {'_buffers'}
 def _copied(o, seen):
     "`o` with copies of the tensors in it and of what contains them; a tensor that is trained stays itself"
     if id(o) in seen: return seen[id(o)]
-    if isinstance(o, Tensor): seen[id(o)] = o if o.requires_grad and o.is_leaf else o.detach().clone()
+    if isinstance(o, Tensor):
+        new = seen[id(o)] = o if o.requires_grad and o.is_leaf else o.detach().clone()
+        vars(new).update({**vars(o), **vars(new)}) # With the attributes that somebody gave it
     elif isinstance(o, torch.Generator): seen[id(o)] = o.clone_state()
     elif isinstance(o, (random.Random, np.random.Generator, np.random.RandomState, np.ndarray)): seen[id(o)] = deepcopy(o)
     elif isinstance(o, (list,dict,deque,set)):

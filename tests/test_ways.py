@@ -4,6 +4,7 @@ import numpy as np,pytest,torch,torch.nn.functional as F
 from collections import deque,namedtuple
 from dataclasses import dataclass
 from fastai.callback.core import Callback,CancelBackwardException
+from fastai.torch_core import TensorImage
 from functools import partial
 from torch import nn
 from types import SimpleNamespace
@@ -520,5 +521,9 @@ def test_one_tensor_as_inputs_and_targets_is_one_in_each_evaluation():
     x = torch.randn(6, 5)
     a,(b,c) = fresh((x,(x,x.clone())))
     assert a is b and a is not x and c is not a and torch.equal(a, x)
+    x.size_before = 7
+    image = TensorImage(torch.rand(3,2,2))
+    image.size_before = 8
+    assert fresh(x).size_before==7 and fresh((image,))[0].size_before==8 and type(fresh(image)) is TensorImage
     w = nn.Parameter(x)
     assert fresh([w,w*2])[0] is w and fresh({'x': (z := w*2)})['x'] is z
