@@ -367,9 +367,8 @@ def problem_of(
 ): # Yields a `LearnerProblem`; raises `ValueError` where the loss does not depend on `params`
     "Context with the problem of the batch `b` in full precision, whose graph can be differentiated twice"
     model,leave_out = unwrapped(learn.model),(MixedPrecision,GradientAccumulation)
-    full_precision = torch.autocast(params[0].device.type, enabled=False)
-    kept = weights_kept(model.parameters())
-    with modes_kept(),kept,batch_of(learn, start),without_backward_hooks(model),torch.enable_grad(),full_precision:
+    single = torch.autocast(params[0].device.type, enabled=False)
+    with modes_kept(),weights_kept(model.parameters()),batch_of(learn, start),without_backward_hooks(model),torch.enable_grad(),single:
         if b is not None:
             model.train(train)
             learn.training = train

@@ -112,6 +112,7 @@ def train_once(
         learn,meter = make_learner(opt_func),Meter()
         rngs = [o for dl in learn.dls.loaders for k in ('rng','generator') if (o := vars(dl).get(k))]
         for o in rngs: getattr(o, 'manual_seed', o.seed)(seed)
+        if hasattr(learn.dls.train, 'make_chunks'): learn.dls.train.items.idxs.sort() # Texts of a language model, shuffled in place
         with lr_of_run(learn, n_epoch): default = learn.lr
         print(f"seed {seed}, lr={ifnone(lr, default):.3g}", flush=True)
         with plain_progress(learn),meter.watch: learn.fit_one_cycle(n_epoch, lr, cbs=meter)

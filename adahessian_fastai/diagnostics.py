@@ -57,8 +57,10 @@ def first_batches(dl, n:int=1)->list: # Fewer than `n` where the loader has fewe
     "The first `n` batches of `dl`, without moving its shuffling or the random states"
     own,state = [getattr(o, 'generator', None) for o in (dl, getattr(dl, 'sampler', None))],get_random_states()
     rng,backs = dl.rng.getstate() if hasattr(dl, 'rng') else None,[(o, o.get_state()) for o in own if isinstance(o, torch.Generator)]
+    texts = list(idxs := getattr(getattr(dl, 'items', None), 'idxs', []))
     try: return list(itertools.islice(dl, check_count('n_batches', n)))
     finally:
+        idxs[:] = texts # Those of a language model are shuffled in place
         if rng: dl.rng.setstate(rng) # Of fastai, which has another generator for each pass
         for o,s in backs: o.set_state(s)
         set_random_states(**state)
@@ -201,8 +203,7 @@ def overestimate(
 )->float: # Ratio of root mean squares, the optimizer's to the batch's; not a number for an optimizer without curvature
     "The factor by which the optimizer's diagonal is too large"
     own = own_diagonal(opt)
-    idxs = [i for i,p in enumerate(params) if p in own]
-    if not idxs: return math.nan
+    if not (idxs := [i for i,p in enumerate(params) if p in own]): return math.nan
     signal = st.power(idxs)[0]
     return (flat([own[params[i]] for i in idxs]).double().pow(2).mean().item()/signal)**0.5 if signal else math.inf
 

@@ -452,8 +452,7 @@ def step_size(
     eps:float=0., # Rounding of the loss, where it is larger than that of `params`
 )->float: # h; for v = 0 it is 1
     "Step of a finite difference along `v` that balances rounding and the terms of higher order"
-    norm = total_norm(v).item()
-    if not norm: return 1.
+    if not (norm := total_norm(v).item()): return 1.
     eps = max(eps, rounding(params))
     return (0.3*eps**(1/3) if central else eps**0.5)*(1+total_norm([p.detach() for p in params]).item())/norm
 

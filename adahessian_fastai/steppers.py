@@ -571,9 +571,9 @@ def is_wanted(when, state)->bool: # By the schedule `when`
 def of_graph(self:Turn, problem, states): # The batch, after its forward pass, and what is known of each parameter
     "The turn without parameters that were frozen since; nothing is due where all that ask are late and take no part in the batch"
     due = [p for p in self.due if p.requires_grad]
-    asking = [p for p in due if is_asking(states[p])]
-    late = asking and problem.group is None and all(states[p].get('late') for p in asking)
-    return self._replace(due=[] if late and not problem.leaves().keys() & {*map(id, asking)} else due)
+    asking = {id(p): states[p] for p in due if is_asking(states[p])}
+    late = asking and problem.group is None and all(s.get('late') for s in asking.values())
+    return self._replace(due=[] if late and not asking.keys() & problem.leaves().keys() else due)
 
 # %% ../nbs/14_steppers.ipynb #ddfefd8b
 def note_age(state, d, weight): # `weight`: by age, that of an estimate `d` in the average

@@ -18,6 +18,7 @@ from fastai.learner import Callback
 from fastai.losses import CrossEntropyLossFlat,MSELossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import Adam,Lookahead,OptimWrapper,Optimizer,SGD,average_grad,momentum_step,ranger
+from fastai.text.data import LMDataLoader
 from fastai.text.models.awdlstm import AWD_LSTM
 from fastai.text.models.core import get_language_model
 from fastai.torch_core import get_random_states,set_seed
@@ -31,6 +32,7 @@ from adahessian_fastai.curvature import Hessian
 from adahessian_fastai.estimators import Given
 from adahessian_fastai.adahessian import adahessian as adahessian_default,adahessian_paper as adahessian
 from adahessian_fastai.batch import batch_of,problem_of
+from adahessian_fastai.compare import compare_optimizers
 from adahessian_fastai.diagnostics import *
 from adahessian_fastai.hessian_free import hessian_free
 from adahessian_fastai.hutchinson import hutchinson_diag,hutchinson_samples
@@ -130,6 +132,27 @@ def test_what_a_forward_pass_writes_into_weights_is_no_trace_of_a_measurement(na
     learn.stability()
     learn.curvature_summary()
     assert all(torch.equal(a, b) for a,b in zip(before, learn.model.parameters()))
+
+def texts(): # Of a language model, whose loader shuffles them in place
+    g = torch.Generator().manual_seed(0)
+    return [LMDataLoader([torch.randint(7, (n,), generator=g) for n in range(5,25)], bs=4, seq_len=6, shuffle=k) for k in (True,False)]
+
+def reader(dls, opt_func=Adam):
+    set_seed(5)
+    return Learner(dls, nn.Sequential(nn.Embedding(7,8), nn.Linear(8,7)), loss_func=CrossEntropyLossFlat(), opt_func=opt_func)
+
+def test_a_look_at_the_batches_of_a_language_model_leaves_their_order():
+    learn = reader(DataLoaders(*texts()))
+    run(learn, 1)
+    order = [*learn.dls.train.items.idxs]
+    first = [first_batches(learn.dls.train)[0][0].tolist() for _ in range(3)]
+    assert first[0]==first[1]==first[2] and learn.dls.train.items.idxs==order!=sorted(order)
+
+def test_each_optimizer_reads_the_texts_in_one_order():
+    dls = DataLoaders(*texts())
+    runs = compare_optimizers(partial(reader, dls), dict(a=Adam, b=Adam), 2, lr=1e-2)
+    a,b = runs.losses
+    assert len(a)>8 and a==b
 
 def test_the_comparison_can_fail():
     "Another seed of the dropout masks is seen by `identical`"
