@@ -57,7 +57,7 @@ def first_batches(dl, n:int=1)->list: # Fewer than `n` where the loader has fewe
     "The first `n` batches of `dl`, without moving its shuffling or the random states"
     own,state = [getattr(o, 'generator', None) for o in (dl, getattr(dl, 'sampler', None))],get_random_states()
     rng,backs = dl.rng.getstate() if hasattr(dl, 'rng') else None,[(o, o.get_state()) for o in own if isinstance(o, torch.Generator)]
-    texts = list(idxs := getattr(getattr(dl, 'items', None), 'idxs', []))
+    texts = list(idxs := dl.items.idxs if hasattr(dl, 'make_chunks') else [])
     try: return list(itertools.islice(dl, check_count('n_batches', n)))
     finally:
         idxs[:] = texts # Those of a language model are shuffled in place

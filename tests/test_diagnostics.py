@@ -148,6 +148,13 @@ def test_a_look_at_the_batches_of_a_language_model_leaves_their_order():
     first = [first_batches(learn.dls.train)[0][0].tolist() for _ in range(3)]
     assert first[0]==first[1]==first[2] and learn.dls.train.items.idxs==order!=sorted(order)
 
+def test_a_table_with_a_column_of_that_name_is_left_alone():
+    "The items of a table's loader are the table"
+    dl = DataLoaders(*texts()).train
+    table = TfmdDL(list(range(8)), bs=4)
+    table.items = types.SimpleNamespace(idxs=(3,1,2))
+    assert first_batches(table)[0].tolist()==[0,1,2,3] and table.items.idxs==(3,1,2) and hasattr(dl, 'make_chunks')
+
 def test_each_optimizer_reads_the_texts_in_one_order():
     dls = DataLoaders(*texts())
     runs = compare_optimizers(partial(reader, dls), dict(a=Adam, b=Adam), 2, lr=1e-2)
