@@ -176,7 +176,7 @@ def is_part(t):
 # %% ../nbs/00_hvp.ipynb #870964ac
 def shard_mesh(tensors): # A `DeviceMesh`, or `None` where all are whole
     "The processes over which `tensors` are sharded"
-    return next((t.device_mesh for kind in [loaded('torch.distributed.tensor', 'DTensor')] for t in tensors if isinstance(t, kind)), None)
+    return next((t.device_mesh for t in {type(t): t for t in tensors}.values() if is_part(t)), None)
 
 def whole(t:Tensor)->Tensor:
     "`t` with the entries of all processes"

@@ -313,7 +313,7 @@ def norms_of(tensors:list)->list: # A tensor with one number for each
     "Norms of `tensors`; of a sharded one the norm of the whole"
     local = [t.to_local() if is_part(t) else t for t in tensors] if (group := shard_group(tensors)) else tensors
     some = iter(torch._foreach_norm(full) if (full := [t for t in local if t.numel()]) else [])
-    norms = [next(some) if t.numel() else torch.zeros((), device=t.device) for t in local]
+    norms = [*some] if len(full)==len(local) else [next(some) if t.numel() else torch.zeros((), device=t.device) for t in local]
     if group is None: return norms
     means, = cross_rank_mean([torch.stack([n.float() for n in norms]).square()], group)
     return [(m*(dist.get_world_size(group) if is_part(t) else 1)).sqrt() for m,t in zip(means, tensors)]
@@ -323,8 +323,8 @@ def look(losses:list, *lists): # Losses as numbers, and a list of norms for each
     row = [*(o.squeeze() for o in losses),*norms_of([t for ts in lists for t in ts])]
     if len({o.device for o in row})>1: row = [o.to(row[0].device) for o in row]
     values = iter(torch.stack(row).float().tolist() if row else [])
-    def sure(t, n): return n if math.isfinite(n) or t.isfinite().all().item() else math.nan
-    return [next(values) for _ in losses],*([sure(t, n) for t,n in zip(ts, values)] for ts in lists)
+    return [next(values) for _ in losses],*([n if n<math.inf or t.isfinite().all().item() else math.nan for t,n in zip(ts, values)]
+        for ts in lists)
 
 # %% ../nbs/10_learner.ipynb #e5fc839c
 def trainable_params(opt)->list: # Each once

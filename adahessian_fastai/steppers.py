@@ -231,6 +231,7 @@ def portions(
 ): # Yields lists of rows
     "Rows in portions of about `size` entries"
     part,n = [],0
+    if 0<sum(row[0].numel() for row in rows)<=size: return (yield rows)
     for row in rows:
         for piece in _cut(row, size) if cut and row[0].numel()>size else (row,):
             part.append(piece)
@@ -260,9 +261,9 @@ def foreach_step(
     count = step_stat in cbs
     for p,state,hyper,d,e in work:
         _remember(p, state, d, name, count)
-        get = state.get
-        key = id(hyper),get('step'),get('hess_step', 0),get('hess_weight', 1),get('do_wd', True),d is None,e is None,p.dtype,p.device
-        hypers[id(hyper)] = hyper
+        get,at = state.get,id(hyper)
+        key = at,get('step'),get('hess_step', 0),get('hess_weight', 1),get('do_wd', True),d is None,e is None,p.dtype,p.device
+        hypers[at] = hyper
         groups[key].append((p.data, p.grad, state['grad_avg'], state[name], d, e))
     for (id_hyper,step,hess_step,weight,do_wd,*_,device),rows in groups.items():
         h,whole = hypers[id_hyper],device.type!='cpu' or shard_mesh(r[0] for r in rows)
@@ -531,11 +532,10 @@ class Work(dict):
     "The parameters that a step moves, with their states and hyperparameters"
     @classmethod
     def of(cls, opt:Optimizer): # Whose parameters have their gradients; one that stands in several groups counts in the first
-        found = [(p,known) for p,known in by_parameter(opt).items() if p.grad is not None]
-        work = cls((p,known) for p,known in found if p.requires_grad)
-        if n := len(found)-len(work): warnings.warn(f"{n} parameters were frozen after a batch of this step had given "
+        found = {p: known for p,known in by_parameter(opt).items() if p.grad is not None}
+        if n := sum(not p.requires_grad for p in found): warnings.warn(f"{n} parameters were frozen after a batch of this step had given "
             "them a gradient, which is dropped: where parts train in turn, as in a GAN, accumulate within a turn", stacklevel=4)
-        return work
+        return cls({p: known for p,known in found.items() if p.requires_grad} if n else found)
 
 # %% ../nbs/14_steppers.ipynb #f90b5fa3
 @patch
@@ -588,12 +588,11 @@ def note_age(state, d, weight): # `weight`: by age, that of an estimate `d` in t
 @patch
 def in_step(self:Work, params, states, when): # Those that were estimated, and the schedule
     "Give parameters that came along the age of the oldest that was due; note which of these took no part in the batch"
-    due = {p: states[p] for p in params if is_wanted(when, states[p])}
-    oldest = max((s.get('age', 0) for s in due.values() if not s.get('late')), default=0)
-    for p in params:
-        age = states[p].get('age', 0)
-        if p not in due and p in self: states[p]['age'] = max(age, oldest)
-        elif p in due and p not in self: states[p]['asked'] = age
+    known = [(p in self, s, is_wanted(when, s)) for p in params for s in [states[p]]]
+    oldest = max((s.get('age', 0) for _,s,wanted in known if wanted and not s.get('late')), default=0)
+    for moves,s,wanted in known:
+        if moves and not wanted: s['age'] = max(s.get('age', 0), oldest)
+        elif wanted and not moves: s['asked'] = s.get('age', 0)
 
 @patch
 def step(self:Work,
@@ -609,11 +608,11 @@ def step(self:Work,
     diags,noises = (dict(zip(ps, average_all([ds[p] for p in ps], smooth))) for ps,ds in zip(known, (diags,noises)))
     ready = []
     for p,(s,h) in self.items():
-        d = diags.get(p) if s.get('do_hessian', True) else p.grad.abs()
+        d = (diags.get(p) if diags else None) if s.get('do_hessian', True) else p.grad.abs()
         if d is None and 'hess_step' not in s: s['late'] = True
         else:
             note_age(s, d, weight)
-            ready.append((p, s, h, d, noises.get(p)))
+            ready.append((p, s, h, d, noises.get(p) if noises else None))
     update(ready, cbs)
     return [p for p,*_ in ready]
 

@@ -19,7 +19,7 @@ goals = {'lines of a body': 25, 'arguments': 15, 'lines too long': 0, 'lines too
     'cells without an example, %': 25, 'rules between arguments': 12}
 
 # What the code does not meet yet, with what it may be meanwhile: a line goes when its goal is met
-meanwhile = {'lines': 7937}
+meanwhile = {'lines': 7936}
 
 def allowed(measure): return meanwhile.get(measure, goals[measure])
 
