@@ -85,12 +85,10 @@ def hutchinson_samples(
 # %% ../nbs/01_hutchinson.ipynb #8f6fb67b
 def sample_mean(samples)->list: # Like one of these lists; raises `ValueError` for no samples
     "Mean of the lists that `samples` yields"
-    samples = iter(samples)
-    first,n = next(samples, None),1
-    if first is None: raise ValueError("a mean needs at least one sample, got none")
-    total = in_single(first)
-    for s in samples: total,n = [t.add_(o) for t,o in zip(total, s)],n+1
-    return first if n==1 else [t.div_(n).to(o.dtype) for t,o in zip(total, first)]
+    n = 0
+    for n,own in enumerate(samples, 1): total = in_single(own) if n==1 else [t+o if n==2 else t.add_(o) for t,o in zip(total, own)]
+    if not n: raise ValueError("a mean needs at least one sample, got none")
+    return own if n==1 else [t.div_(n).to(o.dtype) for t,o in zip(total, own)]
 
 # %% ../nbs/01_hutchinson.ipynb #721062eb
 def hutchinson_diag(

@@ -255,3 +255,8 @@ def test_many_samples_in_half_precision(dtype):
     q = torch.ones(1, dtype=dtype, requires_grad=True)
     both = MeanProblem([Problem([q], 3*q.sum()) for _ in range(1000)])
     assert (g := both.gradient()[0]).item()==pytest.approx(3., rel=1e-4) and g.dtype==dtype
+
+def test_a_mean_leaves_the_samples_as_they_are():
+    samples = [[torch.full((2,), float(k))] for k in (1,3,5)]
+    assert torch.equal(sample_mean(samples)[0], torch.full((2,), 3.))
+    assert [o.tolist() for o, in samples]==[[1.,1.],[3.,3.],[5.,5.]]
