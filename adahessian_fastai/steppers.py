@@ -418,7 +418,7 @@ def plain_params(
 ):
     "Refuse anything but parameters"
     several = isinstance(params, Iterable) and not isinstance(params, (Tensor,nn.Module))
-    params = params if isinstance(params, Tensor) else [list(o) if isinstance(o, tuple) else o for o in params] if several else [params]
+    params = [list(o) if isinstance(o, tuple) else o for o in params] if several else [params]
     if any(isinstance(p, dict) for p in params):
         raise ValueError("the parameters are groups in PyTorch's form: give `opt_func=adahessian` itself, without `OptimWrapper`, and "
             "in a plain loop lists of parameters")

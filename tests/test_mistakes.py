@@ -199,3 +199,10 @@ def test_a_long_loss_does_not_hide_the_advice():
     learn = Learner(dls, nn.Linear(5,2), Perceptual(), opt_func=partial(adahessian, estimator='gnb'))
     with learn.no_bar(),learn.no_logging(),pytest.raises(ValueError, match="got loss_func=Perceptual of .*use estimator='hutchinson'") as e: learn.fit(1)
     assert len(str(e.value))<700
+
+@pytest.mark.parametrize('shape', [(),(3,)])
+@pytest.mark.parametrize('opt_func', [adahessian,sophia,sassha,hessian_free])
+def test_a_parameter_alone_is_a_list_of_one(opt_func, shape):
+    "Also one that is a single number"
+    p = nn.Parameter(torch.ones(shape))
+    assert opt_func(p).all_params().itemgot(0)==[p]
