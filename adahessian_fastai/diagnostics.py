@@ -68,13 +68,13 @@ def first_batches(dl, n:int=1)->list: # Fewer than `n` where the loader has fewe
 # %% ../nbs/20_diagnostics.ipynb #5cab24fc
 def some_batches(
     learn:Learner, # Its training batches are taken where no others are given
-    batches, # A list of batches, or `None`; raises `ValueError` for a batch that is not in a list, and for an empty list
+    batches, # A list of batches, or `None`; raises `ValueError` for an empty list, a batch that is not in a list, and what is no batch
     n:int, # How many training batches
 )->list:
     "`batches`, or the first `n` for training"
-    batches = first_batches(learn.dls.train, n) if batches is None else list(batches)
-    if batches and not any(isinstance(b, Tensor) for b in batches): return batches
-    raise ValueError(f"batches must be a list of batches, such as `[learn.dls.one_batch()]`, got {len(batches)} tensors")
+    batches = first_batches(learn.dls.train, n) if batches is None else listify(batches)
+    if batches and not any(isinstance(b, (Tensor,DataLoader,DataLoaders,str,int,float)) for b in batches): return batches
+    raise ValueError(f"batches must be a list of batches, such as `[learn.dls.one_batch()]`, got {[type(b).__name__ for b in batches]}")
 
 @contextmanager
 def products_of(

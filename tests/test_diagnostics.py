@@ -1054,8 +1054,8 @@ def test_batches_in_any_form():
     same = [learn.curvature_product(batches=o)(v) for o in (batches, iter(batches))]
     assert all(torch.equal(a, b) for a,b in zip(*same))
     for f in (learn.stability,learn.curvature_product):
-        for odd in ([], batches[0]):
-            with pytest.raises(ValueError, match='batches must be a list of batches'): f(batches=odd)
+        for odd,got in (([],r'\[\]'), (batches[0],'Tensor'), (2,'int'), (learn.dls,'DataLoaders')):
+            with pytest.raises(ValueError, match=f'batches must be a list of batches.*got .*{got}'): f(batches=odd)
     for odd in ([], [nn.Parameter(torch.ones(2))]):
         with pytest.raises(ValueError, match='params must be parameters of the model'): learn.curvature_product(params=odd)
     for odd in ([], v[:1], v[::-1], [o[:1] for o in v]):
