@@ -23,7 +23,7 @@ from fastai.callback.all import *
 from fastcore.imports import IN_NOTEBOOK
 from fastcore.script import call_parse
 from torch.profiler import ProfilerActivity,profile
-from .hvp import check_count,check_number
+from .hvp import SettingError,check_count,check_number
 from .learner import lr_of_run,own_lr
 from .adahessian import adahessian,adahessian_paper
 from .sophia import sophia
@@ -123,14 +123,16 @@ def train_once(
         'peak MB': meter.mb}, losses=losses, valid_losses=list(last.valid_loss), seconds=list(np.cumsum(meter.secs)))
 
 def compare_optimizers(
-    make_learner, # Callable `opt_func -> Learner`
-    opts:dict, # `opt_func` by name; the first one is what the others are compared with
+    make_learner, # Callable `opt_func -> Learner`; raises `ValueError` for a Learner itself
+    opts:dict, # `opt_func` by name; the first one is what the others are compared with; raises `ValueError` for what is no dict
     n_epoch:int, # Epochs of `fit_one_cycle`
     lr:float|dict=None, # Maximal learning rate, one for all or by name, a number or a list of them; `None` for each optimizer's default
     seeds=(0,), # One run of each optimizer for each seed
 )->pd.DataFrame: # One row for each run; `losses`, `valid_losses` and `seconds` hold lists by batch and by epoch
     "Train with each of `opts` from each of `seeds`, everything else equal"
     check_count('n_epoch', n_epoch)
+    if isinstance(make_learner, Learner): raise SettingError('make_learner', 'a function `opt_func -> Learner`', make_learner)
+    if not isinstance(opts, dict): raise SettingError('opts', 'a dict such as dict(adam=Adam, adahessian=adahessian)', opts)
     if isinstance(seeds, int): raise ValueError(f"seeds must be a list, as `range({seeds})`, got {seeds=}")
     if isinstance(lr, dict) and (odd := set(lr)-set(opts)): raise ValueError(f"lr names {odd}, which are none of {list(opts)}")
     rows = []

@@ -232,6 +232,9 @@ def test_rates_of_any_kind(lr):
 
 def test_seeds_and_learners_that_cannot_be_compared():
     with pytest.raises(ValueError, match='seeds=2'): compare_optimizers(small, dict(adam=Adam), 1, seeds=2)
+    with pytest.raises(ValueError, match='make_learner must be a function.*got'): compare_optimizers(small(Adam), dict(adam=Adam), 1)
+    for opts in ([Adam], Adam, 'adam'):
+        with pytest.raises(ValueError, match=r'opts must be a dict such as .*got'): compare_optimizers(small, opts, 1)
     with pytest.raises(ValueError, match='valid_loss'): compare_optimizers(partial(small, valid_metrics=False), dict(adam=Adam), 1)
     assert compare_optimizers(partial(small, add_time=False), dict(adam=Adam), 1).valid_loss.notna().all()
 
