@@ -20,7 +20,7 @@ from scipy.linalg import eigh_tridiagonal
 from scipy.stats import t as student_t
 from typing import Literal
 from torch import Tensor
-from .hvp import (asymmetry,check_count,check_number,flat,graph_gradient,graph_product,in_single,param_list,rounding,
+from .hvp import (asymmetry,check_count,check_like,check_number,flat,graph_gradient,graph_product,in_single,param_list,rounding,
     substituted,tensor_list,unflat)
 from .hutchinson import get_probe
 
@@ -79,7 +79,7 @@ def block_product(
     if None in idxs: raise ValueError(f"group must be made of entries of params, entry {idxs.index(None)} is not")
     def block(v):
         full = [torch.zeros_like(p) for p in params]
-        for i,o in zip(idxs, v): full[i] = o
+        for i,o in zip(idxs, check_like(v, group)): full[i] = o
         hv = product(full)
         return [hv[i] for i in idxs]
     return block

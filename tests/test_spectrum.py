@@ -449,3 +449,11 @@ def test_a_start_of_signs_in_the_span_of_the_others_is_drawn_anew():
     for seed in range(6):
         for Q,alpha,_ in lanczos(lambda v: [v[0]], [torch.ones(2)], 'rademacher', gen(seed), [torch.ones(2)/2**.5]): pass
         assert Q[0].norm().item()==pytest.approx(1.) and alpha==pytest.approx([1.])
+
+@pytest.mark.parametrize('v', [[torch.ones(2)],[torch.ones(3),torch.ones(2)],[torch.ones(2),torch.ones(3),torch.ones(4)]])
+def test_a_block_takes_a_direction_like_its_group(v):
+    "What was missing counted as zero"
+    ps = [torch.zeros(2),torch.zeros(3),torch.zeros(4)]
+    block = block_product(lambda v: [2*o for o in v], ps, ps[:2])
+    assert [o.tolist() for o in block([torch.ones(2),torch.ones(3)])]==[[2.]*2,[2.]*3]
+    with pytest.raises(ValueError, match=r'v must be tensors of the shapes \[\(2,\), \(3,\)\]'): block(v)
