@@ -54,7 +54,7 @@ class HessianFree(Optimizer):
 def hessian_free(
     params, # Parameters, or lists of them as groups
     lr:float=1., # Factor on each step
-    **kwargs # As for `HessianFree`
+    **kwargs # As for `HessianFree`; `precondition` may be True, 'fisher' or 'gnb' too, and `line_search` False
 )->HessianFree:
     "Hessian-free optimizer, for `opt_func` of a `Learner`"
     return HessianFree(params, lr, **kwargs)

@@ -161,6 +161,7 @@ def test_hessian_free_suggests_nothing_that_it_lacks():
 
 def test_help_lists_the_settings_of_objects():
     for o in ('cg_max_iter', 'damping', 'ls_beta', 'fisher_probes', 'n_acc'): assert f'  {o} ' in hessian_free.__doc__, o
+    assert "'gnb'" in hessian_free.__doc__, 'what `precondition` takes'
 
 # The site
 
