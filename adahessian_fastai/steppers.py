@@ -455,7 +455,7 @@ class Pending:
     )->float: # Weight of its loss
         "Note the loss, make room in the means for `n_items` more (averaged over the processes), and return their weight"
         loss,ps,self.group = problem.loss,problem.params,problem.group
-        value = loss.detach().as_subclass(Tensor).float()/problem.scale if n_items else torch.zeros((), device=loss.device)
+        value = loss.detach().as_subclass(Tensor).float()/(problem.scale*problem.weight) if n_items else torch.zeros((), device=loss.device)
         self.losses += cross_rank_mean([value.clone().reshape(1)], self.group)
         self.n_batches,old = self.n_batches+1,self.n_items
         self.params = ps if n_acc==1 else [*dict.fromkeys([*self.params, *ps, *problem.others()])]

@@ -2,6 +2,7 @@
 import math,pytest,torch,torch.nn.functional as F,warnings
 from functools import partial
 from fastai.basics import Callback,nn,noop
+from fastai.callback.training import GradientAccumulation
 from adahessian_fastai.all import *
 from adahessian_fastai.diagnostics import step_rates
 from adahessian_fastai.learner import LossGuard,by_parameter,norms_of,trainable_params
@@ -31,6 +32,15 @@ def test_a_run_that_diverges_says_so_once(opt_func):
 
 @pytest.mark.parametrize('opt_func', [adahessian,adahessian_paper,sophia,sassha,m_sassha])
 def test_a_run_that_trains_says_nothing(opt_func): assert a_run(opt_func)[2]==[]
+
+
+def test_the_loss_is_that_of_the_recorder_under_accumulation_too():
+    "Otherwise a training with `GradientAccumulation` and one without it differ by its weight, and the second one seems to diverge"
+    def change(learn):
+        learn.fit(10, 1e-3, cbs=GradientAccumulation(320))
+        return learn
+    learn,losses,said = a_run(adahessian, 1e-3, change=change)
+    assert said==[] and min(losses)/2<learn.opt.counts.guard.best<2*max(losses)
 
 
 def test_the_numbers_are_the_averages_of_the_recorder():
