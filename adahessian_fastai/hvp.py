@@ -250,9 +250,10 @@ def check_twice(grads:list): # From `gradient(..., create_graph=True)`, some may
             "estimator='gnb', hvp='finite_difference' in a smooth network, or hvp='forward' if it has a `jvp`; for hessian_free "
             "curvature=Hessian('finite_difference')")
 
-def graph_gradient(loss:Tensor, params:list)->list: # `None` where `loss` does not depend on one
-    "Gradient of `loss` with a graph of its own, to be differentiated once more"
-    gs = gradient(loss, params, create_graph=True)
+def graph_gradient(loss, params:list)->list: # `() -> scalar tensor`; `None` where that does not depend on one
+    "Gradient of `loss()` with a graph of its own, to be differentiated once more"
+    if not callable(loss): raise SettingError('loss', 'a function, such as `lambda: loss_func(model(x), y)`', type(loss).__name__)
+    gs = gradient(loss := loss(), params, create_graph=True)
     check_twice([*gs, loss])
     if needs_wrong_third(loss): warnings.warn("a loss that has the gradient of a layer norm in it has a wrong second derivative in torch: "
         "take `hessian_product(loss, params, 'finite_difference')` in a smooth network", stacklevel=3)
@@ -510,7 +511,7 @@ def difference_error(
 def _reverse_product(loss, params):
     "Double backward: one forward pass, two backward passes for each product"
     def product(v):
-        with substituted(): return graph_product(graph_gradient(loss(), params), params, n_uses=1)(v)
+        with substituted(): return graph_product(graph_gradient(loss, params), params, n_uses=1)(v)
     return product
 
 def _forward_product(loss, params):
@@ -526,9 +527,8 @@ def hessian_product(
     method:Literal['reverse','forward','finite_difference']='reverse', # How; raises `ValueError` for others
 ):
     "Product `v -> Hv` with the Hessian of `loss()`, evaluated afresh for each product"
-    make = hvp_methods[check_choice('method', method, hvp_methods)]
     if not callable(loss): raise SettingError('loss', 'a function, such as `lambda: loss_func(model(x), y)`', type(loss).__name__)
-    return make(loss, param_list(params))
+    return hvp_methods[check_choice('method', method, hvp_methods)](loss, param_list(params))
 
 # %% ../nbs/00_hvp.ipynb #341a2761
 class SharedContext:

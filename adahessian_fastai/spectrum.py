@@ -53,7 +53,7 @@ def dense_hessian(
 )->Tensor: # n×n, rows and columns in the order of `flat(params)`
     "The Hessian of `loss()`, all columns from one graph"
     params = param_list(params)
-    with substituted(): return dense_matrix(graph_product(graph_gradient(loss(), params), params), params, chunk_size, progress)
+    with substituted(): return dense_matrix(graph_product(graph_gradient(loss, params), params), params, chunk_size, progress)
 
 # %% ../nbs/03_spectrum.ipynb #e0ab4a8d
 def exact_diag(
@@ -329,6 +329,6 @@ def hessian_times_gradient(
     "The product of the Hessian of `loss()` with its gradient `g`, and `g` itself"
     params = param_list(params)
     with substituted():
-        gs = graph_gradient(loss(), params)
+        gs = graph_gradient(loss, params)
         g = [torch.zeros_like(p) if o is None else o.detach() for o,p in zip(gs, params)]
         return graph_product(gs, params, n_uses=1)(g), g
