@@ -53,7 +53,7 @@ class AdaHessianWrapper(CurvatureOptimizer):
         signed_blocks:bool=None, # Average the signed diagonal and not `|d|`? Default: where steppers or `debiased` ask for it
         average_kernels:bool=True, # Average over the kernels of convolutions?
         debiased:bool=False, # Take the noise out of the second moment? Needs `n_samples` >= 2
-        perturb:Perturbation=None, # Where loss and curvature are taken
+        perturb:Perturbation|float=None, # Where loss and curvature are taken, or its `rho`
         **schedule # `update_each`, `hessian_bs`, `budget`, `dense` or `when`, see `made_schedule`
     ):
         if not hasattr(opt, 'cbs'):

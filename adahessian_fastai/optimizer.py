@@ -61,12 +61,12 @@ class CurvatureOptimizer(Optimizer, GetAttr):
         smooth=average_diag, # `d -> d`, smooths an estimate
         n_acc:int=1, # Batches accumulated before each step; raises `ValueError` below 1
         debiased:bool=False, # Hand the noise of the estimate to the steppers?
-        perturb:Perturbation=None, # Where loss and curvature are taken; at the parameters themselves by default
+        perturb:Perturbation|float=None, # Where loss and curvature are taken, or its `rho`; at the parameters themselves by default
     ):
         self.opt,self.estimator,self.when = opt,estimator or Hutchinson(),when or Every()
         self.smooth,self.n_acc,self.debiased = smooth,check_count('n_acc', n_acc),debiased
         self.counts,self.pending,self.curvature_scale,self.turn = Counts(),Pending(),CurvatureScale(),None
-        self.perturb = perturb or Perturbation()
+        self.perturb = perturb if isinstance(perturb, Perturbation) else Perturbation(perturb)
         opt._keep_on_clear = [*opt._keep_on_clear, 'do_hessian']
 
     def zero_grad(self, set_to_none=True): # Always so

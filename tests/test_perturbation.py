@@ -85,6 +85,11 @@ def test_every_way_to_curvature_sees_the_moved_point(along, hvp):
     assert distance(found, twin_of(mlp(), [[b] for b in split(X, Y, 6)], along))<(1e-5 if hvp=='finite_difference' else ROUNDING)
 
 
+def test_a_number_in_place_of_a_perturbation_is_its_rho():
+    w = nn.Parameter(torch.ones(2))
+    assert AdaHessianWrapper(AdaHessian([w], 0.1), perturb=0.1).perturb.rho==0.1
+    with pytest.raises(ValueError, match='rho'): AdaHessianWrapper(AdaHessian([w], 0.1), perturb='momentum')
+
 def test_the_factory_says_rho():
     "`rho` is the cheap form; 0 and `None` are none"
     one = fit(learner(mlp(), X, Y, probe=given(), rho=RHO)).model
