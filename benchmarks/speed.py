@@ -9,7 +9,7 @@
 Rounds are interleaved: in each round every contender makes its steps once, in a new order, so that whatever else the machine does hits all of them.
 What is reported is the median over rounds, and the median of the ratios to fastai's Adam of the same round.
 The rivals (timm, torch_optimizer, pytorch_optimizer, curvlinops-for-pytorch) are left out where they are not installed."""
-import argparse,copy,csv,gc,importlib,importlib.metadata,math,os,platform,random,statistics,sys,time,warnings
+import argparse,copy,csv,gc,importlib,importlib.metadata,math,os,platform,random,shlex,statistics,sys,time,warnings
 from collections import Counter
 from functools import partial
 from types import SimpleNamespace
@@ -450,7 +450,7 @@ def write_goals(path, table, line, extra):
     def verdict(bound, v):
         if math.isnan(v): return 'not measured'
         return 'met' if round(v, 2)<=bound else '**missed**'
-    head = ['# Goals and results', '', f"Written by `python benchmarks/speed.py {' '.join(sys.argv[1:])}`. {line}.", '', '| goal | bound | result | |', '|---|---|---|---|']
+    head = ['# Goals and results', '', f"Written by `python benchmarks/speed.py {shlex.join(sys.argv[1:])}`. {line}.", '', '| goal | bound | result | |', '|---|---|---|---|']
     body = [f"| {g} | ≤ {b} | {v:.2f} | {verdict(b, v)} |" for g,b,v in table]
     path.write_text('\n'.join(head+body+extra)+'\n')
 
