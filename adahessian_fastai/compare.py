@@ -327,8 +327,7 @@ def _with_arguments(name, args):
     if wrong: raise ValueError(f"an argument must be as clip=0.1, got {wrong[0]!r} in {name!r}")
     kwargs = {k: parse_value(v) for k,v in (o.split('=', 1) for o in args)}
     if 'mom' in kwargs: raise ValueError(f"fit_one_cycle has a schedule of its own for mom, so it cannot be given, got {name!r}")
-    opt_func = optimizers[name.split(':')[0]]
-    opt_func = partial(opt_func, **kwargs) if kwargs else opt_func
+    opt_func = partial(optimizers[name.split(':')[0]], **kwargs)
     try: default_rate(opt_func)
     except ValueError as e: raise ValueError(f"{name!r}: {e}") from e
     return opt_func
@@ -356,10 +355,7 @@ def save_comparison(
     table,picture = (rates_table,plot_rates) if (runs.groupby('optimizer').lr.nunique()>1).any() else (comparison_table,plot_comparison)
     writers = {'compare.csv': table(runs).to_csv, 'runs.csv': runs.drop(columns=_lists).to_csv,
         'compare.png': picture(runs)[0].figure.savefig}
-    for name,write in writers.items():
-        tmp = out/f'tmp_{name}'
-        write(tmp)
-        tmp.replace(out/name)
+    for name,write in writers.items(): write(out/name)
     plt.close()
     return table(runs)
 

@@ -32,8 +32,8 @@ from .hvp import (SettingError,asymmetry,check_checkpoints,check_choice,check_co
     difference_error,difference_product,dual_gradient,dual_numbers,graph_nodes,graph_product,needs_wrong_third,shard_mesh,switched,
     total_norm,all_bits,math_attention,twice_differentiable)
 from .hutchinson import draw_like,rademacher_like
-from adahessian_fastai.ggn import (NoOutputs,adjoint_error,best_jvp,dual_jvp,ggn_product,linear_jvp,model_forward,output_tensors,
-    reverse_jvp)
+from .ggn import NoOutputs,adjoint_error,best_jvp,dual_jvp,ggn_product
+from .ggn import linear_jvp,model_forward,output_tensors,reverse_jvp
 from .losses import known_hessian,on_plain_tensors
 from .problem import MeanProblem
 

@@ -133,15 +133,16 @@ class Portion:
     "Lists of tensors that share the numbers of a step"
     def __init__(self,
         rows, # Tuples of a parameter, its gradient, the averages of both gradient and diagonal, the estimate and its noise (or `None`)
+        hyper, # Hyperparameters of the group
         step, # Gradients in the averages with these
         hess_step, # Estimates in the averages with these
-        do_wd, # Apply weight decay?
-        hyper, # Hyperparameters of the group
+        do_wd=True, # Apply weight decay?
         weight=1, # How many ordinary estimates the new ones count for
+        negative=False, # May averages of squares be negative, as debiased ones?
     ):
         self.ps,self.gs,self.ms,self.vs,self.ds,self.es = ([o for o in ts if o is not None] for ts in zip(*rows))
         self.step,self.hess_step,self.do_wd,self.h = step,hess_step,do_wd,SimpleNamespace(**hyper)
-        self.past = self.h.sqr_mom**weight
+        self.past,self.negative = self.h.sqr_mom**weight,negative
 
 # %% ../nbs/14_steppers.ipynb #451dfe19
 def _lists_decay(b): b.do_wd and b.h.wd!=0 and torch._foreach_add_(b.ps, b.ps, alpha=-b.h.lr*b.h.wd)
@@ -187,9 +188,9 @@ def _add_number(ts, x):
 def _lists_adahessian(b, signed=False):
     h,power = b.h,b.h.hessian_power*(1. if signed else 0.5)
     δ1,δ2 = 1-h.mom**b.step,(1-h.sqr_mom**b.hess_step)**power
-    denom = torch._foreach_abs(b.vs)
-    if power==0.5: torch._foreach_sqrt_(denom)
-    elif power!=1: torch._foreach_pow_(denom, power)
+    plain = power==0.5 and not (signed or b.negative)
+    denom = torch._foreach_sqrt(b.vs) if plain else torch._foreach_abs(b.vs)
+    if not plain and power!=1: torch._foreach_pow_(denom, power)
     _add_number(denom, h.eps*δ2)
     clip,cap = getattr(h, 'clip', 0), getattr(h, 'cap', 0)
     if not (clip or cap): return torch._foreach_addcdiv_(b.ps, b.ms, denom, value=-h.lr*δ2/δ1)
@@ -262,13 +263,13 @@ def foreach_step(
     for p,state,hyper,d,e in work:
         _remember(p, state, d, name, count)
         get,at = state.get,id(hyper)
-        key = at,get('step'),get('hess_step', 0),get('hess_weight', 1),get('do_wd', True),d is None,e is None,p.dtype,p.device
+        key = at,get('step'),get('hess_step'),get('do_wd', True),get('hess_weight', 1),get('negative'),d is None,e is None,p.dtype,p.device
         hypers[at] = hyper
         groups[key].append((p.data, p.grad, state['grad_avg'], state[name], d, e))
-    for (id_hyper,step,hess_step,weight,do_wd,*_,device),rows in groups.items():
-        h,whole = hypers[id_hyper],device.type!='cpu' or shard_mesh(r[0] for r in rows)
+    for (at,*known,_,_,_,device),rows in groups.items():
+        h,whole = hypers[at],device.type!='cpu' or shard_mesh(r[0] for r in rows)
         for part in [rows] if whole else portions(rows, cpu_portion, cut=not (h.get('clip') or h.get('cap'))):
-            b = Portion(part, step, hess_step, do_wd, h, weight)
+            b = Portion(part, h, *known)
             for f in fs: f(b)
 
 # %% ../nbs/14_steppers.ipynb #baa274d9
@@ -612,6 +613,7 @@ def step(self:Work,
         if d is None and 'hess_step' not in s: s['late'] = True
         else:
             note_age(s, d, weight)
+            if p in noises: s['negative'] = True # Maybe: what is subtracted may be more than there is
             ready.append((p, s, h, d, noises.get(p) if noises else None))
     update(ready, cbs)
     return [p for p,*_ in ready]
@@ -645,9 +647,11 @@ def checked_steppers(
     "Check hyperparameters, averages and other parts before any of them is used"
     check_groups(opt, sd, 'curvature', needs)
     for h in sd['hypers']: check_hypers(**h)
-    pairs = list(zip(opt.all_params().itemgot(0), sd['state']))
-    for i,(p,s) in enumerate(pairs):
+    states = defaultdict(dict)
+    for i,(p,s) in enumerate(zip(opt.all_params().itemgot(0), sd['state'])):
         for k,v in s.items(): check_entry(i, k, v, p)
         check_averages(opt.cbs, i, s)
+        states[p] = {k: state_like(v, p) for k,v in s.items()}
+        if (v := s.get('sqr_avg_diag_hessian')) is not None and (v<0).any(): states[p]['negative'] = True # Older states do not say so
     check_part('the state', sd['curvature'], rules)
-    return L(dict(h) for h in sd['hypers']),defaultdict(dict, {p: {k: state_like(v, p) for k,v in s.items()} for p,s in pairs})
+    return L(dict(h) for h in sd['hypers']),states

@@ -53,6 +53,19 @@ def test_parity(decouple_wd, hessian_power, kind): compare(decouple_wd=decouple_
     dict(block_length=1, average_kernels=False)], ids=str)
 def test_parity_of_missing_estimates_and_opt_outs(kwargs): compare(**kwargs)
 
+@pytest.mark.parametrize('old', [False,True], ids=['state','state of an older version'])
+def test_negative_debiased_averages_survive_a_checkpoint(old):
+    "The root of their absolute value is taken, also where the state does not say that they may be negative"
+    kept = {}
+    def twist(i, opt):
+        if i!=12: return
+        sd = copy.deepcopy(opt.state_dict())
+        kept[len(kept)] = min(s['sqr_avg_diag_hessian'].min() for s in sd['state'])
+        for s in sd['state']: old and s.pop('negative')
+        opt.load_state_dict(sd)
+    compare(twist=twist, debiased=True, n_samples=2, update_each=5)
+    assert len(kept)==2 and all(v<0 for v in kept.values())
+
 def test_parity_under_schedules_and_without_decay_of_some():
     def twist(i, opt):
         hypers = dict(lr=0.02*(1+math.sin(i)), mom=0.8+0.005*i, sqr_mom=0.9+0.004*i, eps=1e-3*(1+i), wd=0.01*i, hessian_power=1-0.04*i)
