@@ -109,17 +109,16 @@ def adahessian(
     opt = AdaHessianWrapper(steppers, block_length, n_acc, estimator, curvature, hvp, probe, n_samples, signed_blocks, average_kernels,
         debiased, Perturbation(rho), hessian_bs=hessian_bs, budget=budget, when=when, dense=0 if own_start and dense==20 else dense,
         update_each=1 if (budget is not None or when is not None) and update_each==10 else update_each)
-    opt.default_lr,opt.opt.default_steps = lr_for(opt)
+    opt.default_lr,opt.opt.default_steps,opt.opt.default_fall = lr_for(opt)
     if lr is None: opt.set_hyper('lr', opt.default_lr)
     return opt
 
-def lr_for(opt:AdaHessianWrapper)->tuple: # Rate, and the number of steps it suits; `None` where a higher rate made short trainings worse
+def lr_for(opt:AdaHessianWrapper)->tuple: # η₀, n₀ and how it falls: exponent, least and largest share, see `own_lr`
     "The default learning rate of the variant `opt`"
     est = opt.estimator
-    if isinstance(est, GNB) or average_diag_hessian in opt.opt.cbs: return 0.05,None
-    if opt.smooth.keywords['signed']: return 0.1,None
+    if isinstance(est, GNB) or average_diag_hessian in opt.opt.cbs: return 0.05,100,(2,1/5,1)
     one_probe = isinstance(est, Hutchinson) and est.n_samples==1 and isinstance(est.curvature, Hessian)
-    return 0.15,225 if one_probe else None
+    return (0.15,225,(0.5,2/3,2)) if one_probe and not opt.smooth.keywords['signed'] else (0.1,100,(2,1/5,1))
 
 # %% ../nbs/16_adahessian.ipynb #27fcb40d
 def adahessian_paper(

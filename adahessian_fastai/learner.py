@@ -193,9 +193,10 @@ def own_lr(
     trained:bool=False, # Are the weights trained already?
 )->float:
     "The learning rate of `opt` where nobody gave one"
-    usual,(share,least,most) = getattr(opt, 'default_steps', None),(4/9,1,3/2) if trained else (1,2/3,2)
-    if not usual or (n_steps or 0)<=0: return float(f'{opt.default_lr*2/3:.2g}') if trained else opt.default_lr
-    return float(f'{opt.default_lr*share*min(max((usual/n_steps)**0.5, least), most):.2g}')
+    usual,(power,least,most) = getattr(opt, 'default_steps', None),getattr(opt, 'default_fall', (0.5,2/3,2))
+    share = 2/3 if trained else 1
+    if usual and (n_steps or 0)>0: share *= min(max(((100 if trained else usual)/n_steps)**power, least), 1 if trained else most)
+    return opt.default_lr if share==1 else float(f'{opt.default_lr*share:.2g}')
 
 # %% ../nbs/10_learner.ipynb #runlen05
 def steps_of_run(learn:Learner, n_epoch:int, cbs=None)->float: # `learn` has an optimizer; `cbs` are of this training alone

@@ -7,6 +7,7 @@ from fastai.basics import Callback,DataLoaders,Learner,nn,partial,set_seed
 import fastai.callback.all  # chkstyle: ignore
 from adahessian_fastai.all import Problem,adahessian as as_it_comes,adahessian_paper as adahessian,hessian_free,m_sassha,sassha,sophia
 from adahessian_fastai.adahessian import AdaHessian,AdaHessianWrapper,lr_for
+from adahessian_fastai.learner import own_lr
 from adahessian_fastai.optimizer import due
 from adahessian_fastai.steppers import Perturbation
 from helpers_learner import data,fit,learner
@@ -287,9 +288,9 @@ def test_probes_differ_between_parameters_and_estimates():
 
 # What the arguments are by default and together
 
-RATES = [(dict(), 0.15, 225), (dict(n_samples=2), 0.15, None), (dict(curvature='ggn'), 0.15, None), (dict(debiased=True, n_samples=2), 0.1, None),
-    (dict(signed_blocks=True), 0.1, None), (dict(signed=True), 0.05, None), (dict(signed=True, estimator='control_variate'), 0.05, None),
-    (dict(estimator='gnb'), 0.05, None)]
+RATES = [(dict(), 0.15, 225), (dict(n_samples=2), 0.1, 100), (dict(curvature='ggn'), 0.1, 100), (dict(debiased=True, n_samples=2), 0.1, 100),
+    (dict(signed_blocks=True), 0.1, 100), (dict(signed=True), 0.05, 100), (dict(signed=True, estimator='control_variate'), 0.05, 100),
+    (dict(estimator='gnb'), 0.05, 100)]
 
 @pytest.mark.parametrize('kwargs,lr,steps', RATES, ids=[str(o[0]) for o in RATES])
 def test_rates_of_the_variants(kwargs, lr, steps):
@@ -297,8 +298,17 @@ def test_rates_of_the_variants(kwargs, lr, steps):
     def rates(opt): return opt.hypers[0]['lr'],opt.default_lr,opt.opt.default_steps
     ps = [nn.Parameter(torch.ones(1))]
     opt = as_it_comes(ps, **kwargs)
-    assert rates(opt)==(lr,lr,steps) and lr_for(opt)==(lr,steps) and rates(as_it_comes(ps, 0.3, **kwargs))==(0.3,lr,steps)
+    assert rates(opt)==(lr,lr,steps) and lr_for(opt)[:2]==(lr,steps) and rates(as_it_comes(ps, 0.3, **kwargs))==(0.3,lr,steps)
     assert rates(adahessian(ps, **kwargs))==rates(adahessian(ps, None, **kwargs))==(0.15,0.15,None)
+
+@pytest.mark.parametrize('kwargs,lr', [(dict(estimator='gnb'), 0.05), (dict(signed=True), 0.05), (dict(curvature='ggn'), 0.1)], ids=str)
+def test_the_rate_of_a_variant_falls_with_the_length_of_a_training(kwargs, lr):
+    "As the inverse square from 100 steps on, to a fifth; a training of trained weights takes two thirds of it"
+    opt = as_it_comes([nn.Parameter(torch.ones(1))], **kwargs)
+    for n,share in ((None,1), (1,1), (100,1), (150,4/9), (200,1/4), (10_000,1/5)):
+        for trained in (False,True): assert own_lr(opt, n, trained)==pytest.approx(lr*share*(2/3 if trained else 1), rel=0.05) # Two digits
+    paper = adahessian([nn.Parameter(torch.ones(1))], **kwargs)
+    assert own_lr(paper, 1)==own_lr(paper, 10_000)==0.15
 
 HYPERS_OF = dict(lr=0.15, mom=0.9, sqr_mom=0.999, eps=1e-4, wd=1e-4, hessian_power=1., clip=3., cap=0.1, spike=2.)
 
@@ -347,4 +357,4 @@ def test_an_estimator_of_ones_own_has_the_rate_that_others_have():
         def __call__(self, *args): return None
         def surround(self, *args): return None
     opt = as_it_comes([nn.Parameter(torch.ones(2))], estimator=Own())
-    assert (opt.default_lr,opt.opt.default_steps)==(0.15,None)
+    assert (opt.default_lr,opt.opt.default_steps)==(0.1,100)
