@@ -48,6 +48,8 @@ def test_defaults(load, tmp_path, monkeypatch):
     rows = m.read('table')
     assert rows.entry.tolist()==['Adam','all'] and rows.loss.map(math.isfinite).all() and 'above Adam' in m.report(rows)
     assert shipped[['entry','lr','seed']].values.tolist()==[['adahessian','own',7]] and math.isfinite(shipped.loss[0])
+    for _ in range(2): others = m.fill_shipped('table', ['adahessian, gnb'], [7], [0.1,0.3]) # The second time there is nothing to do
+    assert others[['entry','lr']].values.tolist()==[['adahessian, gnb',0.1],['adahessian, gnb',0.3]] and len(m.fill_shipped('table', [], []))==1
 
 def test_gpu_pieces(load, capsys, monkeypatch, tmp_path):
     "What `make gpu` would run: scripts that exist, with arguments that they know"
