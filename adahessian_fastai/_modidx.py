@@ -490,8 +490,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'adahessian_fastai/diagnostics.py')},
             'adahessian_fastai.estimators': { 'adahessian_fastai.estimators.ControlVariate': ( 'estimators.html#controlvariate',
                                                                                                'adahessian_fastai/estimators.py'),
-                                              'adahessian_fastai.estimators.ControlVariate.__call__': ( 'estimators.html#controlvariate.__call__',
-                                                                                                        'adahessian_fastai/estimators.py'),
                                               'adahessian_fastai.estimators.ControlVariate.__init__': ( 'estimators.html#controlvariate.__init__',
                                                                                                         'adahessian_fastai/estimators.py'),
                                               'adahessian_fastai.estimators.ControlVariate.samples': ( 'estimators.html#controlvariate.samples',

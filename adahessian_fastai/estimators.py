@@ -89,11 +89,12 @@ class Hutchinson:
         problem, # The `Problem`; its graph is used up
         params:list, # Tensors to estimate for
         rng, # `device -> generator`
-        center=None, # Not used
+        center=None, # `params -> c`, a guess of the diagonal of the loss without `weight`, for `ControlVariate`
     )->Estimate:
         "Estimate of the diagonal"
         local = self.curvature(problem, params, self.n_samples)
-        samples = self.samples(problem.rescaled(local.product), params, self.draw(rng), center)
+        guess = lambda: [c*problem.weight for c in center(params)]
+        samples = self.samples(problem.rescaled(local.product), params, self.draw(rng), guess)
         diag,noise = mean_and_noise(samples) if self.n_samples>1 else (sample_mean(samples),[])
         return Estimate(diag, noise, local.grads)
 
@@ -114,16 +115,7 @@ class ControlVariate(Hutchinson):
                 "probe='rademacher'")
         super().__init__(curvature, n_samples, probe)
 
-    def samples(self, product, params, draw, center): return control_variate_samples(product, params, center, self.n_samples, draw)
-
-    def __call__(self,
-        problem, # The `Problem`; its graph is used up
-        params:list, # Tensors to estimate for
-        rng, # `device -> generator`
-        center, # `params -> c`, a guess of the diagonal of the loss without `weight`
-    )->Estimate:
-        "Estimate of the diagonal"
-        return super().__call__(problem, params, rng, [c*problem.weight for c in center(params)])
+    def samples(self, product, params, draw, center): return control_variate_samples(product, params, center(), self.n_samples, draw)
 
 # %% ../nbs/09_estimators.ipynb #c41ec91d
 def _loss_factor(problem, z):
