@@ -732,6 +732,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'adahessian_fastai.hvp.check_choice': ('hvp.html#check_choice', 'adahessian_fastai/hvp.py'),
                                        'adahessian_fastai.hvp.check_count': ('hvp.html#check_count', 'adahessian_fastai/hvp.py'),
                                        'adahessian_fastai.hvp.check_like': ('hvp.html#check_like', 'adahessian_fastai/hvp.py'),
+                                       'adahessian_fastai.hvp.check_loss': ('hvp.html#check_loss', 'adahessian_fastai/hvp.py'),
                                        'adahessian_fastai.hvp.check_number': ('hvp.html#check_number', 'adahessian_fastai/hvp.py'),
                                        'adahessian_fastai.hvp.check_pair': ('hvp.html#check_pair', 'adahessian_fastai/hvp.py'),
                                        'adahessian_fastai.hvp.check_real': ('hvp.html#check_real', 'adahessian_fastai/hvp.py'),

@@ -11,11 +11,11 @@ __all__ = ['substitutes', 'dual_substitutes', 'dual_thread', 'hvp_methods', 'mat
            'in_single', 'flat', 'unflat', 'SettingError', 'check_count', 'check_number', 'check_choice', 'check_switch',
            'check_pair', 'loaded', 'is_part', 'shard_mesh', 'whole', 'sharded_like', 'switched', 'grads_aside',
            'gradient', 'graph_nodes', 'check_twice', 'graph_gradient', 'check_checkpoints', 'needs_wrong_third',
-           'hooks_disabled', 'missing_second_derivative', 'check_like', 'graph_product', 'Substituted', 'substituted',
-           'zero_tangent', 'dual_numbers', 'dual_backward', 'dual_gradient', 'total_norm', 'rounding', 'step_size',
-           'copy_all', 'moved', 'difference_product', 'difference_error', 'hessian_product', 'SharedContext',
-           'half_autocast', 'needs_substitutes', 'has_rnn', 'own_statistics', 'twice_differentiable', 'asymmetry',
-           'check_symmetric']
+           'hooks_disabled', 'missing_second_derivative', 'check_loss', 'check_like', 'graph_product', 'Substituted',
+           'substituted', 'zero_tangent', 'dual_numbers', 'dual_backward', 'dual_gradient', 'total_norm', 'rounding',
+           'step_size', 'copy_all', 'moved', 'difference_product', 'difference_error', 'hessian_product',
+           'SharedContext', 'half_autocast', 'needs_substitutes', 'has_rnn', 'own_statistics', 'twice_differentiable',
+           'asymmetry', 'check_symmetric']
 
 # %% ../nbs/00_hvp.ipynb #23113829
 import math,operator,re,sys,threading,warnings
@@ -252,8 +252,7 @@ def check_twice(grads:list): # From `gradient(..., create_graph=True)`, some may
 
 def graph_gradient(loss, params:list)->list: # `() -> scalar tensor`; `None` where that does not depend on one
     "Gradient of `loss()` with a graph of its own, to be differentiated once more"
-    if not callable(loss): raise SettingError('loss', 'a function, such as `lambda: loss_func(model(x), y)`', type(loss).__name__)
-    gs = gradient(loss := loss(), params, create_graph=True)
+    gs = gradient(loss := check_loss(loss)(), params, create_graph=True)
     check_twice([*gs, loss])
     if needs_wrong_third(loss): warnings.warn("a loss that has the gradient of a layer norm in it has a wrong second derivative in torch: "
         "take `hessian_product(loss, params, 'finite_difference')` in a smooth network", stacklevel=3)
@@ -288,6 +287,11 @@ def missing_second_derivative():
             "estimator='gnb' if the table `losses` has the loss; for hessian_free Hessian('finite_difference') in a smooth network") from e
 
 # %% ../nbs/00_hvp.ipynb #41a7ed3c
+def check_loss(loss): # Raises `SettingError` unless it is a function
+    "`loss` itself"
+    if callable(loss): return loss
+    raise SettingError('loss', 'a function, such as `lambda: loss_func(model(x), y)`', type(loss).__name__)
+
 def check_like(v, like, name='v')->list: # Raises `ValueError`; what is `None` in `like` may have any shape
     "`v` as a list of tensors like those of `like`"
     vs = [v] if isinstance(v, Tensor) else list(v)
@@ -430,7 +434,7 @@ def dual_gradient(
     v:list, # Direction, a tensor or `None` (for zeros) for each of `params`
 )->tuple: # Gradients (`None` where `loss` does not depend on a parameter) and the product, two lists
     "Gradient of `loss()` with its derivative along `v`"
-    params,v = tensor_list(params),list(v)
+    loss,params,v = check_loss(loss),tensor_list(params),list(v)
     check_like(v, [o if o is None else p for o,p in zip(v, params)]+params[len(v):])
     with dual_numbers(params, v):
         duals = [(None,None) if g is None else fwAD.unpack_dual(g) for g in dual_backward(loss(), params)]
@@ -483,7 +487,7 @@ def difference_product(
     factor:float=1., # Multiplies the step of `step_size`
 ):
     "Product `v -> Hv` by finite differences of gradients: one new gradient each where `grads` are known, two otherwise"
-    params,factor = param_list(params),check_number('factor', factor, above=0)
+    loss,params,factor = check_loss(loss),param_list(params),check_number('factor', factor, above=0)
     def at(v, h):
         with moved(params, v, h): return gradient(l := loss(), params),rounding([l])
     def product(v, eps=rounding(params)):
@@ -527,8 +531,7 @@ def hessian_product(
     method:Literal['reverse','forward','finite_difference']='reverse', # How; raises `ValueError` for others
 ):
     "Product `v -> Hv` with the Hessian of `loss()`, evaluated afresh for each product"
-    if not callable(loss): raise SettingError('loss', 'a function, such as `lambda: loss_func(model(x), y)`', type(loss).__name__)
-    return hvp_methods[check_choice('method', method, hvp_methods)](loss, param_list(params))
+    return hvp_methods[check_choice('method', method, hvp_methods)](check_loss(loss), param_list(params))
 
 # %% ../nbs/00_hvp.ipynb #341a2761
 class SharedContext:

@@ -523,8 +523,10 @@ def test_what_is_no_tensor_is_named(params, name):
 def test_a_loss_that_was_evaluated_already_is_refused():
     w = torch.ones(2, requires_grad=True)
     from adahessian_fastai.spectrum import dense_hessian,hessian_times_gradient
-    for f in (hessian_product,dense_hessian,hessian_times_gradient):
+    for f in (hessian_product,dense_hessian,hessian_times_gradient,graph_gradient,difference_product):
         with pytest.raises(ValueError, match='loss must be a function'): f((w**2).sum(), [w])
+    for f in (dual_gradient,difference_error):
+        with pytest.raises(ValueError, match='loss must be a function'): f((w**2).sum(), [w], [torch.ones(2)])
 
 @pytest.mark.parametrize('v', [[torch.ones(2)], [torch.ones(2),torch.ones(3),torch.ones(1)], [torch.ones(2),torch.ones(2)], [1.,1.]])
 def test_a_direction_of_another_shape_is_refused(v):
