@@ -106,7 +106,7 @@ class CGResult(NamedTuple):
 def _cg_look(rows, new, bound, max_iter, eps, neg_curv):
     "Move `new` rows `[m, ‖r‖, pᵀAp]` to `rows` up to one that froze the iterate; return why CG is to stop, if it is"
     for row in new:
-        bad = not math.isfinite(sum(row)) or (row[2]<=0 and neg_curv=='stop')
+        bad = not math.isfinite(sum(row)) or row[2]<=0 and (neg_curv=='stop' or row[2]==0 and max_iter==math.inf) # 0 moves nothing more
         if bad and (not row[2]<=0 or len(rows)>1): break
         rows.append(row)
         if bad: break

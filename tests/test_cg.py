@@ -210,6 +210,19 @@ def test_no_limit_lets_rounding_have_its_iterations():
     assert (d*free.x-b).norm() <= 1e-5*b.norm()
     assert list(free.iterates)[:6]==[0,1,2,3,4,6] and list(free.iterates)[-1]==free.n_iter
 
+@pytest.mark.parametrize('every', [1,5])
+@pytest.mark.parametrize('d', [[0.,0.],[1.,0.]])
+def test_zero_curvature_ends_a_run_without_limit(d, every):
+    "Nothing moves any more after it, so no tolerance would ever be met"
+    n_products,d = 0,torch.tensor(d)
+    def product(v):
+        nonlocal n_products
+        n_products += 1
+        assert n_products<100
+        return d*v
+    res = cg(product, torch.ones(2), max_iter=math.inf, eps=None, neg_curv='abs', check_every=every)
+    assert res.reason=='negative curvature' and res.neg_curv and res.x.isfinite().all()
+
 def test_a_system_without_unknowns():
     res = cg(lambda v: v, torch.zeros(0))
     assert res.x.shape==(0,) and res.reason=='tolerance' and res.n_iter==0
