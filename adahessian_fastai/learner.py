@@ -224,14 +224,15 @@ def lr_of_run(learn:Learner, n_epoch:int, cbs=None): # `learn` is about to be tr
 def _at_own_rate(fit):
     "`fit` of a Learner from a clean start, where a learning rate that nobody gave suits the length of the training"
     @wraps(fit)
-    def res(self, n_epoch, *args, reset_opt=False, **kwargs):
+    def res(self, *args, reset_opt=False, **kwargs):
         if isinstance(vars(self).get('scaler'), torch.amp.GradScaler): self.scaler = None # An interrupt left it behind
         if reset_opt: self.create_opt()
-        cbs = inspect.signature(fit).bind(self, n_epoch, *args, **kwargs).arguments.get('cbs')
-        with lr_of_run(self, n_epoch, cbs): return fit(self, n_epoch, *args, **kwargs)
+        a = inspect.signature(fit).bind(self, *args, **kwargs).arguments
+        n_epoch = a['n_epoch'] if 'n_epoch' in a else a['cycle_len']*sum(a.get('cycle_mult', 2)**i for i in range(a['n_cycles']))
+        with lr_of_run(self, n_epoch, a.get('cbs')): return fit(self, *args, **kwargs)
     return res
 
-for o in (Learner.fit, Learner.fit_one_cycle, Learner.fit_flat_cos): patch_to(Learner)(_at_own_rate(o))
+for o in (Learner.fit, Learner.fit_one_cycle, Learner.fit_flat_cos, Learner.fit_sgdr): patch_to(Learner)(_at_own_rate(o))
 
 # %% ../nbs/10_learner.ipynb #dfa71ddf
 @patch

@@ -431,6 +431,15 @@ def test_the_rate_of_a_length_with_loaders_of_pytorch():
     assert max(learn.recorder.lrs)==pytest.approx(0.21)
 
 
+def test_the_rate_of_a_length_with_restarts():
+    "Cycles of three and six epochs are 144 steps: 0.15√(225/144)"
+    learn = learner(modern)
+    learn.fit_sgdr(2, 3)
+    assert max(learn.recorder.lrs)==0.19 and learn.lr==0.15
+    learn.fit_sgdr(2, 3, 0.1, cycle_mult=2)
+    assert max(learn.recorder.lrs)==0.1
+
+
 def test_the_rate_of_a_length_is_that_of_a_new_optimizer_too_and_goes_when_training_ends_early():
     learn = learner(modern)
     learn.fit(2)
