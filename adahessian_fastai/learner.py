@@ -324,7 +324,7 @@ def look(losses:list, *lists): # Losses as numbers, and a list of norms for each
     "The `losses`, and the norm of each tensor: `nan` where an entry is infinite or `nan`"
     row = [*(o.squeeze() for o in losses),*norms_of([t for ts in lists for t in ts])]
     if len({o.device for o in row})>1: row = [o.to(row[0].device) for o in row]
-    values = iter(torch.stack(row).float().tolist() if row else [])
+    values = iter(torch.stack(row).tolist() if row else [])
     return [next(values) for _ in losses],*([n if n<math.inf or t.isfinite().all().item() else math.nan for t,n in zip(ts, values)]
         for ts in lists)
 

@@ -18,7 +18,7 @@ from typing import Literal
 
 from fastai.optimizer import Optimizer,average_grad,debias,l2_reg,step_stat,weight_decay
 from fastai.torch_basics import *
-from .hvp import check_choice,check_number,check_real,copy_all,shard_mesh,total_norm,whole
+from .hvp import check_choice,check_number,check_real,copy_all,in_single,shard_mesh,total_norm,whole
 from .averaging import average_all
 from .learner import by_parameter,check_entry,check_groups,check_part,cross_rank_mean,finite_number,look,state_like
 from .learner import trainable_params,whole_number
@@ -456,7 +456,8 @@ class Pending:
     )->float: # Weight of its loss
         "Note the loss, make room in the means for `n_items` more (averaged over the processes), and return their weight"
         loss,ps,self.group = problem.loss,problem.params,problem.group
-        value = loss.detach().as_subclass(Tensor).float()/(problem.scale*problem.weight) if n_items else torch.zeros((), device=loss.device)
+        value, = in_single([loss.detach().as_subclass(Tensor)])
+        value = value/(problem.scale*problem.weight) if n_items else torch.zeros_like(value)
         self.losses += cross_rank_mean([value.clone().reshape(1)], self.group)
         self.n_batches,old = self.n_batches+1,self.n_items
         self.params = ps if n_acc==1 else [*dict.fromkeys([*self.params, *ps, *problem.others()])]
@@ -524,7 +525,7 @@ def of_state(cls:Pending,
             check_entry(i, k, v, p, finite=False)
     kept = {k: [state_like(o, p) for o,p in zip(sd[k], params)] for k in ('grads','diags','noises')}
     vars(new).update({k: sd[k] for k in ('n_batches','n_items','scaled','share')}, params=list(params),
-        losses=[torch.tensor([o], device=params[0].device) for o in sd['losses']],
+        losses=[torch.tensor([o], dtype=torch.promote_types(params[0].dtype, torch.float), device=params[0].device) for o in sd['losses']],
         **{k: {p: d for p,d in zip(params, kept[k]) if d is not None} for k in ('diags','noises')})
     return new,kept['grads']
 

@@ -252,3 +252,16 @@ def test_a_state_begins_the_average_of_the_loss_anew():
 
 def test_a_norm_belongs_to_its_tensor_where_one_is_empty():
     assert [n.item() for n in norms_of([torch.zeros(0),torch.ones(4),torch.zeros(0),torch.ones(9)])]==[0,2,0,3]
+
+
+def test_a_loss_beyond_single_precision_is_finite():
+    "Also one that comes out of a checkpoint in the middle of an accumulation"
+    ps = [nn.Parameter(torch.ones(2, dtype=torch.double)) for _ in range(2)]
+    opt,other = (adahessian([p], n_acc=2, rho=0.) for p in ps)
+    def loss(p): return (p**2).sum()+1e300
+    opt.differentiate(loss(ps[0]))
+    other.load_state_dict(opt.state_dict())
+    for p,o in zip(ps, (opt,other)):
+        o.differentiate(loss(p))
+        o.step()
+        assert (o.n_steps,o.n_skipped)==(1,0) and (p<1).all()
