@@ -66,16 +66,21 @@ _renamed = dict(betas='mom and sqr_mom', beta1='mom', beta2='sqr_mom', momentum=
     hessian_distribution='probe', avg_conv_kernel='average_kernels', average_conv_kernel='average_kernels',
     hvp="curvature='hessian' or curvature=Hessian('forward'), say", seed='torch.manual_seed before the optimizer is made')
 
+def _keywords(f): return [k for k,p in inspect.signature(f).parameters.items() if p.kind is not p.VAR_KEYWORD]
+
 def check_names(
     f, # Function that makes an optimizer
     given, # Names of keywords; raises `TypeError` if `f` does not have one
 ):
-    "Answer an argument that `f` lacks with the name that it has here"
-    takes = inspect.signature(f).parameters
+    "Answer an argument that `f` lacks with the name that it has here, or with the optimizers that have it"
+    takes = _keywords(f)
     for k in [k for k in given if k not in takes]:
-        near = _renamed.get(k) or ' '.join(difflib.get_close_matches(k, takes, 1))
+        from .all import adahessian,hessian_free,sassha # Which import this module
+        owners = [o.__name__ for o in (adahessian,sassha,hessian_free) if k in _keywords(o)]
+        near = _renamed.get(k) or ' '.join([] if owners else difflib.get_close_matches(k, takes, 1))
         if near.split(' ')[0].isidentifier() and near.split(' ')[0] not in takes: near = '' # Neither does this optimizer have
-        raise TypeError(f"{f.__name__} has no argument {k!r}{near and f': use {near}'}")
+        said = f': use {near}' if near else f", which is for {' and '.join(owners)}" if owners else ''
+        raise TypeError(f"{f.__name__} has no argument {k!r}{said}")
 
 # What an object is
 

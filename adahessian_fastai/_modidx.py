@@ -866,6 +866,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'adahessian_fastai.learner.lr_untouched': ( 'learner.html#lr_untouched',
                                                                                        'adahessian_fastai/learner.py'),
                                            'adahessian_fastai.learner.norms_of': ('learner.html#norms_of', 'adahessian_fastai/learner.py'),
+                                           'adahessian_fastai.learner.opt_of': ('learner.html#opt_of', 'adahessian_fastai/learner.py'),
                                            'adahessian_fastai.learner.own_lr': ('learner.html#own_lr', 'adahessian_fastai/learner.py'),
                                            'adahessian_fastai.learner.reshard': ('learner.html#reshard', 'adahessian_fastai/learner.py'),
                                            'adahessian_fastai.learner.shard_group': ( 'learner.html#shard_group',

@@ -24,7 +24,7 @@ from .hvp import check_count,check_like,check_number,check_switch,flat,in_single
 from .hutchinson import hutchinson_diag,hutchinson_samples
 from .spectrum import confidence_interval,extreme_eigenvalues,mean_product,spectral_density
 from .losses import loss_count
-from .learner import by_parameter,is_sharded,trainable_params,unwrapped
+from .learner import by_parameter,is_sharded,opt_of,trainable_params,unwrapped
 from .batch import problem_of,snapshot_of
 from .steppers import bounded,denominator
 from .estimators import curvatures,made
@@ -190,9 +190,9 @@ def layer_params(
     return {**res, 'outside the model': list(left.values())} if left else res
 
 # %% ../nbs/20_diagnostics.ipynb #f6f2b311
-def own_diagonal(opt)->dict: # Parameter -> tensor shaped like it; empty for an optimizer without curvature
+def own_diagonal(opt)->dict: # Of a Learner too; parameter -> tensor shaped like it; empty for an optimizer without curvature
     "The absolute diagonal that `opt` has averaged, corrected for the bias of its start"
-    of = {p: (s,h) for p,(s,h) in by_parameter(opt).items() if s.get('hess_step') and s.get('do_hessian', True)}
+    of = {p: (s,h) for p,(s,h) in by_parameter(opt_of(opt)).items() if s.get('hess_step') and s.get('do_hessian', True)}
     return {p: denominator(s, {**h, 'hessian_power': 1., 'eps': 0.}) for p,(s,h) in of.items()}
 
 # %% ../nbs/20_diagnostics.ipynb #ace95ee5
@@ -265,13 +265,13 @@ def step_rates(
 
 # %% ../nbs/20_diagnostics.ipynb #8906062c
 def edge_of_stability(
-    opt, # Any optimizer
+    opt, # Any optimizer, or a Learner with one
     product, # `v -> Hv` on lists of tensors like `params`
     params:list, # Its parameters
     **kwargs # For `extreme_eigenvalues`
 )->float: # Not a number where no limit is known, or the optimizer has not made a step
     "The learning rate of `opt`, divided by the largest that is stable"
-    params = tensor_list(params)
+    opt,params = opt_of(opt),tensor_list(params)
     (rule,factor),P = step_rule(opt),step_scaling(opt, params)
     if rule=='unknown' or rule in scaled_rules and P is None: return math.nan
     return extreme_eigenvalues(scaled_product(product, step_rates(opt, params, P)), params, **kwargs).values[0].item()/factor
@@ -291,14 +291,10 @@ class CurvatureRecorder(Callback):
         curvature:Literal['hessian','ggn']='hessian', # Or an object such as `Hessian('auto')`; raises `ValueError` for other words
         seed:int=42, # Of probes and start vectors
     ):
-        check_count('every', every, optional=True)
-        check_count('n_samples', n_samples, 2)
-        check_count('max_iter', max_iter)
-        check_number('tol', tol, above=0)
         if every is None and budget is None: budget = 0.05
-        check_number('budget', budget, above=0, most=1, optional=True)
-        check_count('seed', seed, 0)
-        check_switch('per_layer', per_layer)
+        check_count('every', every, optional=True), check_number('budget', budget, above=0, most=1, optional=True)
+        check_count('n_samples', n_samples, 2), check_count('max_iter', max_iter), check_number('tol', tol, above=0)
+        check_count('seed', seed, 0), check_switch('per_layer', per_layer)
         store_attr(but='curvature')
         self.curvature = made('curvature', curvature, curvatures)
         self.records,self.fitting = [],False

@@ -10,7 +10,7 @@ these trains as before."""
 # %% auto #0
 __all__ = ['whole_number', 'finite_number', 'callback_of', 'unwrapped', 'is_sharded', 'check_model', 'check_gradients',
            'shard_group', 'check_shards', 'reshard', 'sync_group', 'cross_rank_mean', 'Ranks', 'drop_pending',
-           'lr_untouched', 'own_lr', 'steps_of_run', 'lr_of_run', 'norms_of', 'look', 'trainable_params',
+           'lr_untouched', 'own_lr', 'steps_of_run', 'lr_of_run', 'norms_of', 'look', 'trainable_params', 'opt_of',
            'by_parameter', 'check_groups', 'check_part', 'check_entry', 'state_like', 'LossGuard', 'warn_rarely',
            'Counts']
 
@@ -28,7 +28,7 @@ from fastai.callback.schedule import *
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import load_model,save_model
 from fastai.text.learner import TextLearner
-from .hvp import check_choice,is_part,loaded,shard_mesh,sharded_like
+from .hvp import SettingError,check_choice,is_part,loaded,shard_mesh,sharded_like
 from .problem import modes_kept
 from .curvature import AgreedError
 from .estimators import peek_seed,seeded
@@ -332,6 +332,12 @@ def look(losses:list, *lists): # Losses as numbers, and a list of norms for each
 def trainable_params(opt)->list: # Each once
     "The parameters of `opt` that require a gradient"
     return list(dict.fromkeys(p for ps in opt.param_lists for p in ps if p.requires_grad))
+
+def opt_of(opt): # Raises `SettingError` for what is neither an optimizer nor a Learner that has one
+    "`opt`, or the optimizer of a Learner"
+    found = opt.opt if isinstance(opt, Learner) else opt
+    if hasattr(found, 'param_lists'): return found
+    raise SettingError('opt', 'an optimizer, or a Learner after `create_opt()`', type(opt).__name__)
 
 def by_parameter(opt)->dict: # `parameter -> (state, hyperparameters)`; in several groups the first one counts
     "What `opt` knows of each parameter"

@@ -14,6 +14,7 @@ from fastai.basics import *
 from typing import Literal
 
 from .steppers import average_diag_hessian,denominator,made_steppers,sophia_step
+from .learner import opt_of
 from .adahessian import AdaHessianWrapper
 from ._help import check_names
 
@@ -65,11 +66,11 @@ def Sophia(
 
 # %% ../nbs/17_sophia.ipynb #7bd71bbe
 def win_rate(
-    opt, # An optimizer from `sophia`, after a step
+    opt, # An optimizer from `sophia`, after a step, or a Learner with one
 )->list: # One number for each parameter group, `nan` for a group without averages
     "Share of entries whose last step was not clipped"
-    def count(p, state, hyper): return state['grad_avg'].abs() < denominator(state, hyper)
+    opt = opt_of(opt)
     def share(ps, hyper):
-        on = [count(p, opt.state[p], hyper) for p in ps if 'avg_diag_hessian' in opt.state[p]]
+        on = [s['grad_avg'].abs()<denominator(s, hyper) for s in map(opt.state.__getitem__, ps) if 'avg_diag_hessian' in s]
         return sum(o.sum().item() for o in on)/sum(o.numel() for o in on) if on else math.nan
     return [share(ps, hyper) for ps,hyper in zip(opt.param_lists, opt.hypers)]

@@ -6,7 +6,7 @@ import numpy as np,pytest,torch
 from fastai.basics import CrossEntropyLossFlat,DataLoaders,FocalLossFlat,Learner,nn
 from fastai.callback.all import MixUp,ParamScheduler,SchedLin
 from adahessian_fastai.all import AdaHessian,AdaHessianWrapper,CurvatureRecorder,Sophia,adahessian,adahessian_paper,hessian_free,m_sassha
-from adahessian_fastai.all import perturbed,sassha,sophia,twice_differentiable
+from adahessian_fastai.all import edge_of_stability,overestimate,own_diagonal,perturbed,sassha,sophia,twice_differentiable,win_rate
 from adahessian_fastai.curvature import GaussNewton,Hessian
 from adahessian_fastai.estimators import GNB,Hutchinson
 from adahessian_fastai.problem import MeanProblem,Problem,weights_of
@@ -206,3 +206,34 @@ def test_a_parameter_alone_is_a_list_of_one(opt_func, shape):
     "Also one that is a single number"
     p = nn.Parameter(torch.ones(shape))
     assert opt_func(p).all_params().itemgot(0)==[p]
+
+def test_a_learner_stands_for_its_optimizer():
+    learn = fitted(learner(partial(sophia, update_each=1)))
+    product,params,own = learn.curvature_product(),list(learn.model.parameters()),own_diagonal(learn.opt)
+    assert win_rate(learn)==win_rate(learn.opt) and own and all(torch.equal(own[p], d) for p,d in own_diagonal(learn).items())
+    torch.manual_seed(0)
+    of_learner = edge_of_stability(learn, product, params, generator=torch.Generator().manual_seed(0))
+    assert of_learner==edge_of_stability(learn.opt, product, params, generator=torch.Generator().manual_seed(0))
+
+ask = dict(win_rate=win_rate, own_diagonal=own_diagonal, overestimate=lambda o: overestimate(o, [], None),
+    edge_of_stability=lambda o: edge_of_stability(o, lambda v: v, ps()))
+
+@pytest.mark.parametrize('f', ask)
+@pytest.mark.parametrize('make', [lambda: learner(sophia),mlp,lambda: None])
+def test_what_has_no_optimizer_is_named(make, f):
+    with pytest.raises(ValueError, match=r"^opt must be an optimizer, or a Learner after `create_opt\(\)`, got opt="): ask[f](make())
+
+def test_the_optimizer_that_a_learner_is_to_make_is_enough():
+    learn = learner(sophia)
+    learn.create_opt()
+    assert own_diagonal(learn)=={} and np.isnan(win_rate(learn)).all()
+
+OF_ANOTHER_OPTIMIZER = [(sophia,'hessian_power','adahessian and sassha'), (sophia,'debiased','adahessian'), (adahessian,'along','sassha'),
+    (m_sassha,'when','adahessian'), (adahessian,'hidden','hessian_free'), (hessian_free,'when','adahessian'), (adahessian,'batches','hessian_free')]
+
+@pytest.mark.parametrize('make,name,of', OF_ANOTHER_OPTIMIZER)
+def test_an_argument_of_another_optimizer_is_told_so(make, name, of):
+    with pytest.raises(TypeError, match=f"^{make.__name__} has no argument '{name}', which is for {of}$"): make(ps(), **{name: 1})
+
+def test_the_collector_of_others_is_no_argument():
+    with pytest.raises(TypeError, match="adahessian has no argument 'others'$"): adahessian(ps(), others=1)
