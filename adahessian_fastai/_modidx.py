@@ -752,7 +752,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'adahessian_fastai.hvp.graph_gradient': ('hvp.html#graph_gradient', 'adahessian_fastai/hvp.py'),
                                        'adahessian_fastai.hvp.graph_nodes': ('hvp.html#graph_nodes', 'adahessian_fastai/hvp.py'),
                                        'adahessian_fastai.hvp.graph_product': ('hvp.html#graph_product', 'adahessian_fastai/hvp.py'),
-                                       'adahessian_fastai.hvp.half_autocast': ('hvp.html#half_autocast', 'adahessian_fastai/hvp.py'),
                                        'adahessian_fastai.hvp.has_rnn': ('hvp.html#has_rnn', 'adahessian_fastai/hvp.py'),
                                        'adahessian_fastai.hvp.hessian_product': ('hvp.html#hessian_product', 'adahessian_fastai/hvp.py'),
                                        'adahessian_fastai.hvp.hooks_disabled': ('hvp.html#hooks_disabled', 'adahessian_fastai/hvp.py'),

@@ -93,8 +93,7 @@ class Hutchinson:
     )->Estimate:
         "Estimate of the diagonal"
         local = self.curvature(problem, params, self.n_samples)
-        guess = lambda: [c*problem.weight for c in center(params)]
-        samples = self.samples(problem.rescaled(local.product), params, self.draw(rng), guess)
+        samples = self.samples(problem.rescaled(local.product), params, self.draw(rng), lambda: [c*problem.weight for c in center(params)])
         diag,noise = mean_and_noise(samples) if self.n_samples>1 else (sample_mean(samples),[])
         return Estimate(diag, noise, local.grads)
 

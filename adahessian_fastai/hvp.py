@@ -14,8 +14,8 @@ __all__ = ['substitutes', 'dual_substitutes', 'dual_thread', 'hvp_methods', 'mat
            'hooks_disabled', 'missing_second_derivative', 'check_loss', 'check_like', 'graph_product', 'Substituted',
            'substituted', 'zero_tangent', 'dual_numbers', 'dual_backward', 'dual_gradient', 'total_norm', 'rounding',
            'step_size', 'copy_all', 'moved', 'difference_product', 'difference_error', 'hessian_product',
-           'SharedContext', 'half_autocast', 'needs_substitutes', 'has_rnn', 'own_statistics', 'twice_differentiable',
-           'asymmetry', 'check_symmetric']
+           'SharedContext', 'needs_substitutes', 'has_rnn', 'own_statistics', 'twice_differentiable', 'asymmetry',
+           'check_symmetric']
 
 # %% ../nbs/00_hvp.ipynb #23113829
 import math,operator,re,sys,threading,warnings
@@ -518,9 +518,7 @@ def _reverse_product(loss, params):
         with substituted(): return graph_product(graph_gradient(loss, params), params, n_uses=1)(v)
     return product
 
-def _forward_product(loss, params):
-    "Forward over reverse: one dual forward pass, one dual backward pass for each product"
-    return lambda v: dual_gradient(loss, params, v)[1]
+def _forward_product(loss, params): return lambda v: dual_gradient(loss, params, v)[1] # One dual pass forward and one back for each product
 
 hvp_methods = dict(reverse=_reverse_product, forward=_forward_product, finite_difference=difference_product)
 
@@ -561,10 +559,6 @@ class SharedContext:
             finally: self.n,self.own.n = self.n-1,self.held-1
 
 # %% ../nbs/00_hvp.ipynb #7b749980
-def half_autocast()->bool:
-    "Does autocast take `float16` here?"
-    return any(torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d)==torch.half for d in ('cuda','cpu'))
-
 def needs_substitutes(model:nn.Module, half:bool=False)->bool: # `half`: will it run in half precision?
     "Does `model` contain a function whose second derivative is wrong or missing, see `substituted`?"
     kinds = (nn.Hardsigmoid,_WeightNorm)+(_NormBase,nn.LayerNorm)*half
@@ -597,12 +591,13 @@ def twice_differentiable(
     half:bool=False, # In half precision, where no autocast around tells so?
 ):
     "Context in which the forward pass of `model` builds a graph that can be differentiated twice"
+    half = half or any(torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d)==torch.half for d in ('cuda','cpu'))
     with ExitStack() as stack:
         stack.enter_context(math_attention)
         if has_rnn(model): stack.enter_context(plain_rnn)
         if forward and has_rnn(model): stack.enter_context(plain_cpu_rnn)
         if 'torch._dynamo' in sys.modules: stack.enter_context(eager)
-        if needs_substitutes(model, half or half_autocast()): stack.enter_context(substituted())
+        if needs_substitutes(model, half): stack.enter_context(substituted())
         stack.enter_context(own_statistics(model))
         yield
 
