@@ -814,6 +814,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'adahessian_fastai/learner.py'),
                                            'adahessian_fastai.learner.Learner.save': ( 'learner.html#learner.save',
                                                                                        'adahessian_fastai/learner.py'),
+                                           'adahessian_fastai.learner.Lookahead.load_state_dict': ( 'learner.html#lookahead.load_state_dict',
+                                                                                                    'adahessian_fastai/learner.py'),
                                            'adahessian_fastai.learner.Lookahead.zero_grad': ( 'learner.html#lookahead.zero_grad',
                                                                                               'adahessian_fastai/learner.py'),
                                            'adahessian_fastai.learner.LossGuard': ( 'learner.html#lossguard',

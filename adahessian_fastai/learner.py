@@ -151,6 +151,14 @@ class Ranks:
 @patch
 def zero_grad(self:Lookahead, **kwargs): self.opt.zero_grad(**kwargs)
 
+@patch
+def load_state_dict(self:Lookahead, sd:dict): # Raises `ValueError` for that of an optimizer without `Lookahead`
+    "fastai's `load_state_dict`, which changes nothing where a state is refused"
+    own = {k: v for k,v in sd.items() if k in ('count','slow_weights')}
+    if len(own)<2: raise ValueError("not a state of Lookahead but of another optimizer: load the weights alone with `with_opt=False`")
+    self.opt.load_state_dict({k: v for k,v in sd.items() if k not in own})
+    vars(self).update(deepcopy(own))
+
 def drop_pending(opt):
     "Forget gradients and batches of an accumulation, which belong to other weights or another optimizer"
     if not hasattr(opt, 'backward'): return
@@ -286,16 +294,12 @@ def load(self:(TextLearner,Learner), file, device=None, **kwargs): # The former 
     if self.opt is None: self.create_opt()
     if not hasattr(self.opt, 'backward'): return self._orig_load(file, device=device, **kwargs)
     opt,sds,kept = self.opt,[],{k: v.clone() if isinstance(v, Tensor) else v for k,v in self.model.state_dict().items()}
-    opt_kept = dict(vars(opt)) # `Lookahead` reads its own part first
     self.opt = SimpleNamespace(load_state_dict=sds.append)
     try:
         self._orig_load(file, device=device, **kwargs)
-        if sds and isinstance(opt, Lookahead) and not {'count','slow_weights'}<=set(sds[0]):
-            raise ValueError("not a state of Lookahead but of another optimizer: load the weights alone with `with_opt=False`")
         opt.load_state_dict(*sds) if sds and kwargs.get('with_opt')!=False else drop_pending(opt)
     except BaseException as e:
         self.model.load_state_dict(kept)
-        vars(opt).update(opt_kept)
         said = _unread(file, join_path_file(file, self.path/self.model_dir, ext='.pth'), e)
         if said is None: raise
         raise ValueError(said) from e

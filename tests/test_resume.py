@@ -100,6 +100,26 @@ def test_the_state_of_a_bare_optimizer_is_none_of_lookahead(tmp_path):
     fit(learn)
 
 
+def test_lookahead_itself_takes_its_own_states_only():
+    "A refused state changes nothing, one that is taken stays as it is"
+    def made(p): return Lookahead(adahessian_paper([p], lr=0.1), k=2)
+    def stepped(opt):
+        opt.zero_grad()
+        opt.differentiate((opt.param_lists[0][0]**2).sum())
+        opt.step()
+        return opt.param_lists[0][0].item()
+    one,other = (made(torch.nn.Parameter(torch.ones(1))) for _ in range(2))
+    stepped(one)
+    with pytest.raises(ValueError, match='not a state of Lookahead.*with_opt=False'): other.load_state_dict(one.opt.state_dict())
+    sd = one.state_dict()
+    with pytest.raises(ValueError, match='curvature must be a dict'): other.load_state_dict({**sd, 'curvature': 1})
+    assert other.count==0 and other.slow_weights is None and not any(other.opt.state.values())
+    other.param_lists[0][0].data.copy_(one.param_lists[0][0])
+    other.load_state_dict(sd)
+    assert {'count','slow_weights'}<=set(sd) and other.count==1
+    assert stepped(one)==stepped(other)
+
+
 @pytest.mark.parametrize('kwargs', [dict(signed=True), dict()])
 def test_the_average_of_another_kind_is_refused(kwargs, tmp_path):
     "Squares are no signed averages, and a count without the average that it counts would make steps too long"
