@@ -82,6 +82,18 @@ def check_names(
         said = f': use {near}' if near else f", which is for {' and '.join(owners)}" if owners else ''
         raise TypeError(f"{f.__name__} has no argument {k!r}{said}")
 
+class Elsewhere:
+    "A setting that is set another `way`, where an attribute of its name would do nothing"
+    def __init__(self, name, way): self.name,self.way = name,way
+    def __get__(self, o, cls=None): raise AttributeError(self.name)
+    def __set__(self, o, v): raise AttributeError(f"{self.name} is no attribute of this optimizer, got {self.name}={v!r}: {self.way}")
+
+elsewhere = dict.fromkeys('signed block_length average_kernels signed_blocks decouple_wd curvature hvp probe budget'.split(),
+    'make an optimizer with it')
+elsewhere |= {k: f'call `opt.set_hyper({k!r}, ...)`' for k in 'lr mom sqr_mom eps wd hessian_power clip cap spike'.split()}
+elsewhere |= dict(n_samples='set `opt.estimator.n_samples`', along='set `opt.perturb.along`',
+    rho="set `opt.perturb.rho`, or in sophia call `opt.set_hyper('rho', ...)`")
+
 # What an object is
 
 def arguments(o)->dict: # Those that differ from their defaults

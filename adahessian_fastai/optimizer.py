@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from torch.utils.checkpoint import CheckpointError
 
 from fastai.basics import *
-from ._help import describe
+from ._help import Elsewhere,describe,elsewhere
 from .hvp import check_count
 from .averaging import average_diag
 from .estimators import Hutchinson
@@ -107,6 +107,8 @@ class CurvatureOptimizer(Optimizer, GetAttr):
         load_parts(_parts(self), own)
         self.opt.hypers,self.opt.state,self.pending = hypers,state,pending
         for p,g in zip(ps, grads): p.grad = g
+
+for k,way in elsewhere.items(): setattr(CurvatureOptimizer, k, Elsewhere(k, way))
 
 # %% ../nbs/15_optimizer.ipynb #3a6e4d3b
 def due(opt): # Parameters, part of the batch and number of samples, see `Due`

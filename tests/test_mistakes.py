@@ -237,3 +237,23 @@ def test_an_argument_of_another_optimizer_is_told_so(make, name, of):
 
 def test_the_collector_of_others_is_no_argument():
     with pytest.raises(TypeError, match="adahessian has no argument 'others'$"): adahessian(ps(), others=1)
+
+SETTINGS = {*inspect.signature(adahessian).parameters, *inspect.signature(sassha).parameters} - {'params','others'}
+
+@pytest.mark.parametrize('make', [adahessian,sophia,sassha])
+def test_no_setting_is_lost_in_an_attribute(make):
+    "What is not set is refused, and the error names a way"
+    opt = make(ps())
+    held,read = {*vars(opt)},{k for k in SETTINGS if hasattr(opt, k)}
+    for k in SETTINGS-read:
+        with pytest.raises(AttributeError, match=f"^{k} is no attribute of this optimizer, got {k}=0.5: (call|set|make) "): setattr(opt, k, 0.5)
+    assert {*vars(opt)}==held and {k for k in SETTINGS if hasattr(opt, k)}==read=={'estimator','when','n_acc','debiased','update_each','hessian_bs','dense'}
+
+def test_the_ways_to_a_setting_work():
+    opt,other = adahessian(ps()),sophia(ps())
+    opt.perturb.rho,opt.perturb.along,opt.estimator.n_samples = 0.5,'gradient',3
+    assert opt.perturb.twice and 'n_samples=3' in repr(opt)
+    for k in ('lr','mom','sqr_mom','eps','wd','hessian_power','clip','cap','spike'): opt.set_hyper(k, 0.5)
+    assert {*opt.hypers[0].values()}=={0.5}
+    other.set_hyper('rho', 0.5)
+    assert other.hypers[0]['rho']==0.5
