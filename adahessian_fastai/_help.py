@@ -53,10 +53,11 @@ def add_all_notes(
     names:dict, # Objects by public name, as `vars` of a module has them
     *patched, # Classes of other packages whose methods from here have notes too
 ):
-    "Put notes into `__doc__` for all that `names` hold of this package"
+    "Put notes into `__doc__` for all that `names` hold of this package, and remember what makes optimizers"
     own = [o for nm,o in names.items() if nm[0]!='_']
     own += [f for c in patched for f in vars(c).values()]
     mine = [o for o in own if (getattr(o, '__module__', None) or '').startswith(f'{_lib}.')]
+    makers[:] = [o for o in mine if getattr(o, '__name__', '') in ('adahessian','sophia','sassha','hessian_free')]
     for f in {id(f): f for o in mine for f in functions_of(o)}.values(): add_notes(f)
 
 # Names that are not there
@@ -65,6 +66,8 @@ _renamed = dict(betas='mom and sqr_mom', beta1='mom', beta2='sqr_mom', momentum=
     learning_rate='lr', update_period='update_each', hessian_update_interval='update_each', num_samples='n_samples', max_iter='cg_max_iter',
     hessian_distribution='probe', avg_conv_kernel='average_kernels', average_conv_kernel='average_kernels',
     hvp="curvature='hessian' or curvature=Hessian('forward'), say", seed='torch.manual_seed before the optimizer is made')
+
+makers = [] # Functions that make optimizers, once `adahessian_fastai.all` is there
 
 def _keywords(f): return [k for k,p in inspect.signature(f).parameters.items() if p.kind is not p.VAR_KEYWORD]
 
@@ -75,8 +78,7 @@ def check_names(
     "Answer an argument that `f` lacks with the name that it has here, or with the optimizers that have it"
     takes = _keywords(f)
     for k in [k for k in given if k not in takes]:
-        from .all import adahessian,hessian_free,sassha # Which import this module
-        owners = [o.__name__ for o in (adahessian,sassha,hessian_free) if k in _keywords(o)]
+        owners = [o.__name__ for o in makers if k in _keywords(o)]
         near = _renamed.get(k) or ' '.join([] if owners else difflib.get_close_matches(k, takes, 1))
         if near.split(' ')[0].isidentifier() and near.split(' ')[0] not in takes: near = '' # Neither does this optimizer have
         said = f': use {near}' if near else f", which is for {' and '.join(owners)}" if owners else ''

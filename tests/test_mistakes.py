@@ -229,7 +229,7 @@ def test_the_optimizer_that_a_learner_is_to_make_is_enough():
     assert own_diagonal(learn)=={} and np.isnan(win_rate(learn)).all()
 
 OF_ANOTHER_OPTIMIZER = [(sophia,'hessian_power','adahessian and sassha'), (sophia,'debiased','adahessian'), (adahessian,'along','sassha'),
-    (m_sassha,'when','adahessian'), (adahessian,'hidden','hessian_free'), (hessian_free,'when','adahessian'), (adahessian,'batches','hessian_free')]
+    (m_sassha,'when','adahessian and sophia'), (adahessian,'hidden','hessian_free'), (hessian_free,'when','adahessian and sophia'), (adahessian,'batches','hessian_free')]
 
 @pytest.mark.parametrize('make,name,of', OF_ANOTHER_OPTIMIZER)
 def test_an_argument_of_another_optimizer_is_told_so(make, name, of):
