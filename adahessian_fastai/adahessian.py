@@ -17,7 +17,8 @@ from fastai.basics import *
 from .hvp import check_switch
 from .averaging import average_diag,check_block_length
 from .curvature import Hessian
-from .steppers import Perturbation,adahessian_step,average_diag_hessian,average_sqr_diag_hessian,made_steppers
+from .learner import own_lr
+from .steppers import adahessian_step,average_diag_hessian,average_sqr_diag_hessian,made_steppers
 from .estimators import ControlVariate,GNB,Hutchinson,made_estimator
 from .schedule import made_schedule
 from .optimizer import CurvatureOptimizer
@@ -53,17 +54,16 @@ class AdaHessianWrapper(CurvatureOptimizer):
         signed_blocks:bool=None, # Average the signed diagonal and not `|d|`? Default: where steppers or `debiased` ask for it
         average_kernels:bool=True, # Average over the kernels of convolutions?
         debiased:bool=False, # Take the noise out of the second moment? Needs `n_samples` >= 2
-        perturb:Perturbation|float=None, # Where loss and curvature are taken, or its `rho`
+        perturb=None, # Where loss and curvature are taken: a `Perturbation`, or its `rho`
         **schedule # `update_each`, `hessian_bs`, `budget`, `dense` or `when`, see `made_schedule`
     ):
         if not hasattr(opt, 'cbs'):
             raise TypeError(f"AdaHessianWrapper wraps an optimizer, such as `AdaHessian(params, lr=0.15)`, got {type(opt).__name__}: as "
                 f"`opt_func` give `adahessian`")
         signed = average_diag_hessian in opt.cbs
-        if signed_blocks is None: signed_blocks = signed or debiased
         est = made_estimator(estimator, curvature, hvp, probe, n_samples)
         debiased,average_kernels = check_switch('debiased', debiased),check_switch('average_kernels', average_kernels)
-        check_switch('signed_blocks', signed_blocks)
+        signed_blocks = check_switch('signed_blocks', ifnone(signed_blocks, signed or debiased))
         check_together(est, signed, signed_blocks, debiased)
         check_block_length(block_length)
         smooth = partial(average_diag, block_length=block_length, signed=signed_blocks, average_kernels=average_kernels)
@@ -107,10 +107,10 @@ def adahessian(
     own_start = when is not None or getattr(budget, 'first', 0)
     steppers = AdaHessian(params, ifnone(lr, 0.15), mom, sqr_mom, eps, wd, hessian_power, decouple_wd, signed, clip, cap, spike)
     opt = AdaHessianWrapper(steppers, block_length, n_acc, estimator, curvature, hvp, probe, n_samples, signed_blocks, average_kernels,
-        debiased, Perturbation(rho), hessian_bs=hessian_bs, budget=budget, when=when, dense=0 if own_start and dense==20 else dense,
+        debiased, rho, hessian_bs=hessian_bs, budget=budget, when=when, dense=0 if own_start and dense==20 else dense,
         update_each=1 if (budget is not None or when is not None) and update_each==10 else update_each)
     opt.default_lr,opt.opt.default_steps,opt.opt.default_fall = lr_for(opt)
-    if lr is None: opt.set_hyper('lr', opt.default_lr)
+    if lr is None: opt.set_hyper('lr', own_lr(opt, 225)) # Of a loop whose length nobody knows
     return opt
 
 def lr_for(opt:AdaHessianWrapper)->tuple: # η₀, n₀ and how it falls: exponent, least and largest share, see `own_lr`
