@@ -28,10 +28,10 @@ def flat_product(
     damping=0. # λ: a number, or one per tensor of `like`
 ): # `v -> Bv + λv` over flat vectors
     "`product` on flat vectors, plus `damping`"
-    sizes = [p.numel() for p in like]
-    lams = list(damping) if isinstance(damping, (list,tuple)) else [damping]*len(like)
+    sizes,lams = [p.numel() for p in like],list(damping) if isinstance(damping, (list,tuple)) else [damping]*len(like)
     def _A(v):
-        Av = flat(check_like(product(unflat(v, like)), like, 'the product')).to(v.dtype)
+        k = 16*(norm := v.norm().clamp_min(1e-30)).frexp().mantissa/norm # A power of two: in `float16` nothing is left of short `v`
+        Av = flat(check_like(product(unflat(v*k, like)), like, 'the product')).to(v.dtype)/k
         for a,o,lam in zip(Av.split(sizes), v.split(sizes), lams, strict=True): a.add_(o, alpha=lam)
         return Av
     return _A

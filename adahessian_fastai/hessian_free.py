@@ -135,9 +135,9 @@ def warm(opt, ps, x):
 # %% ../nbs/18_hessian_free.ipynb #2bf49632
 def warn_of_zero(product, b, ps): # `b` is a gradient
     "Warn where the curvature along the gradient is zero"
-    if not any(o.any() for o in product(unflat(b, ps))): warnings.warn("the curvature along the gradient is zero, so steps go along it: if "
-        "the loss is linear in the outputs, as F.nll_loss is in log-probabilities, return logits and take F.cross_entropy, or take "
-        "curvature='hessian'", stacklevel=3)
+    if not any(o.any() for o in product(unflat(b/b.norm(), ps))): warnings.warn("the curvature along the gradient is zero, so steps go "
+        "along it: if the loss is linear in the outputs, as F.nll_loss is in log-probabilities, return logits and take "
+        "F.cross_entropy, or take curvature='hessian'", stacklevel=3)
 
 @patch
 def solve(self:HessianFree, ps, b, product=None, preconditioner=None):

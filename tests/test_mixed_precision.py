@@ -8,6 +8,7 @@ from fastai.callback.training import GradientAccumulation,GradientClip
 from torch import nn
 from adahessian_fastai.all import Problem,adahessian_paper,hessian_free,sophia
 from adahessian_fastai.batch import CurvatureScale
+from adahessian_fastai.cg import flat_product
 from adahessian_fastai.hvp import twice_differentiable
 from helpers_learner import HYPERS,Noted,convnet,data,distance,fit,given,learner,mlp,plain,relative,split,state_of
 from twin import hessian_times
@@ -274,6 +275,25 @@ def test_full_precision_after_an_interrupt_in_half(cpu_amp, opt_func):
         return fit(learn).model
     assert distance(train(True), train(False))==0
 
+
+@pytest.mark.parametrize('curvature', ['ggn','hessian'])
+@pytest.mark.parametrize('mode', ['fp16','bf16'])
+def test_short_directions_of_conjugate_gradients_have_their_curvature(cpu_amp, mode, curvature):
+    "The last ones are a millionth as long as the gradient: in float16 their products were zero"
+    def products(mode):
+        model,x,y = problem('former')
+        learn = learner(model, x, y, bs=16, opt_func=hessian_free, hypers={}, curvature=curvature)
+        learn.create_opt()
+        solve,seen = learn.opt.cg.solve,[]
+        def noted(product, b, ps, *args):
+            seen.extend([flat_product(product, ps)(b*k)] for k in (1,1e-3,1e-6))
+            return solve(product, b, ps, *args)
+        learn.opt.cg.solve = noted
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            fit(amp(learn, mode) if mode else learn)
+        return seen[:3]
+    for half,full in zip(products(mode), products(None)): assert relative(half, full)<2*(FP16 if mode=='fp16' else BF16)
 
 def test_an_overflow_of_one_parameter_is_one_of_all():
     "It may hide behind finite numbers elsewhere: the scale falls, and no estimate is used"
