@@ -223,8 +223,8 @@ class LearnerProblem(Problem):
         self.cbs = noted(learn) if start else ()
 
     half = cached_property(lambda self: in_half(self.learn))
-    bs = property(lambda self: n_targets(self.learn.yb))
-    n_items = property(lambda self: loss_count(self.loss_func, self.learn.yb, look=False))
+    bs = property(lambda self: n_targets(tuple(self.learn.yb))) # Loaders of PyTorch make lists
+    n_items = property(lambda self: loss_count(self.loss_func, tuple(self.learn.yb), look=False))
 
     def preserving(self): return batch_of(self.learn, self.start)
 
@@ -303,7 +303,7 @@ class Turn(NamedTuple):
         reshard(learn.model)
         if params: notice(estimator, params, in_half(learn), model)
         if not params or share==0 or not len(learn.yb): return cls(estimator, start=snapshot_of(learn) if twice else None)
-        rows = None if share is None or (n := n_rows(share, bs := n_targets(learn.yb)))>=bs else n
+        rows = None if share is None or (n := n_rows(share, bs := n_targets(tuple(learn.yb))))>=bs else n
         aside = rows is not None or backward_hooks(model)
         start = snapshot_of(learn) if twice or aside or estimator.again else None
         return cls(estimator, params, share, rows, start, aside, not (aside or twice))
@@ -517,8 +517,8 @@ def add(self:Batches,
     before = next((p.params for r in (*self.rounds, self.pending) for p in r), params)
     if [*map(id, before)]!=[*map(id, params)]: self.drop(params) # Half a step of other parameters
     p = LearnerProblem(learn, params, self.now.start)
-    p = p.replace(loss=p.loss.clone().as_subclass(Tensor), count=loss_count(learn.loss_func, learn.yb), states=list(self.now.states),
-        versions=versions(p.model))
+    p = p.replace(loss=p.loss.clone().as_subclass(Tensor), count=loss_count(learn.loss_func, tuple(learn.yb)),
+        states=list(self.now.states), versions=versions(p.model))
     if not self.held: p.backward(retain_graph=self.keep_graph)
     if p.scale!=1: p = p.replace(loss=p.loss/p.scale, scale=1.) # Products would overflow under the loss scale
     for o in params if self.held else (): o.grad = torch.zeros_like(o)

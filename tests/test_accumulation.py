@@ -306,3 +306,15 @@ def test_sentences_count_by_their_words(padded):
 def test_sentences_count_by_their_words_for_hessian_free():
     loose,told = (on_sentences(f, hessian_free) for f in (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(ignore_index=9)))
     assert distance(loose, told)<ROUNDING and distance(told, Words())>1e-3
+
+
+@pytest.mark.parametrize('targets,opt_func,kwargs', [('dict',adahessian,dict(n_acc=2)), ('dict',adahessian,dict(hessian_bs=.5)),
+    ('dict',hessian_free,dict(n_acc=2)), ('list',adahessian,dict(n_acc=2)), ('list',hessian_free,dict(n_acc=2))])
+def test_targets_of_a_loader_of_pytorch_count_as_those_of_fastai(targets, opt_func, kwargs):
+    "It makes a list of inputs and targets, which is no list of targets"
+    def run(kind):
+        batches = [kind((x, dict(y=y) if targets=='dict' else [dict(y=o.expand(i+2)) for i,o in enumerate(y)])) for x,y in split(*data(20), 6)]
+        loss = lambda out,y: F.cross_entropy(out, y['y'] if targets=='dict' else torch.stack([o['y'][0] for o in y]))
+        dls = DataLoaders(*(torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=lambda b: b) for _ in range(2)))
+        return fit(Learner(dls, mlp().double(), lambda *o: loss(*o).float(), opt_func=partial(opt_func, **kwargs)), 2, lr=.1).model
+    assert distance(run(list), run(tuple))==0<distance(run(list), mlp())
