@@ -245,8 +245,8 @@ class Preconditioner:
         if p.outputs is None: p = p.again(twice=True)
         gen = torch.Generator(params[0].device).manual_seed(torch.randint(2**31, (), generator=self.generator).item())
         try: samples = _label_draws(p, params, self.n_probes, lambda _: gen)
-        except ValueError as e: raise NoOutputs("precondition='gnb' needs a loss function of the table `losses`, which a Learner and "
-            "`acc_step` know and a closure does not: take precondition='fisher'") from e
+        except ValueError as e: raise NoOutputs(f"precondition='gnb' got loss_func={p.loss_func!r} and needs one of the table `losses`, "
+            "which a Learner and `acc_step` know and a closure does not: take precondition='fisher'") from e
         return sample_mean(samples)
 
     def inverse(self,
