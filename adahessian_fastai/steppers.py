@@ -608,13 +608,13 @@ def step(self:Work,
     weight = getattr(when, 'weight', lambda age: 1)
     known = [[p for p in ds if p in self] for ds in (diags,noises)]
     diags,noises = (dict(zip(ps, average_all([ds[p] for p in ps], smooth))) for ps,ds in zip(known, (diags,noises)))
+    for p in noises: self[p][0]['negative'] = True # Maybe: what is subtracted may be more than there is
     ready = []
     for p,(s,h) in self.items():
         d = (diags.get(p) if diags else None) if s.get('do_hessian', True) else p.grad.abs()
         if d is None and 'hess_step' not in s: s['late'] = True
         else:
             note_age(s, d, weight)
-            if p in noises: s['negative'] = True # Maybe: what is subtracted may be more than there is
             ready.append((p, s, h, d, noises.get(p) if noises else None))
     update(ready, cbs)
     return [p for p,*_ in ready]
