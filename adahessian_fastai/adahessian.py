@@ -116,9 +116,9 @@ def adahessian(
 def lr_for(opt:AdaHessianWrapper)->tuple: # η₀, n₀ and how it falls: exponent, least and largest share, see `own_lr`
     "The default learning rate of the variant `opt`"
     est = opt.estimator
-    if isinstance(est, GNB) or average_diag_hessian in opt.opt.cbs: return 0.05,100,(2,1/5,1)
     one_probe = isinstance(est, Hutchinson) and est.n_samples==1 and isinstance(est.curvature, Hessian)
-    return (0.15,225,(0.5,2/3,2)) if one_probe and not opt.smooth.keywords['signed'] else (0.1,100,(2,1/5,1))
+    if one_probe and not opt.smooth.keywords['signed']: return 0.15,225,(0.5,2/3,2)
+    return 0.05 if isinstance(est, GNB) or average_diag_hessian in opt.opt.cbs else 0.1,100,(2,1/5,1)
 
 # %% ../nbs/16_adahessian.ipynb #27fcb40d
 def adahessian_paper(
